@@ -1,0 +1,176 @@
+"""The plan: which blocks form which group, by which kernel and at which rank.
+
+A plan is all that is needed to build a compact model, and nothing more: plain data, frozen, serialised as JSON.
+It never looks at a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernel_spec import Kernel, count_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One weight matrix of a network.
+
+    Attributes:
+        name: For example `layers.3.attn.q`.
+        d_out: Number of output neurons (rows).
+        d_in: Number of input neurons (columns).
+        bias: Whether the block has a bias; it is stored (and counted) in the dense and in the compact model.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Dense parameters of the block, bias included."""
+        return self.d_out * self.d_in + (self.d_out if self.bias else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Blocks that share one latent space of dimension `rank`.
+
+    Raises:
+        UsageError: If there are no members, a member appears twice, or the rank is not positive.
+    """
+
+    name: str
+    members: tuple[Block, ...]
+    rank: int
+    kernel: Kernel = dataclasses.field(default_factory=Kernel)
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise UsageError(f"group {self.name!r} has no members; a group needs at least one block")
+        if len({member.name for member in self.members}) != len(self.members):
+            raise UsageError(f"group {self.name!r} names a block twice; name every block once")
+        if self.rank < 1:
+            raise UsageError(f"group {self.name!r} has rank {self.rank}; expected a rank of at least 1")
+
+    @property
+    def d_in(self) -> int:
+        """Width of the group's input states: the widest member's; narrower members read the first rows."""
+        return max(member.d_in for member in self.members)
+
+    @property
+    def d_outs(self) -> dict[str, int]:
+        """Output neurons of each member."""
+        return {member.name: member.d_out for member in self.members}
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the members when dense, biases included."""
+        return sum(member.parameters for member in self.members)
+
+    def count_parameters(self) -> int:
+        """Parameters that the group stores: states, kernel and biases."""
+        biases = sum(member.d_out for member in self.members if member.bias)
+        return count_parameters(self.kernel, self.rank, self.d_in, tuple(self.d_outs.values())) + biases
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The structure of a compact model.
+
+    Attributes:
+        groups: The neuronal groups.
+        dense: Planned blocks that stay dense; they count at full size in the keep ratio.
+
+    A block that the plan does not name is outside it: dense in the model, and not counted.
+
+    Raises:
+        UsageError: If a block is named twice or two groups have the same name.
+    """
+
+    groups: tuple[GroupPlan, ...] = ()
+    dense: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [block.name for block in self.blocks()]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise UsageError(f"the plan names {', '.join(twice)} more than once; a block is in exactly one group or dense")
+        if len({group.name for group in self.groups}) < len(self.groups):
+            raise UsageError("two groups of the plan have the same name; give every group its own")
+
+    def blocks(self) -> Iterator[Block]:
+        """All planned blocks, those of the groups first."""
+        for group in self.groups:
+            yield from group.members
+        yield from self.dense
+
+    @cached_property
+    def group_of(self) -> Mapping[str, GroupPlan]:
+        """The group of every grouped block, by block name."""
+        return {member.name: group for group in self.groups for member in group.members}
+
+    def count_parameters(self) -> int:
+        """Parameters stored for the planned blocks."""
+        return sum(group.count_parameters() for group in self.groups) + sum(block.parameters for block in self.dense)
+
+    def dense_parameters(self) -> int:
+        """Parameters of the planned blocks when all are dense."""
+        return sum(block.parameters for block in self.blocks())
+
+    def keep_ratio(self) -> float:
+        """Stored over dense parameters of the planned blocks; 1.0 for an empty plan."""
+        dense = self.dense_parameters()
+        return self.count_parameters() / dense if dense else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        return {
+            "groups": [
+                {
+                    "name": group.name,
+                    "rank": group.rank,
+                    "kernel": group.kernel.to_dict(),
+                    "members": [_block_to_json(member) for member in group.members],
+                }
+                for group in self.groups
+            ],
+            "dense": [_block_to_json(block) for block in self.dense],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UsageError: If a field is missing or of the wrong type.
+        """
+        try:
+            groups = tuple(
+                GroupPlan(
+                    name=str(group["name"]),
+                    members=tuple(_block_from_json(member) for member in group["members"]),
+                    rank=int(group["rank"]),
+                    kernel=Kernel.from_dict(group["kernel"]),
+                )
+                for group in data["groups"]
+            )
+            return cls(groups=groups, dense=tuple(_block_from_json(block) for block in data["dense"]))
+        except UsageError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"the plan is not readable ({error!r}); write it again with Plan.to_json") from error
+
+
+def _block_to_json(block: Block) -> dict[str, Any]:
+    return {"name": block.name, "shape": [block.d_out, block.d_in], "bias": block.bias}
+
+
+def _block_from_json(data: Mapping[str, Any]) -> Block:
+    d_out, d_in = data["shape"]
+    return Block(name=str(data["name"]), d_out=int(d_out), d_in=int(d_in), bias=bool(data["bias"]))
