@@ -1,0 +1,71 @@
+# `make` lists the targets. Everything is installed into .venv in this directory; PYTHON chooses the interpreter
+# it is made from, and ARGS is passed on: make test ARGS='tests/groups -x', make demo ARGS='--calibration-tokens 4096'.
+
+PYTHON ?= python3
+ARGS ?=
+
+# Relative paths throughout: a checkout whose path has spaces works.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTEST := $(BIN)/python -m pytest
+
+# One stamp for each set of installed packages; a newer pyproject.toml or constraints.txt installs again.
+REQUIREMENTS := pyproject.toml constraints.txt
+TEST_STAMP := $(VENV)/.installed-test
+DEV_STAMP := $(VENV)/.installed-dev
+PARITY_STAMP := $(VENV)/.installed-parity
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test parity test-slow test-all lint format typecheck clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+setup: $(TEST_STAMP) ## make .venv and install ngc-jax into it (CPU)
+
+demo: $(TEST_STAMP) ## convert, evaluate and try a small real model, and print what came out
+	@$(BIN)/ngc-jax demo --config configs/demo.yaml $(ARGS)
+
+test: $(TEST_STAMP) ## the tests that a change must keep green
+	@$(PYTEST) $(ARGS)
+
+parity: $(PARITY_STAMP) ## compare with transformers' own models (installs torch)
+	@$(PYTEST) -m '' $(or $(ARGS),tests/parity)
+
+test-slow: $(TEST_STAMP) ## the tests marked slow or real_model (downloads a small model); none is no failure
+	@$(PYTEST) -m 'slow or real_model' --ignore=tests/parity $(ARGS) || [ $$? -eq 5 ]
+
+test-all: test parity test-slow ## every test
+
+lint: $(DEV_STAMP) ## check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP) ## repair style and format where that can be done safely
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+typecheck: $(DEV_STAMP) ## check the types
+	@$(BIN)/mypy
+
+clean: ## remove .venv and what tools left behind; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TEST_STAMP): $(REQUIREMENTS)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "ngc-jax needs Python 3.11 or later, and '$(PYTHON)' is not that: choose one with 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.11'." >&2; exit 1; }
+	@echo "Installing ngc-jax into $(VENV) (a minute or two the first time) ..."
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(DEV_STAMP): $(TEST_STAMP)
+	@echo "Installing the development tools into $(VENV) ..."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(PARITY_STAMP): $(TEST_STAMP)
+	@echo "Installing torch into $(VENV), for the parity tests only ..."
+	@$(PIP_INSTALL) -e '.[parity]'
+	@touch $@
