@@ -1,0 +1,187 @@
+"""What an interaction kernel is, as plain data: its name, its options, what it stores.
+
+Nothing here needs JAX, so that plans can be read, counted and printed without loading it. The functions that
+compute with a kernel are in `ngc_jax.groups.kernels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ngc_jax.errors import UsageError
+
+# The options of every kernel, in the order in which they are written.
+KERNEL_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "bilinear": (),
+    "riemannian": ("metric_rank",),
+    "lifted": ("lift", "seed", "learned"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The rule by which two neuron states make a weight: W = phi_out(Q_out) · M · phi_in(Q_in)^T.
+
+    - `bilinear`: phi is the identity, M = I.
+    - `riemannian`: phi is the identity, M a learned symmetric positive metric, one per group; I when
+      initialised.
+    - `lifted`: phi(Q) = tanh(Q P) with P (rank, lift), M a learned diagonal gain over the lifted features:
+      weights of rank up to `lift` from states of dimension `rank`. The gain is needed because tanh is
+      bounded: it frees the size of the weights from `lift`, and lets small states make bilinear weights of
+      any size, so that the bilinear kernel is a limit of this one.
+
+    Attributes:
+        name: `bilinear`, `riemannian` or `lifted`.
+        metric_rank: riemannian: rank k of the metric's part beside the diagonal; 0 is a diagonal metric. At a
+            group rank below k the group's rank is used, which is already the most general metric.
+        lift: lifted: number of lifted features R, above the group's rank.
+        seed: lifted: the seed that fixes P (or starts it, when learned).
+        learned: lifted: whether P is learned and stored, one per group; otherwise the seed is all that is
+            stored.
+
+    Raises:
+        UsageError: If the name is unknown, an option belongs to another kernel or a value is out of range.
+    """
+
+    name: str = "bilinear"
+    metric_rank: int = 0
+    lift: int = 0
+    seed: int = 0
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in KERNEL_OPTIONS:
+            raise UsageError(
+                f"unknown kernel {self.name!r}; expected one of {_names(KERNEL_OPTIONS, self.name)}"
+            )
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            # A bool is an int to isinstance, and 1 equals True: compare the types themselves.
+            if type(value) is not type(field.default):
+                expected = type(field.default).__name__
+                raise UsageError(f"kernel option {field.name} is {value!r}; expected {expected}")
+            if field.name not in KERNEL_OPTIONS[self.name] and value != field.default:
+                owner = next(name for name, options in KERNEL_OPTIONS.items() if field.name in options)
+                raise UsageError(
+                    f"kernel {self.name!r} has no option {field.name!r}; leave it out, {owner!r} has it"
+                )
+        if self.metric_rank < 0:
+            raise UsageError(
+                f"kernel option metric_rank is {self.metric_rank}; expected 0 (diagonal) or more"
+            )
+        if self.name == "lifted" and self.lift < 2:
+            raise UsageError(
+                f"kernel 'lifted' has lift {self.lift}; set lift to a number above the group's rank"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"kernel option seed is {self.seed}; expected 0 to 2**32 - 1")
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest group rank that the kernel admits; None when there is no limit."""
+        return self.lift - 1 if self.name == "lifted" else None
+
+    def signal_width(self, rank: int) -> int:
+        """Numbers per token that a group broadcasts: `lift` for the lifted kernel, else its rank."""
+        return self.lift if self.name == "lifted" else rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON or YAML: the name and the kernel's own options."""
+        return {"name": self.name} | {option: getattr(self, option) for option in KERNEL_OPTIONS[self.name]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Kernel:
+        """Read what `to_dict` wrote, or what a person wrote in a config.
+
+        Raises:
+            UsageError: If the name is missing or unknown, or an option is unknown or out of range.
+        """
+        if not isinstance(data, Mapping) or "name" not in data:
+            raise UsageError(
+                f"a kernel is a mapping with a name, got {data!r}; write for example {{name: bilinear}}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise UsageError(
+                f"unknown kernel option {unknown[0]!r}; expected one of {_names(known[1:], unknown[0])}"
+            )
+        return cls(**data)
+
+
+def check_rank(kernel: Kernel, rank: int) -> None:
+    """Refuse a rank at which the kernel makes no sense.
+
+    Raises:
+        UsageError: If `rank` is below 1, or not below the kernel's `lift`.
+    """
+    if rank < 1:
+        raise UsageError(f"rank {rank} is too small; expected at least 1")
+    if kernel.max_rank is not None and rank > kernel.max_rank:
+        raise UsageError(
+            f"kernel {kernel.name!r} lifts to {kernel.lift} features, not above the rank {rank};"
+            " lower the rank or raise lift"
+        )
+
+
+def metric_rank_at(kernel: Kernel, rank: int) -> int:
+    """Columns of the metric's low-rank part in a group of this rank; 0 for a diagonal metric."""
+    return min(kernel.metric_rank, rank)
+
+
+def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]) -> int:
+    """Numbers that a group stores: states and kernel parameters, exactly; biases are not the kernel's.
+
+    Args:
+        kernel: The interaction kernel.
+        rank: Dimension r of the neuron states.
+        d_in: Rows of the input states.
+        d_outs: Rows of each member's output states.
+
+    Returns:
+        The sum of the sizes of the leaves of `init_states` for the same arguments.
+
+    Raises:
+        UsageError: If the kernel does not admit the rank.
+    """
+    check_rank(kernel, rank)
+    states = rank * (d_in + sum(d_outs))
+    match kernel.name:
+        case "riemannian":
+            return states + rank * (1 + metric_rank_at(kernel, rank))
+        case "lifted":
+            return states + kernel.lift * (1 + (rank if kernel.learned else 0))
+        case _:
+            return states
+
+
+def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:
+    """Names of the axes of every parameter of a group, for one table of sharding rules per mesh.
+
+    Keys are paths inside the group, joined by "."; a single entry `output_states` stands for those of all
+    members. The axes: `in` and `out` (neurons), `latent` (the state's dimensions), `lift` (lifted features);
+    None is an axis too short to be worth splitting.
+    """
+    axes: dict[str, tuple[str | None, ...]] = {
+        "input_states": ("in", "latent"),
+        "output_states": ("out", "latent"),
+    }
+    if kernel.name == "riemannian":
+        axes["metric.log_diagonal"] = ("latent",)
+        if kernel.metric_rank:
+            axes["metric.factor"] = ("latent", None)
+    if kernel.name == "lifted":
+        axes["gain"] = ("lift",)
+        if kernel.learned:
+            axes["lift"] = ("latent", "lift")
+    return axes
+
+
+def _names(names: Iterable[str], given: object) -> str:
+    """The permitted names, and the nearest one to what was given."""
+    names = list(names)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    return ", ".join(names) + (f"; did you mean {near[0]!r}?" if near else "")

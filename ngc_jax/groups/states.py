@@ -1,0 +1,164 @@
+"""Neuron states: the parameters of one group as a plain pytree, and how they begin.
+
+    states = {"input_states": (D_in, R),
+              "output_states": {member: (D_out, R)},
+              "metric": {"log_diagonal": (R,), "factor": (R, K)},   riemannian; factor only when metric_rank >
+              0
+              "gain": (S,),                                         lifted
+              "lift": (R, S)}                                       lifted, when learned
+
+Shape suffixes: R rank (dimension of a state), S lifted features, K metric rank, P probe neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from numpy.typing import NDArray
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernel_spec import Kernel, check_rank, metric_rank_at
+
+States: TypeAlias = Mapping[str, Any]
+Initialiser: TypeAlias = Callable[[PRNGKeyArray], Any]
+
+# Neurons drawn on each side to measure the scale of freshly lifted weights (1 % accuracy; see `_gain_init`).
+_PROBES = 512
+# Share of the metric's identity that its low-rank part carries at the start (see `_metric_init`). A power of
+# 1/4 so that its square root is exact.
+_FACTOR_SHARE = 0.25
+
+
+def init_states(
+    key: PRNGKeyArray,
+    kernel: Kernel,
+    rank: int,
+    d_in: int,
+    d_outs: Mapping[str, int],
+    dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """Draw the states of a group so that signals keep their variance.
+
+    For x of unit variance and width `d_in`, every member's y = x W^T has variance near 1, whatever the
+    kernel. A member that reads only n of the `d_in` inputs starts with variance n / d_in.
+
+    Args:
+        key: Random key.
+        kernel: The interaction kernel.
+        rank: Dimension of a state.
+        d_in: Rows of the input states: the widest member's inputs.
+        d_outs: Output neurons of every member, by block name.
+        dtype: Type of the stored numbers.
+
+    Returns:
+        The states, a nested dict of arrays as described at the top of this module.
+
+    Raises:
+        UsageError: If a size is not positive or the kernel does not admit the rank.
+    """
+    parts = initialisers(kernel, rank, d_in, d_outs, dtype)
+    keys = jax.random.split(key, len(parts))
+    return {name: init(part) for (name, init), part in zip(parts.items(), keys, strict=True)}
+
+
+def initialisers(
+    kernel: Kernel, rank: int, d_in: int, d_outs: Mapping[str, int], dtype: Any = jnp.float32
+) -> dict[str, Initialiser]:
+    """The initialiser of each entry of the states, a function of a key alone; arguments as for `init_states`.
+
+    Raises:
+        UsageError: If a size is not positive or the kernel does not admit the rank.
+    """
+    check_rank(kernel, rank)
+    if not d_outs:
+        raise UsageError("a group has no members; name at least one block with its number of outputs")
+    for name, size in {"the group's input": d_in, **d_outs}.items():
+        if size < 1:
+            raise UsageError(f"{name} has {size} neurons; expected at least 1")
+
+    # The signal has unit variance per dimension: the input states divide by d_in, the output states by the
+    # rank. The lifted kernel has its scale in the gain, and states of unit size so that tanh bends.
+    std_in, std_out = (1.0, 1.0) if kernel.name == "lifted" else (d_in**-0.5, rank**-0.5)
+
+    def output_states(key: PRNGKeyArray) -> dict[str, Array]:
+        keys = jax.random.split(key, len(d_outs))
+        return {
+            name: _normal(part, (d_out, rank), std_out, dtype)
+            for (name, d_out), part in zip(sorted(d_outs.items()), keys, strict=True)
+        }
+
+    parts: dict[str, Initialiser] = {
+        "input_states": lambda key: _normal(key, (d_in, rank), std_in, dtype),
+        "output_states": output_states,
+    }
+    if kernel.name == "riemannian":
+        parts["metric"] = lambda _: _metric_init(kernel, rank, dtype)
+    if kernel.name == "lifted":
+        parts["gain"] = lambda key: _gain_init(key, kernel, rank, dtype)
+        if kernel.learned:
+            parts["lift"] = lambda _: jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), dtype)
+    return parts
+
+
+@functools.lru_cache(maxsize=64)
+def fixed_lift(rank: int, lift: int, seed: int) -> NDArray[np.float64]:
+    """The projection P of the lifted kernel: orthogonal rows, scaled so that Q P has entries as large as Q's.
+
+    P P^T = (lift / rank) I, so small states make bilinear weights: tanh(Q P) tanh(K P)^T is then nearly
+    (lift / rank) Q K^T. Drawn on the host by NumPy's frozen legacy generator, for a saved model has only the
+    seed: the same seed must give the same weights on another machine and under another version of JAX.
+
+    Args:
+        rank: Rows r.
+        lift: Columns R, above r.
+        seed: Seed of the draw.
+
+    Returns:
+        The (rank, lift) matrix, read-only.
+    """
+    draw = np.random.RandomState(seed).standard_normal((lift, rank))
+    columns, triangle = np.linalg.qr(draw)
+    # The factorisation is unique once the triangle's diagonal is positive; libraries differ in the sign.
+    columns = columns * np.where(np.diag(triangle) < 0, -1.0, 1.0)
+    projection = np.ascontiguousarray(columns.T * math.sqrt(lift / rank))
+    projection.flags.writeable = False
+    return projection
+
+
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float, dtype: Any) -> Array:
+    # Drawn in float32 at least, so that a bfloat16 model starts from the same numbers, rounded.
+    return (std * jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))).astype(dtype)
+
+
+def _metric_init(kernel: Kernel, rank: int, dtype: Any) -> dict[str, Array]:
+    """M = diag(exp(log_diagonal)) + factor factor^T, equal to I.
+
+    A factor of zeros would stay zero: the gradient of F F^T vanishes at F = 0. The factor therefore begins as
+    multiples of the first unit vectors, and the diagonal leaves room for their squares.
+    """
+    k = metric_rank_at(kernel, rank)
+    shares = jnp.where(jnp.arange(rank) < k, math.log1p(-_FACTOR_SHARE), 0.0)
+    metric = {"log_diagonal": shares.astype(dtype)}
+    if k:
+        metric["factor"] = math.sqrt(_FACTOR_SHARE) * jnp.eye(rank, k, dtype=dtype)
+    return metric
+
+
+def _gain_init(key: PRNGKeyArray, kernel: Kernel, rank: int, dtype: Any) -> Array:
+    """The gain at which lifted weights have variance 1 / d_in, measured on probe neurons.
+
+    The lifted features of a neuron are correlated (they come from fewer dimensions), and tanh has no closed
+    form for their second moments; `_PROBES` squared sample weights give it to about a hundredth.
+    """
+    probes = jax.random.normal(key, (2, _PROBES, rank), jnp.float32)
+    features_2xPxS = jnp.tanh(probes @ jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), jnp.float32))
+    weights_PxP = features_2xPxS[0] @ features_2xPxS[1].T
+    gain = math.sqrt(kernel.lift) / jnp.sqrt(jnp.mean(weights_PxP**2))
+    return jnp.full((kernel.lift,), gain).astype(dtype)
