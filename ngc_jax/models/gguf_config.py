@@ -1,0 +1,217 @@
+"""Writes the Hugging Face config.json that a GGUF file's metadata stands for."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models.gguf_file import GgufFile
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# GGUF architecture -> (model_type, class) of Hugging Face
+_FAMILIES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+# Gemma 3's published constants, which its GGUF files leave out.
+_GEMMA3_SLIDING_PATTERN = 6
+_GEMMA3_LOCAL_ROPE_THETA = 10_000.0
+_GEMMA3_27B_LAYERS = 62
+
+
+def config_from_gguf(file: GgufFile) -> dict[str, Any]:
+    """Synthesises the config.json dict of the model in a GGUF file.
+
+    Rotary settings are given as `rope_theta` and `rope_scaling`, which every version of transformers reads. A
+    `rope_freqs.weight` tensor becomes rope_scaling of type "llama3" when its factors follow that rule, else
+    {"rope_type": "explicit", "factors": [...]}, one factor per pair of dimensions, by which the frequency is divided.
+
+    Raises:
+        UsageError: the architecture is not supported or metadata is missing or not understood.
+    """
+    keys = _Keys(file)
+    arch = keys.arch
+    model_type, class_name = _FAMILIES[arch]
+    n_heads = keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // n_heads)
+    _refuse_unsupported(keys, head_dim)
+    vocab_size, _ = keys.tensor_shape("token_embd.weight", 2)
+    config: dict[str, Any] = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": keys.integer("embedding_length"),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", n_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.real("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "dtype": "float32",
+    }
+    config["rope_scaling"] = _rope_scaling(keys, head_dim, config["rope_theta"])
+    if arch == "gemma3":
+        return config | _gemma3(keys, config)
+    config["hidden_act"] = "silu"
+    if arch == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    return config
+
+
+class _Keys:
+    """Looks up the architecture's metadata keys; a missing or malformed one is a UsageError."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.arch = file.metadata.get("general.architecture")
+        if self.arch not in _FAMILIES:
+            near = difflib.get_close_matches(str(self.arch), _FAMILIES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(
+                f"{file.path}: architecture {self.arch!r} is not supported, expected one of "
+                f"{', '.join(_FAMILIES)}{hint}; choose another model"
+            )
+
+    def error(self, key: str, problem: str) -> UsageError:
+        return UsageError(
+            f"{self.file.path}: metadata key {self.arch}.{key} {problem}; convert the model again or choose another"
+        )
+
+    def get(self, key: str) -> Any:
+        return self.file.metadata.get(f"{self.arch}.{key}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # one number per layer, all alike
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self.error(key, f"is {str(value)[:60]}, expected one positive integer")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(key, f"is {str(value)[:60]}, expected a positive number")
+        # Stored in float32: the shortest decimal that names it is what the author wrote (1e-05, not 9.99999974e-06).
+        return float(str(np.float32(value)))
+
+    def tensor_shape(self, name: str, n_dims: int) -> tuple[int, ...]:
+        info = self.file.tensors.get(name)
+        if info is None or len(info.shape) != n_dims:
+            found = "is missing" if info is None else f"has shape {info.shape}"
+            raise UsageError(
+                f"{self.file.path}: tensor {name} {found}, expected {n_dims} dimension(s); choose another file"
+            )
+        return info.shape
+
+
+def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
+    if keys.get("expert_count"):
+        raise keys.error("expert_count", "is set, but mixtures of experts are not supported")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise keys.error(key, f"differs from the head size {head_dim}, which is not supported")
+
+
+def _rope_scaling(keys: _Keys, head_dim: int, theta: float) -> dict[str, Any] | None:
+    if ROPE_FACTORS in keys.file.tensors:
+        (n_factors,) = keys.tensor_shape(ROPE_FACTORS, 1)
+        if n_factors != head_dim // 2:
+            raise UsageError(
+                f"{keys.file.path}: tensor {ROPE_FACTORS} has {n_factors} factors, expected {head_dim // 2}, one per "
+                "pair of a head's dimensions; convert the model again"
+            )
+        return rope_scaling_from_factors(keys.file.read(ROPE_FACTORS), theta)
+    kind = keys.get("rope.scaling.type") or ("linear" if keys.get("rope.scale_linear") else "none")
+    if kind == "none":
+        return None
+    if kind == "linear":
+        factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        original = keys.integer("rope.scaling.original_context_length")
+        factor = keys.real("rope.scaling.factor")
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    raise keys.error("rope.scaling.type", f"is {kind!r}, expected none, linear or yarn")
+
+
+def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
+    """Recovers llama3's rotary scaling from the factors by which it divides the frequencies.
+
+    Llama 3 leaves waves shorter than L/high as they are, divides the frequency of waves longer than L/low by F, and
+    blends in between: 1/factor = (1 - s)/F + s with s = (L/wavelength - low)/(high - low). So s is a straight line in
+    1/wavelength. Its two numbers fix low/L and high/L; we set low = 1, as published models do.
+
+    Args:
+        factors: (H/2,) divisors, fastest dimension first.
+        theta: the rotary base.
+
+    Returns:
+        A rope_scaling dict of type "llama3", or of type "explicit" when no such rule gives these factors.
+    """
+    divisors = factors.astype(np.float64)
+    explicit = {"rope_type": "explicit", "factors": [float(str(np.float32(factor))) for factor in factors]}
+    factor = divisors.max()
+    between = (divisors > 1 + 1e-6) & (divisors < factor * (1 - 1e-6))
+    if divisors.min() <= 0 or factor <= 1 or between.sum() < 2:
+        return explicit
+    per_token = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)  # 1/wavelength
+    smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    slope, intercept = np.polyfit(per_token[between], smooth[between], 1)
+    if slope <= 0 or intercept >= 0:
+        return explicit
+    low, high = 1.0, 1.0 - 1.0 / intercept
+    original = round(slope * (high - low))
+    high, factor = (float(f"{number:.4g}") for number in (high, factor))
+    again = 1 / np.clip((original * per_token - low) / (high - low), 0, 1)
+    blend = np.clip((original * per_token - low) / (high - low), 0, 1)
+    again = 1 / ((1 - blend) / factor + blend)
+    if not np.allclose(again, divisors, rtol=1e-4, atol=0):
+        return explicit
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    n_layers = config["num_hidden_layers"]
+    pattern = keys.integer("attention.sliding_window_pattern", _GEMMA3_SLIDING_PATTERN)
+    # Every size scales queries by the head size except the largest, which uses hidden size per head.
+    largest = n_layers == _GEMMA3_27B_LAYERS
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(n_layers)
+        ],
+        "rope_local_base_freq": keys.real("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA),
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+        ),
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
+    }

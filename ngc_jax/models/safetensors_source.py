@@ -1,0 +1,243 @@
+"""Reads a Hugging Face model directory: config.json, one or many safetensors files, tokenizer files.
+
+The safetensors header (a length, then JSON) is parsed here: the library's NumPy reader knows neither bfloat16 nor
+float8, and maps whole files into memory. One tensor is read at a time, so memory holds that tensor only.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import ml_dtypes
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models.tokenizer import Tokenizer
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_HEADER = 100_000_000  # the format's own limit
+_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+
+
+class SafetensorsSource:
+    """A model directory as a source of a model (see `sources.Source`)."""
+
+    def __init__(self, directory: Path, name: str | None = None) -> None:
+        """Reads config.json and the headers of all weight files.
+
+        Args:
+            directory: the model directory.
+            name: how to call the model; the directory's name by default.
+
+        Raises:
+            UsageError: config.json or weights are missing, damaged, or only there as pickle files.
+        """
+        self.name = name or directory.resolve().name
+        self._directory = directory
+        self.config: dict[str, Any] = read_json_object(directory / "config.json")
+        self._files = ExitStack()
+        self._open: dict[Path, BinaryIO] = {}
+        self._entries: dict[str, _Entry] = {}
+        try:
+            for path in _weight_files(directory):
+                self._add(path)
+        except BaseException:
+            self.close()
+            raise
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: entry.shape for name, entry in self._entries.items()
+        }
+
+    def _add(self, path: Path) -> None:
+        try:
+            file = self._files.enter_context(path.open("rb"))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be opened ({error.strerror}); check the file") from None
+        self._open[path] = file
+        for name, entry in _read_header(file, path).items():
+            if name in self._entries:
+                raise UsageError(
+                    f"{path}: tensor {name} is also in {self._entries[name].path.name}; remove the file that is not "
+                    "part of the model"
+                )
+            self._entries[name] = entry
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor in the dtype in which it is stored.
+
+        Raises:
+            UsageError: no tensor has that name, its dtype is unknown, or the file has shrunk.
+        """
+        if name not in self._entries:
+            raise UsageError(
+                f"{self._directory}: has no tensor {name!r}; expected one of the names in shapes"
+            )
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise UsageError(
+                f"{entry.path}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}; "
+                "convert it with transformers first"
+            )
+        tensor = np.empty(entry.shape, _DTYPES[entry.dtype])
+        file = self._open[entry.path]
+        file.seek(entry.start)
+        if file.readinto(tensor.reshape(-1).view(np.uint8).data) != entry.n_bytes:
+            raise UsageError(f"{entry.path}: ends inside tensor {name}; download or copy the file again")
+        return tensor
+
+    def tokenizer(self) -> Tokenizer:
+        """Loads the directory's tokenizer.
+
+        Raises:
+            UsageError: there are no tokenizer files, or they cannot be read.
+        """
+        return Tokenizer.load(self._directory)
+
+    def close(self) -> None:
+        """Closes the weight files."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object.
+
+    Raises:
+        UsageError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{path}: is not valid JSON ({error}); download or copy the file again") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: holds no JSON object; download or copy the file again")
+    return value
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        return _indexed_files(index)
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    found = sorted(directory.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise UsageError(
+            f"{directory}: has {len(found)} safetensors files but no {_INDEX}; download or copy the index as well"
+        )
+    if any(path for pattern in _PICKLES for path in directory.glob(pattern)):
+        raise UsageError(
+            f"{directory}: has its weights only as pickle files, which can run code and are not read; "
+            "convert to safetensors first"
+        )
+    raise UsageError(f"{directory}: has no weights, expected {_SINGLE} or {_INDEX}; check the path")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_plain_name, weight_map.values())):
+        raise UsageError(
+            f"{index}: has no weight_map of tensor to file names; download or copy the file again"
+        )
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UsageError(
+            f"{index}: names {len(missing)} file(s) that are not there ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); download or copy them as well"
+        )
+    return paths
+
+
+def _plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
+def _read_header(file: BinaryIO, path: Path) -> dict[str, _Entry]:
+    size = file.seek(0, 2)
+    file.seek(0)
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - len(prefix), _MAX_HEADER):
+        raise UsageError(
+            f"{path}: is truncated or no safetensors file: its header should have {length} bytes, the file has {size}; "
+            "download or copy it again"
+        )
+    try:
+        header = json.loads(file.read(length))
+        data_start = 8 + length
+        entries = {
+            name: _entry(path, fields, data_start)
+            for name, fields in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UsageError(f"{path}: its safetensors header is corrupt; download or copy it again") from None
+    for name, entry in entries.items():
+        end = entry.start + entry.n_bytes
+        if end > size:
+            raise UsageError(
+                f"{path}: is truncated: tensor {name} ends at byte {end}, the file at byte {size}; "
+                "download or copy it again"
+            )
+    return entries
+
+
+def _entry(path: Path, fields: Mapping[str, Any], data_start: int) -> _Entry:
+    """Checks one header entry; anything malformed raises ValueError, TypeError or KeyError."""
+    dtype, shape = str(fields["dtype"]), tuple(fields["shape"])
+    start, end = fields["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - start:
+        raise ValueError
+    return _Entry(path, dtype, shape, data_start + start, end - start)

