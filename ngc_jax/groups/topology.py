@@ -1,0 +1,179 @@
+"""Topologies: which blocks of a model form which group.
+
+    >>> [group.members for group in expand(parse("qkk-qvv"), num_layers=2)][0]
+    ('layers.0.attn.q', 'layers.0.attn.k', 'layers.1.attn.k')
+
+A letter that occurs n times in a section of the text has period n: its occurrences, from left to right, are n
+successive layers, and the pattern repeats over the section's layers. Whatever is not named stays dense.
+Pure Python: nothing here imports an array library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.families import FAMILIES
+from ngc_jax.groups.topology_text import (
+    ROLES,
+    Bound,
+    Section,
+    Topology,
+    TopologyError,
+    format_topology,
+    overlap_problem,
+    parse,
+)
+
+__all__ = [
+    "FAMILIES",
+    "ROLES",
+    "Bound",
+    "Section",
+    "Topology",
+    "TopologyError",
+    "TopologyGroup",
+    "describe",
+    "expand",
+    "format_topology",
+    "parse",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TopologyGroup:
+    """One group of a model.
+
+    Attributes:
+        name: `L<first layer>[_<last layer>]-<role of each member>`, for example `L0-qkv` or `L2_3-qq`.
+        members: Block names in the order of the text, for example `layers.0.attn.q`.
+    """
+
+    name: str
+    members: tuple[str, ...]
+
+
+def expand(topology: Topology, num_layers: int, roles: str = ROLES) -> tuple[TopologyGroup, ...]:
+    """The groups of a model of `num_layers` layers, ordered by first layer, then as written.
+
+    Where a period does not divide a range, the last groups are cut short, and empty ones vanish. Blocks in no
+    group stay dense. Names are unique: of two groups with the same letters, one is later in all of them.
+
+    Args:
+        topology: What `parse` returned.
+        num_layers: Depth of the model.
+        roles: The roles that the model has.
+
+    Raises:
+        TopologyError: If the topology names a role that the model lacks, or a range does not fit its depth.
+    """
+    return tuple(
+        TopologyGroup(_group_name(members), tuple(_block_name(layer, role) for layer, role in members))
+        for members in _memberships(topology, num_layers, roles)
+    )
+
+
+def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
+    """A table of who shares with whom: each pattern once, with its layers and the number of groups it makes.
+
+    A number behind a role is the layer within the period, so `q0 q1` is a group of two successive layers.
+
+    Raises:
+        TopologyError: As `expand`.
+    """
+    dense = {role: list(range(num_layers)) for role in roles}
+    for members in _memberships(topology, num_layers, roles):
+        for layer, role in members:
+            dense[role].remove(layer)
+    rows = [("layers", "share a latent space", "groups")]
+    for section, layers in zip(topology.sections, _layer_ranges(topology, num_layers), strict=True):
+        for period, members in _patterns(section):
+            count = len(layers[min(members)[0] :: period])
+            if not count:
+                continue
+            short = any(offset >= len(layers) - period * (count - 1) for offset, _ in members)
+            shared = " ".join(role + str(offset) * (period > 1) for offset, role in members)
+            rows.append((_layer_text(layers), shared, f"{count}{', the last cut short' * short}"))
+    by_layers: defaultdict[str, list[str]] = defaultdict(list)
+    for role in roles:
+        by_layers[_layer_text(dense[role])].append(role)
+    rows += [(layers, f"dense: {' '.join(names)}", "") for layers, names in by_layers.items() if layers]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _patterns(section: Section) -> list[tuple[int, list[tuple[int, str]]]]:
+    """For each group its period and its members, (layer within the period, role)."""
+    periods = Counter("".join(section.groups))
+    seen: Counter[str] = Counter()
+    patterns = []
+    for group in section.groups:
+        members = []
+        for role in group:
+            members.append((seen[role], role))
+            seen[role] += 1
+        patterns.append((periods[group[0]], members))
+    return patterns
+
+
+def _memberships(topology: Topology, num_layers: int, roles: str) -> list[list[tuple[int, str]]]:
+    """The members, (layer, role), of every group."""
+    for index, section in enumerate(topology.sections):
+        for role in "".join(section.groups):
+            if role not in roles:
+                problem = f"the model has no role {role!r}; its roles are {' '.join(roles)}"
+                raise _error_at(topology, index, problem, role)
+    found: list[tuple[int, int, list[tuple[int, str]]]] = []
+    for section, layers in zip(topology.sections, _layer_ranges(topology, num_layers), strict=True):
+        for order, (period, pattern) in enumerate(_patterns(section)):
+            for base in range(layers.start, layers.stop, period):
+                members = [(base + offset, role) for offset, role in pattern if base + offset < layers.stop]
+                if members:
+                    found.append((min(members)[0], order, members))
+    return [members for _, _, members in sorted(found)]
+
+
+def _layer_ranges(topology: Topology, num_layers: int) -> list[range]:
+    """The layers of every section; only a range in percent may come to none (in a shallow model)."""
+    if num_layers < 1:
+        raise UsageError(f"a model of {num_layers} layers has no groups; expected at least 1 layer")
+    depth = f"a model of {num_layers} layers (0 to {num_layers - 1})"
+    found: list[range] = []
+    for index, section in enumerate(topology.sections):
+        start = section.start.resolve(num_layers)
+        stop = num_layers if section.stop is None else section.stop.resolve(num_layers)
+        if not (0 <= start <= num_layers and 0 <= stop <= num_layers):
+            raise _error_at(topology, index, f"range {section.range_text} reaches beyond {depth}")
+        if start >= stop and not (section.start.percent or (section.stop and section.stop.percent)):
+            raise _error_at(topology, index, f"range {section.range_text} covers nothing in {depth}")
+        for other, covered in zip(topology.sections, found, strict=False):
+            if max(start, covered.start) < min(stop, covered.stop):
+                raise _error_at(topology, index, f"{overlap_problem(section, other)}, in {depth}")
+        found.append(range(start, stop))
+    return found
+
+
+def _error_at(topology: Topology, index: int, problem: str, role: str | None = None) -> TopologyError:
+    """An error at a section of the canonical text, or at the first place where the section names a role."""
+    position = sum(len(f"{section}; ") for section in topology.sections[:index])
+    text = str(topology)
+    return TopologyError(problem, text, position if role is None else text.index(role, position))
+
+
+def _group_name(members: list[tuple[int, str]]) -> str:
+    first, last = min(members)[0], max(members)[0]
+    layers = f"L{first}" if first == last else f"L{first}_{last}"
+    return f"{layers}-{''.join(role for _, role in members)}"
+
+
+def _block_name(layer: int, role: str) -> str:
+    return f"layers.{layer}.{'attn' if role in 'qkvo' else 'mlp'}.{role}"
+
+
+def _layer_text(layers: Sequence[int]) -> str:
+    """For example `0-3 6 8-9`."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    stops = [layer for layer in layers if layer + 1 not in layers]
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))
