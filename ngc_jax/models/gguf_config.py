@@ -29,26 +29,25 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
     """Synthesises the config.json dict of the model in a GGUF file.
 
     Rotary settings are given as `rope_theta` and `rope_scaling`, which every version of transformers reads. A
-    `rope_freqs.weight` tensor becomes rope_scaling of type "llama3" when its factors follow that rule, else
-    {"rope_type": "explicit", "factors": [...]}, one factor per pair of dimensions, by which the frequency is divided.
+    tensor of rotary factors becomes rope_scaling of type "llama3" when its factors follow that rule, else
+    {"rope_type": "explicit", "factors": [...]}: one factor per pair of dimensions that divides its frequency.
 
     Raises:
         UsageError: the architecture is not supported or metadata is missing or not understood.
     """
     keys = _Keys(file)
-    arch = keys.arch
-    model_type, class_name = _FAMILIES[arch]
+    model_type, class_name = _FAMILIES[keys.arch]
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // n_heads)
     _refuse_unsupported(keys, head_dim)
-    vocab_size, _ = keys.tensor_shape("token_embd.weight", 2)
+    vocab_size, hidden_size = keys.tensor_shape("token_embd.weight", 2)
     config: dict[str, Any] = {
         "architectures": [class_name],
         "model_type": model_type,
         "vocab_size": vocab_size,
-        "hidden_size": keys.integer("embedding_length"),
+        "hidden_size": hidden_size,
         "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": _layers(keys),
         "num_attention_heads": n_heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", n_heads),
         "head_dim": head_dim,
@@ -56,18 +55,59 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": keys.token_id("bos"),
+        "eos_token_id": keys.token_id("eos"),
         "dtype": "float32",
     }
     config["rope_scaling"] = _rope_scaling(keys, head_dim, config["rope_theta"])
-    if arch == "gemma3":
+    if keys.arch == "gemma3":
         return config | _gemma3(keys, config)
     config["hidden_act"] = "silu"
-    if arch == "llama":
+    if keys.arch != "qwen2":  # which always has biases on q, k and v, and no such setting
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if keys.arch == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return config
+
+
+def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
+    """Recovers Llama 3's rotary scaling from the factors by which it divides the frequencies.
+
+    Llama 3 leaves waves shorter than L/high alone, divides the frequency of waves longer than L/low by F, and
+    blends in between: 1/factor = (1 - s)/F + s with s = (L/wavelength - low)/(high - low). So s is a straight
+    line in 1/wavelength, and its two numbers fix low/L and high/L; low = 1 is our choice, as of all published
+    models.
+
+    Args:
+        factors: (H/2,) divisors, fastest pair of dimensions first.
+        theta: the rotary base.
+
+    Returns:
+        A rope_scaling dict of type "llama3", or of type "explicit" when no such rule gives these factors.
+    """
+    divisors = factors.astype(np.float64)
+    explicit = {"rope_type": "explicit", "factors": [_shortest(factor) for factor in divisors]}
+    largest = divisors.max()
+    between = (divisors > 1 + 1e-6) & (divisors < largest * (1 - 1e-6))
+    if not np.isfinite(divisors).all() or divisors.min() <= 0 or between.sum() < 2:
+        return explicit
+    rotations = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)  # per token, 1/wavelength
+    blend = (1 / divisors - 1 / largest) / (1 - 1 / largest)
+    slope, intercept = np.polyfit(rotations[between], blend[between], 1)
+    if slope <= 0 or intercept >= 0:
+        return explicit
+    low, high = 1.0, float(f"{1 - 1 / intercept:.4g}")
+    factor, length = float(f"{largest:.6g}"), round(slope * (high - low))
+    kept = np.clip((length * rotations - low) / (high - low), 0, 1)
+    if not np.allclose(kept + (1 - kept) / factor, 1 / divisors, rtol=1e-4, atol=0):
+        return explicit
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
 
 
 class _Keys:
@@ -75,18 +115,19 @@ class _Keys:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        self.arch = file.metadata.get("general.architecture")
+        self.arch = str(file.metadata.get("general.architecture"))
         if self.arch not in _FAMILIES:
-            near = difflib.get_close_matches(str(self.arch), _FAMILIES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = difflib.get_close_matches(self.arch, _FAMILIES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
             raise UsageError(
-                f"{file.path}: architecture {self.arch!r} is not supported, expected one of "
-                f"{', '.join(_FAMILIES)}{hint}; choose another model"
+                f"{file.path}: architecture {self.arch!r} is not supported{hint}; "
+                f"choose a model of one of {', '.join(_FAMILIES)}"
             )
 
     def error(self, key: str, problem: str) -> UsageError:
         return UsageError(
-            f"{self.file.path}: metadata key {self.arch}.{key} {problem}; convert the model again or choose another"
+            f"{self.file.path}: metadata key {self.arch}.{key} {problem}; "
+            "convert the model again, or choose another"
         )
 
     def get(self, key: str) -> Any:
@@ -94,40 +135,66 @@ class _Keys:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
-        if isinstance(value, list) and len(set(value)) == 1:
+        if isinstance(value, list) and len(set(map(str, value))) == 1:
             value = value[0]  # one number per layer, all alike
         if value is None and default is not None:
             return default
-        if value is None:
-            raise self.error(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self.error(key, f"is {str(value)[:60]}, expected one positive integer")
+            raise self.error(key, f"is {_brief(value)}, expected a positive integer")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(key, f"is {str(value)[:60]}, expected a positive number")
-        # Stored in float32: the shortest decimal that names it is what the author wrote (1e-05, not 9.99999974e-06).
-        return float(str(np.float32(value)))
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < _shortest(value) < math.inf
+        ):
+            raise self.error(key, f"is {_brief(value)}, expected a positive number")
+        return _shortest(value)
+
+    def token_id(self, role: str) -> int | None:
+        value = self.file.metadata.get(f"tokenizer.ggml.{role}_token_id")
+        return value if isinstance(value, int) else None
 
     def tensor_shape(self, name: str, n_dims: int) -> tuple[int, ...]:
         info = self.file.tensors.get(name)
         if info is None or len(info.shape) != n_dims:
             found = "is missing" if info is None else f"has shape {info.shape}"
             raise UsageError(
-                f"{self.file.path}: tensor {name} {found}, expected {n_dims} dimension(s); choose another file"
+                f"{self.file.path}: tensor {name} {found}, expected {n_dims} dimension(s); "
+                "choose another file"
             )
         return info.shape
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that names a float32: what the author wrote, 1e-05 and not 9.99999974e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
+
+
+def _brief(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _layers(keys: _Keys) -> int:
+    n_layers = keys.integer("block_count")
+    if f"blk.{n_layers - 1}.attn_q.weight" not in keys.file.tensors:
+        raise keys.error(
+            "block_count", f"is {n_layers}, but the last layer's attn_q.weight is not in the file"
+        )
+    return n_layers
 
 
 def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
     if keys.get("expert_count"):
         raise keys.error("expert_count", "is set, but mixtures of experts are not supported")
+    if head_dim < 2 or head_dim % 2:
+        raise keys.error("attention.key_length", f"makes the head size {head_dim}, expected an even number")
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"differs from the head size {head_dim}, which is not supported")
@@ -138,80 +205,62 @@ def _rope_scaling(keys: _Keys, head_dim: int, theta: float) -> dict[str, Any] | 
         (n_factors,) = keys.tensor_shape(ROPE_FACTORS, 1)
         if n_factors != head_dim // 2:
             raise UsageError(
-                f"{keys.file.path}: tensor {ROPE_FACTORS} has {n_factors} factors, expected {head_dim // 2}, one per "
-                "pair of a head's dimensions; convert the model again"
+                f"{keys.file.path}: tensor {ROPE_FACTORS} has {n_factors} factors, expected {head_dim // 2}, "
+                "one per pair of a head's dimensions; convert the model again"
             )
         return rope_scaling_from_factors(keys.file.read(ROPE_FACTORS), theta)
     kind = keys.get("rope.scaling.type") or ("linear" if keys.get("rope.scale_linear") else "none")
     if kind == "none":
         return None
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
     if kind == "linear":
-        factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        original = keys.integer("rope.scaling.original_context_length")
-        factor = keys.real("rope.scaling.factor")
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    raise keys.error("rope.scaling.type", f"is {kind!r}, expected none, linear or yarn")
+        return _yarn(keys, factor)
+    raise keys.error("rope.scaling.type", f"is {_brief(kind)}, expected none, linear or yarn")
 
 
-def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
-    """Recovers llama3's rotary scaling from the factors by which it divides the frequencies.
-
-    Llama 3 leaves waves shorter than L/high as they are, divides the frequency of waves longer than L/low by F, and
-    blends in between: 1/factor = (1 - s)/F + s with s = (L/wavelength - low)/(high - low). So s is a straight line in
-    1/wavelength. Its two numbers fix low/L and high/L; we set low = 1, as published models do.
-
-    Args:
-        factors: (H/2,) divisors, fastest dimension first.
-        theta: the rotary base.
-
-    Returns:
-        A rope_scaling dict of type "llama3", or of type "explicit" when no such rule gives these factors.
-    """
-    divisors = factors.astype(np.float64)
-    explicit = {"rope_type": "explicit", "factors": [float(str(np.float32(factor))) for factor in factors]}
-    factor = divisors.max()
-    between = (divisors > 1 + 1e-6) & (divisors < factor * (1 - 1e-6))
-    if divisors.min() <= 0 or factor <= 1 or between.sum() < 2:
-        return explicit
-    per_token = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)  # 1/wavelength
-    smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
-    slope, intercept = np.polyfit(per_token[between], smooth[between], 1)
-    if slope <= 0 or intercept >= 0:
-        return explicit
-    low, high = 1.0, 1.0 - 1.0 / intercept
-    original = round(slope * (high - low))
-    high, factor = (float(f"{number:.4g}") for number in (high, factor))
-    again = 1 / np.clip((original * per_token - low) / (high - low), 0, 1)
-    blend = np.clip((original * per_token - low) / (high - low), 0, 1)
-    again = 1 / ((1 - blend) / factor + blend)
-    if not np.allclose(again, divisors, rtol=1e-4, atol=0):
-        return explicit
-    return {
-        "rope_type": "llama3",
+def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
         "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
     }
+    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if keys.get(f"rope.scaling.{theirs}") is not None:
+            scaling[ours] = keys.real(f"rope.scaling.{theirs}")
+    for key in ("attn_factor", "yarn_attn_factor"):
+        if keys.real(f"rope.scaling.{key}", 1.0) != 1.0:
+            raise keys.error(f"rope.scaling.{key}", "is not 1, which is not supported")
+    return scaling
 
 
 def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     n_layers = config["num_hidden_layers"]
-    pattern = keys.integer("attention.sliding_window_pattern", _GEMMA3_SLIDING_PATTERN)
     # Every size scales queries by the head size except the largest, which uses hidden size per head.
     largest = n_layers == _GEMMA3_27B_LAYERS
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    caps = ("final_logit_softcapping", "attn_logit_softcapping")
     return {
         "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
         "sliding_window": keys.integer("attention.sliding_window"),
         "layer_types": [
-            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(n_layers)
+            "sliding_attention" if slides else "full_attention" for slides in _sliding(keys, n_layers)
         ],
         "rope_local_base_freq": keys.real("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA),
-        "query_pre_attn_scalar": (
-            config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-        ),
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
-        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
+        "query_pre_attn_scalar": scalar,
+        **{cap: None if keys.get(cap) is None else keys.real(cap) for cap in caps},
     }
+
+
+def _sliding(keys: _Keys, n_layers: int) -> list[bool]:
+    """Which layers look only at a window: a list in the file, or all but every n-th."""
+    key = "attention.sliding_window_pattern"
+    pattern = keys.get(key)
+    if isinstance(pattern, list):
+        if len(pattern) != n_layers:
+            raise keys.error(key, f"has {len(pattern)} entries, expected one for each of {n_layers} layers")
+        return [bool(slides) for slides in pattern]
+    period = keys.integer(key, _GEMMA3_SLIDING_PATTERN)
+    return [(layer + 1) % period != 0 for layer in range(n_layers)]

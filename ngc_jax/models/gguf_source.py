@@ -1,22 +1,20 @@
-"""Presents a GGUF file as a Hugging Face model: config.json's dict, tensor names, row orders and norm conventions.
+"""Presents a GGUF file as a Hugging Face model: config, tensor names, row orders and norm conventions.
 
-Supported architectures: llama (and Mistral, which uses the same one), qwen2, qwen3, gemma3.
+Supported architectures: llama (Mistral's files use the same one), qwen2, qwen3, gemma3.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf_config import ROPE_FACTORS, config_from_gguf
-from ngc_jax.models.gguf_file import GgufFile, can_dequantise
+from ngc_jax.models.gguf_file import GgufFile
 from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
-
-if TYPE_CHECKING:
-    from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.models.tokenizer import Tokenizer
 
 _OUTSIDE_LAYERS = {
     "token_embd": "model.embed_tokens",
@@ -35,8 +33,8 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_PRE_NORMS = {"ffn_norm": "post_attention_layernorm"}
-_SANDWICH_NORMS = {
+_TWO_NORMS = {"ffn_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -50,53 +48,54 @@ class GgufSource:
         """Opens the file and reads its header.
 
         Raises:
-            UsageError: the file is damaged, of an unsupported architecture, lacks metadata, or holds a tensor of a
-                type that cannot be dequantised.
+            UsageError: the file is damaged, of an unsupported architecture, lacks metadata, or holds a tensor
+                of a type that cannot be dequantised.
         """
         self.name = path.stem
         self._file = GgufFile(path)
         try:
             self.config: dict[str, Any] = config_from_gguf(self._file)
-            arch = self._file.metadata["general.architecture"]
-            self._gguf_names = {
-                hf_name(arch, name): name for name in self._file.tensors if name != ROPE_FACTORS
-            }
-            self._undo = _undo_functions(arch, self.config)
-            self._check_types()
+            for gguf_name in self._file.tensors:
+                self._file.check_type(gguf_name)
         except BaseException:
             self._file.close()
             raise
+        self._arch = self._file.metadata["general.architecture"]
+        self._gguf_names = {
+            hf_name(self._arch, name): name for name in self._file.tensors if name != ROPE_FACTORS
+        }
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
         }
-
-    def _check_types(self) -> None:
-        for info in self._file.tensors.values():
-            if not can_dequantise(info.type):
-                raise UsageError(
-                    f"{self._file.path}: tensor {info.name} has type {info.type.name}, which cannot be dequantised; "
-                    "requantise the file to a common type such as Q8_0 or F16"
-                )
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.
 
         Raises:
-            UsageError: no tensor has that name, or the file has shrunk.
+            UsageError: no tensor has that name, the file has shrunk, or the shape does not fit the heads.
         """
         if name not in self._gguf_names:
-            raise UsageError(
-                f"{self._file.path}: has no tensor {name!r}; expected one of the names in shapes"
-            )
+            raise UsageError(f"{self._file.path}: has no tensor {name!r}; ask for one of the names in shapes")
         gguf_name = self._gguf_names[name]
         tensor = self._file.read(gguf_name)
-        for suffix, undo in self._undo.items():
-            if gguf_name.endswith(suffix):
-                tensor = undo(tensor)
+        if self._arch == "gemma3" and gguf_name.endswith("norm.weight"):
+            # GGUF stores the factor 1 + w that multiplies, Hugging Face stores w.
+            return tensor - np.float32(1)
+        part = gguf_name.rpartition(".")[0].rpartition(".")[2]
+        if self._arch == "llama" and part in ("attn_q", "attn_k"):
+            heads = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+            n_heads = self.config[heads]
+            if tensor.shape[0] != n_heads * self.config["head_dim"]:
+                raise UsageError(
+                    f"{self._file.path}: tensor {gguf_name} has {tensor.shape[0]} rows, "
+                    f"expected {n_heads} heads of "
+                    f"{self.config['head_dim']}; convert the model again"
+                )
+            return unpermute_rotary(tensor, n_heads)
         return tensor
 
-    def tokenizer(self) -> "Tokenizer":
-        """Builds the tokenizer from the file's metadata.
+    def tokenizer(self) -> Tokenizer:
+        """Builds the tokenizer from the file's metadata; can still be called after `close`.
 
         Raises:
             UsageError: the file has no tokenizer, or one of an unsupported kind.
@@ -125,7 +124,7 @@ def hf_name(arch: str, gguf_name: str) -> str:
     stem, _, kind = gguf_name.rpartition(".")
     if stem in _OUTSIDE_LAYERS:
         return f"{_OUTSIDE_LAYERS[stem]}.{kind}"
-    in_layer = _IN_LAYER | (_SANDWICH_NORMS if arch == "gemma3" else _PRE_NORMS)
+    in_layer = _IN_LAYER | (_FOUR_NORMS if arch == "gemma3" else _TWO_NORMS)
     match stem.split("."):
         case ["blk", layer, part] if part in in_layer:
             return f"model.layers.{layer}.{in_layer[part]}.{kind}"
@@ -133,12 +132,13 @@ def hf_name(arch: str, gguf_name: str) -> str:
 
 
 def unpermute_rotary(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Undoes GGUF's order of the query and key rows of llama.
+    """Undoes GGUF's order of llama's query and key rows.
 
-    Within each head GGUF interleaves the two rotary halves (0, H/2, 1, H/2 + 1, ...), Hugging Face keeps them apart.
+    Within each head GGUF interleaves the two rotary halves (0, H/2, 1, H/2 + 1, ...); Hugging Face keeps them
+    apart.
 
     Args:
-        rows: weight (n_heads * H, D) or bias (n_heads * H,) in GGUF order.
+        rows: weight (n_heads * H, D) or bias (n_heads * H,) in GGUF order; H is even.
         n_heads: heads in `rows`: query heads for q, key-value heads for k.
 
     Returns:
@@ -147,19 +147,3 @@ def unpermute_rotary(rows: np.ndarray, n_heads: int) -> np.ndarray:
     half = rows.shape[0] // n_heads // 2
     pairs = rows.reshape(n_heads, half, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _undo_functions(arch: str, config: Mapping[str, Any]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Maps the end of a GGUF name to the function that restores Hugging Face's convention."""
-    if arch == "llama":
-        n_q, n_k = config["num_attention_heads"], config["num_key_value_heads"]
-        return {
-            ".attn_q.weight": lambda tensor: unpermute_rotary(tensor, n_q),
-            ".attn_q.bias": lambda tensor: unpermute_rotary(tensor, n_q),
-            ".attn_k.weight": lambda tensor: unpermute_rotary(tensor, n_k),
-            ".attn_k.bias": lambda tensor: unpermute_rotary(tensor, n_k),
-        }
-    if arch == "gemma3":
-        # GGUF stores the factor 1 + w that multiplies, Hugging Face stores w.
-        return {"norm.weight": lambda tensor: tensor - np.float32(1)}
-    return {}

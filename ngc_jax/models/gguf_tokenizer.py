@@ -1,6 +1,6 @@
 """Rebuilds a model's tokenizer from the metadata of its GGUF file."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,44 +9,13 @@ from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf_pretokenizers import pre_tokenizer
-from ngc_jax.models.tokenizer import Tokenizer, wrap
+from ngc_jax.models.tokenizer import Tokenizer, one_line, wrap
 
-# tokenizer.ggml.token_type
+# Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-
 _SPACE = "▁"
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    where: str
-    tokens: Sequence[str]
-    types: Sequence[int]
-    metadata: Mapping[str, Any]
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
-
-    def special(self, key: str, default: int | None = None) -> str | None:
-        """The text of a special token such as bos, None when the file names none."""
-        index = self.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
-        if index is None:
-            return None
-        if not isinstance(index, int) or not 0 <= index < len(self.tokens):
-            raise UsageError(
-                f"{self.where}: {key} token {index!r} is outside the vocabulary of {len(self.tokens)}; "
-                "convert the model again"
-            )
-        return self.tokens[index]
-
-    def ids(self) -> dict[str, int]:
-        return {token: index for index, token in enumerate(self.tokens)}
-
-    def added(self) -> Iterable[AddedToken]:
-        """Tokens that are found in the text before it is split, longest first where they overlap."""
-        for token, kind in zip(self.tokens, self.types, strict=True):
-            if token and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-                yield AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -60,111 +29,152 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         A tokenizer with the file's special tokens, BOS and EOS rules and chat template.
 
     Raises:
-        UsageError: there is no tokenizer, its kind or pre-tokenizer is unknown, or its lists do not fit together.
+        UsageError: there is no tokenizer, its kind or pre-tokenizer is unknown, or its lists do not fit
+            together.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in _BUILDERS:
-        problem = "has no tokenizer" if kind is None else f"has a tokenizer of unsupported kind {kind!r}"
+    if kind == "gpt2":
+        vocabulary = _vocabulary(metadata, where, {})
+        backend, add_bos = _byte_level(vocabulary)
+    elif kind == "llama":
+        vocabulary = _vocabulary(metadata, where, _SENTENCEPIECE_IDS)
+        backend, add_bos = _sentencepiece(vocabulary), True
+    else:
+        problem = "has no tokenizer" if kind is None else f"has a tokenizer of the unsupported kind {kind!r}"
         raise UsageError(
-            f"{where}: {problem}, expected tokenizer.ggml.model to be {' or '.join(_BUILDERS)}; "
-            "use the model's directory with a tokenizer.json instead"
+            f"{where}: {problem}, expected tokenizer.ggml.model to be gpt2 or llama; "
+            "give the model's directory with its tokenizer.json instead"
         )
-    vocabulary = _vocabulary(metadata, where)
-    backend, add_bos, default_ids = _BUILDERS[kind](vocabulary)
     backend.add_tokens(list(vocabulary.added()))
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {f"{role}_token": vocabulary.special(key, default_ids.get(role)) for role, key in roles.items()}
-    ends = (vocabulary.special("eot"), vocabulary.special("eom"))
+    special = {role: token for role, key in _ROLES.items() if (token := vocabulary.special(key)) is not None}
+    template = metadata.get("tokenizer.chat_template")
     return wrap(
         backend,
-        special_tokens={role: token for role, token in special.items() if token is not None},
-        chat_template=metadata.get("tokenizer.chat_template"),
-        add_bos=vocabulary.flag("add_bos_token", add_bos) and special["bos_token"] is not None,
-        add_eos=vocabulary.flag("add_eos_token", False) and special["eos_token"] is not None,
-        stop_tokens=[token for token in ends if token is not None],
+        special_tokens=special,
+        chat_template=template if isinstance(template, str) else None,
+        add_bos="bos_token" in special and vocabulary.flag("add_bos_token", add_bos),
+        add_eos="eos_token" in special and vocabulary.flag("add_eos_token", False),
+        stop_tokens=[token for key in ("eot", "eom") if (token := vocabulary.special(key)) is not None],
     )
 
 
-def _vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
+@dataclass(frozen=True)
+class _Vocabulary:
+    where: str
+    metadata: Mapping[str, Any]
+    tokens: Sequence[str]
+    types: Sequence[int]
+    default_ids: Mapping[str, int]
+
+    def error(self, problem: str) -> UsageError:
+        return UsageError(
+            f"{self.where}: its tokenizer is damaged: {problem}; "
+            "convert the model again, or give its directory with tokenizer.json"
+        )
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+
+    def special(self, key: str) -> str | None:
+        """The text of a special token, None when the file names none."""
+        index = self.metadata.get(f"tokenizer.ggml.{key}_token_id", self.default_ids.get(key))
+        if index is None:
+            return None
+        if not isinstance(index, int) or not 0 <= index < len(self.tokens):
+            raise self.error(f"the {key} token is number {index!r} of {len(self.tokens)}")
+        return self.tokens[index]
+
+    def ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
+
+    def added(self) -> Iterator[AddedToken]:
+        """Tokens that are looked for in a text before it is split."""
+        for token, kind in zip(self.tokens, self.types, strict=True):
+            if token and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+                yield AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+
+
+def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[str, int]) -> _Vocabulary:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or not tokens or not _all(str, tokens):
         raise UsageError(
-            f"{where}: tokenizer.ggml.tokens is missing or no list of texts; "
-            "use the model's directory with a tokenizer.json instead"
+            f"{where}: tokenizer.ggml.tokens is no list of texts; "
+            "convert the model again, or give its directory "
+            "with tokenizer.json"
         )
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    vocabulary = _Vocabulary(where, metadata, tokens, types, default_ids)
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise UsageError(
-            f"{where}: tokenizer.ggml.token_type does not fit the tokens; convert the model again"
+        raise vocabulary.error(
+            f"tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens"
         )
-    return _Vocabulary(where, tokens, types, metadata)
+    return vocabulary
 
 
-def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool, dict[str, int]]:
-    """Byte-level BPE as of GPT-2: merges in the file, pre-tokenizer by name."""
+def _all(kind: type, values: Sequence[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
+    """Byte-level BPE as of GPT-2; also whether texts begin with BOS when the file does not say."""
     merges = vocabulary.metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise UsageError(f"{vocabulary.where}: tokenizer.ggml.merges is missing; convert the model again")
+    if not isinstance(merges, list) or not _all(str, merges):
+        raise vocabulary.error("tokenizer.ggml.merges is no list of texts")
+    # "left right"; a space at the very start belongs to the left part.
+    gaps = [merge.find(" ", 1) for merge in merges]
+    if -1 in gaps:
+        raise vocabulary.error(f"merge {merges[gaps.index(-1)]!r} is not a pair")
+    pairs = [(merge[:gap], merge[gap + 1 :]) for merge, gap in zip(merges, gaps, strict=True)]
     cut = pre_tokenizer(str(vocabulary.metadata.get("tokenizer.ggml.pre", "default")), vocabulary.where)
-    # A merge is written "left right"; the left part may itself begin with a space, never the separator.
-    pairs = [(merge[: (gap := merge.find(" ", 1))], merge[gap + 1 :]) for merge in merges]
-    try:
-        model = models.BPE(vocabulary.ids(), pairs, ignore_merges=cut.whole_words)
-    except Exception as error:  # tokenizers raises plain Exception for a merge outside the vocabulary
-        raise UsageError(
-            f"{vocabulary.where}: the tokenizer's merges do not fit its tokens ({error}); convert the model again"
-        ) from None
-    backend = Backend(model)
-    normalizer, splitter = cut.build()
+    backend = Backend(_bpe(vocabulary, pairs, ignore_merges=cut.whole_words))
+    normalizer, backend.pre_tokenizer = cut.build()
     if normalizer is not None:
         backend.normalizer = normalizer
-    backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
-    return backend, cut.add_bos, {}
+    return backend, cut.add_bos
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, bool, dict[str, int]]:
-    """SentencePiece BPE: merges follow from the scores, characters outside the vocabulary become bytes."""
+def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
+    """SentencePiece BPE: merges follow from scores; characters that are no token become bytes."""
     scores = vocabulary.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
-        raise UsageError(
-            f"{vocabulary.where}: tokenizer.ggml.scores does not fit the tokens; convert the model again"
-        )
-    default_ids = {"bos": 1, "eos": 2, "unk": 0}
-    ids = vocabulary.ids()
-    model = models.BPE(
-        ids,
-        _merges_from_scores(ids, vocabulary.types, scores),
-        unk_token=vocabulary.special("unknown", default_ids["unk"]),
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    backend = Backend(model)
-    space_prefix = vocabulary.flag("add_space_prefix", True)
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens) or not _all(float, scores):
+        raise vocabulary.error("tokenizer.ggml.scores does not have one number for each token")
+    merges = _merges_from_scores(vocabulary, scores)
+    unknown = vocabulary.special("unknown")
+    backend = Backend(_bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     to_marks = normalizers.Replace(" ", _SPACE)
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_SPACE), to_marks]) if space_prefix else to_marks
-    )
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if space_prefix else steps)
-    return backend, True, default_ids
+    to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.flag("add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), to_marks])
+        backend.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)])
+    else:
+        backend.normalizer = to_marks
+        backend.decoder = decoders.Sequence(to_text)
+    return backend
 
 
-def _merges_from_scores(
-    ids: Mapping[str, int], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
+def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Lists every way to join two tokens into a third, the best-scored third first.
 
-    SentencePiece joins the adjacent pair whose union has the best score; BPE joins the pair earliest in its list.
+    SentencePiece joins the adjacent pair whose union scores best; BPE joins the pair that is earliest in its
+    list.
     """
-    mergeable = {token: index for token, index in ids.items() if types[index] == _NORMAL}
+    ids = {
+        token: index
+        for token, index in vocabulary.ids().items()
+        if vocabulary.types[index] in (_NORMAL, _USER_DEFINED)
+    }
     found = [
-        (-scores[index], mergeable[token[:cut]], mergeable[token[cut:]], token, cut)
-        for token, index in mergeable.items()
+        (-scores[index], index, ids[token[:cut]], cut, token)
+        for token, index in ids.items()
         for cut in range(1, len(token))
-        if token[:cut] in mergeable and token[cut:] in mergeable
+        if token[:cut] in ids and token[cut:] in ids
     ]
-    return [(token[:cut], token[cut:]) for *_, token, cut in sorted(found)]
+    return [(token[:cut], token[cut:]) for *_, cut, token in sorted(found)]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocabulary.ids(), list(merges), **options)
+    except Exception as error:  # of the library's own unnamed kind
+        raise vocabulary.error(f"its merges do not fit its tokens ({one_line(error)})") from None

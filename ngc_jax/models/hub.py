@@ -3,9 +3,23 @@
 from pathlib import Path
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.tokenizer import one_line
 
-# No *.py and no pickle files: what is not fetched cannot be run.
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# No *.py and no pickle files: what is not fetched cannot be run. Nor copies of the weights in other layouts.
+_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+]
 
 
 def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
@@ -16,21 +30,27 @@ def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
         cache_dir: the hub's own cache by default.
 
     Raises:
-        UsageError: there is no such repository or revision, access is restricted, or there is neither a network nor
-            a cached copy.
+        UsageError: there is no such repository or revision, access is restricted, or there is neither a
+            network nor a cached copy.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = model.partition("@")
     try:
-        # Falls back to the cached copy by itself when there is no network.
-        return Path(
-            snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=_PATTERNS)
+        # By itself it uses the cached copy when there is no network.
+        found = snapshot_download(
+            repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=_PATTERNS
         )
     except GatedRepoError:
         raise UsageError(
-            f"{repo}: access is restricted; accept its terms on its hub page, then log in with 'hf auth login'"
+            f"{repo}: access is restricted; accept its terms on its hub page, "
+            "then log in with 'hf auth login'"
         ) from None
     except RevisionNotFoundError:
         raise UsageError(
@@ -38,11 +58,17 @@ def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise UsageError(
-            f"{repo}: no such path and no such hub repository; check the spelling, or log in with 'hf auth login' if it is private"
+            f"{repo}: no such path and no such hub repository; check the spelling, or log in with "
+            "'hf auth login' if it is private"
+        ) from None
+    except HFValidationError as error:
+        raise UsageError(
+            f"{model}: no such path, and no valid hub id ({one_line(error)}); "
+            "expected org/name or org/name@revision"
         ) from None
     except Exception as error:  # network failures come from several libraries
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UsageError(
-            f"{model}: no such path, and the hub cannot be reached nor is a copy cached ({reason}); "
+            f"{model}: no such path, the hub cannot be reached and no copy is cached ({one_line(error)}); "
             "connect to the network once, or give a local directory or .gguf file"
         ) from None
+    return Path(found)

@@ -1,7 +1,7 @@
 """Reads a Hugging Face model directory: config.json, one or many safetensors files, tokenizer files.
 
-The safetensors header (a length, then JSON) is parsed here: the library's NumPy reader knows neither bfloat16 nor
-float8, and maps whole files into memory. One tensor is read at a time, so memory holds that tensor only.
+The safetensors header (a length, then JSON) is parsed here: the library's NumPy reader does not know bfloat16
+and float8, and maps whole files into memory. One tensor is read at a time, so memory holds that tensor only.
 """
 
 import json
@@ -10,9 +10,10 @@ import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -72,7 +73,7 @@ class SafetensorsSource:
         self._directory = directory
         self.config: dict[str, Any] = read_json_object(directory / "config.json")
         self._files = ExitStack()
-        self._open: dict[Path, BinaryIO] = {}
+        self._open: dict[Path, BufferedReader] = {}
         self._entries: dict[str, _Entry] = {}
         try:
             for path in _weight_files(directory):
@@ -93,8 +94,8 @@ class SafetensorsSource:
         for name, entry in _read_header(file, path).items():
             if name in self._entries:
                 raise UsageError(
-                    f"{path}: tensor {name} is also in {self._entries[name].path.name}; remove the file that is not "
-                    "part of the model"
+                    f"{path}: tensor {name!r} is also in {self._entries[name].path.name}; "
+                    "remove the file that is not part of the model"
                 )
             self._entries[name] = entry
 
@@ -172,7 +173,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return found
     if found:
         raise UsageError(
-            f"{directory}: has {len(found)} safetensors files but no {_INDEX}; download or copy the index as well"
+            f"{directory}: has {len(found)} safetensors files but no {_INDEX}; "
+            "download or copy the index as well"
         )
     if any(path for pattern in _PICKLES for path in directory.glob(pattern)):
         raise UsageError(
@@ -202,15 +204,15 @@ def _plain_name(name: Any) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict[str, _Entry]:
+def _read_header(file: BufferedReader, path: Path) -> dict[str, _Entry]:
     size = file.seek(0, 2)
     file.seek(0)
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - len(prefix), _MAX_HEADER):
         raise UsageError(
-            f"{path}: is truncated or no safetensors file: its header should have {length} bytes, the file has {size}; "
-            "download or copy it again"
+            f"{path}: is truncated or no safetensors file: its header should have {length} bytes, "
+            f"the file has {size}; download or copy it again"
         )
     try:
         header = json.loads(file.read(length))

