@@ -28,10 +28,11 @@ class Kernel:
     - `bilinear`: phi is the identity, M = I.
     - `riemannian`: phi is the identity, M a learned symmetric positive metric, one per group; I when
       initialised.
-    - `lifted`: phi(Q) = tanh(Q P) with P (rank, lift), M a learned diagonal gain over the lifted features:
-      weights of rank up to `lift` from states of dimension `rank`. The gain is needed because tanh is
-      bounded: it frees the size of the weights from `lift`, and lets small states make bilinear weights of
-      any size, so that the bilinear kernel is a limit of this one.
+    - `lifted`: phi(Q) = tanh(Q P) with P (rank, lift), on the output side times an amplitude per neuron, and
+      M one gain per group: weights of rank up to `lift` from states of dimension `rank`. tanh is bounded, so
+      the size of the weights must come from elsewhere: the amplitude lets a neuron be strong and its state
+      moderate, and with the gain, small states make bilinear weights of any size, so bilinear is a limit of
+      this kernel.
 
     Attributes:
         name: `bilinear`, `riemannian` or `lifted`.
@@ -148,12 +149,13 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
         UsageError: If the kernel does not admit the rank.
     """
     check_rank(kernel, rank)
-    states = rank * (d_in + sum(d_outs))
+    outputs = sum(d_outs)
+    states = rank * (d_in + outputs)
     match kernel.name:
         case "riemannian":
             return states + rank * (1 + metric_rank_at(kernel, rank))
         case "lifted":
-            return states + kernel.lift * (1 + (rank if kernel.learned else 0))
+            return states + 1 + outputs + (rank * kernel.lift if kernel.learned else 0)
         case _:
             return states
 
@@ -161,9 +163,9 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
 def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:
     """Names of the axes of every parameter of a group, for one table of sharding rules per mesh.
 
-    Keys are paths inside the group, joined by "."; a single entry `output_states` stands for those of all
-    members. The axes: `in` and `out` (neurons), `latent` (the state's dimensions), `lift` (lifted features);
-    None is an axis too short to be worth splitting.
+    Keys are paths inside the group, joined by "."; the entries `output_states` and `amplitude` stand for
+    those of all members. The axes: `in` and `out` (neurons), `latent` (the state's dimensions), `lift`
+    (lifted features); None is an axis too short to be worth splitting.
     """
     axes: dict[str, tuple[str | None, ...]] = {
         "input_states": ("in", "latent"),
@@ -174,7 +176,8 @@ def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:
         if kernel.metric_rank:
             axes["metric.factor"] = ("latent", None)
     if kernel.name == "lifted":
-        axes["gain"] = ("lift",)
+        axes["gain"] = ()
+        axes["amplitude"] = ("out",)
         if kernel.learned:
             axes["lift"] = ("latent", "lift")
     return axes

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel, count_parameters, logical_axes
-from ngc_jax.groups.states import States, fixed_lift, init_states
+from ngc_jax.groups.states import States, fixed_lift, from_bilinear, init_states
 
 __all__ = [
     "Kernel",
@@ -32,6 +32,7 @@ __all__ = [
     "count_parameters",
     "encode",
     "forward",
+    "from_bilinear",
     "init_states",
     "input_features",
     "interaction",
@@ -142,11 +143,14 @@ def output_features(kernel: Kernel, states: States, member: str) -> Float[Array,
         near = difflib.get_close_matches(member, list(members), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(members))}"
         raise UsageError(f"the group has no member {member!r}; {hint}")
-    return _features(kernel, states, members[member])
+    features = _features(kernel, states, members[member])
+    if kernel.name != "lifted":
+        return features
+    return features * states["amplitude"][member].astype(features.dtype)[:, None]
 
 
 def interaction(kernel: Kernel, states: States) -> Float[Array, "s s"]:
-    """M as a matrix (S, S): the metric, the gain on a diagonal, or the identity. For tests and study."""
+    """M as a matrix (S, S): the identity, the metric, or the gain's multiple of the identity; for study."""
     width = kernel.signal_width(states["input_states"].shape[1])
     with jax.default_matmul_precision("highest"):
         return _apply_interaction(

@@ -4,7 +4,7 @@
               "output_states": {member: (D_out, R)},
               "metric": {"log_diagonal": (R,), "factor": (R, K)},   riemannian; factor only when metric_rank >
               0
-              "gain": (S,),                                         lifted
+              "gain": (), "amplitude": {member: (D_out,)},          lifted
               "lift": (R, S)}                                       lifted, when learned
 
 Shape suffixes: R rank (dimension of a state), S lifted features, K metric rank, P probe neurons.
@@ -102,9 +102,51 @@ def initialisers(
         parts["metric"] = lambda _: _metric_init(kernel, rank, dtype)
     if kernel.name == "lifted":
         parts["gain"] = lambda key: _gain_init(key, kernel, rank, dtype)
+        parts["amplitude"] = lambda _: {name: jnp.ones(d_out, dtype) for name, d_out in d_outs.items()}
         if kernel.learned:
             parts["lift"] = lambda _: jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), dtype)
     return parts
+
+
+def from_bilinear(kernel: Kernel, states: States, size: float = 1.0) -> dict[str, Any]:
+    """States of another kernel that begin as a bilinear group: where gradient steps start.
+
+    Riemannian: the same weights, M = I. Lifted: the states are scaled to root mean square `size` and the gain
+    makes up for it. The weights tend to the bilinear ones as `size` goes to 0 (relative error about size^2);
+    near 1 tanh bends, which is what a fit makes use of.
+
+    Args:
+        kernel: The kernel to start.
+        states: The states of a bilinear group.
+        size: lifted: root mean square of the states' entries on either side.
+
+    Returns:
+        States of `kernel` with the shapes and types of those given.
+
+    Raises:
+        UsageError: If the kernel does not admit the rank, or `size` is not positive.
+    """
+    q_in, q_outs = states["input_states"], dict(states["output_states"])
+    (d_in, rank), dtype = q_in.shape, q_in.dtype
+    check_rank(kernel, rank)
+    if size <= 0:
+        raise UsageError(f"size is {size}; expected a positive root mean square of the states")
+    if kernel.name != "lifted":
+        metric = {"metric": _metric_init(kernel, rank, dtype)} if kernel.name == "riemannian" else {}
+        return {"input_states": q_in, "output_states": q_outs, **metric}
+
+    scale_in = _root_mean_square([q_in]) / size
+    scale_out = _root_mean_square(list(q_outs.values())) / size
+    gain = scale_in * scale_out * (rank / kernel.lift) * math.sqrt(d_in * kernel.lift)
+    lifted = {
+        "input_states": (q_in / scale_in).astype(dtype),
+        "output_states": {name: (q / scale_out).astype(dtype) for name, q in q_outs.items()},
+        "gain": gain.astype(dtype),
+        "amplitude": {name: jnp.ones(q.shape[0], dtype) for name, q in q_outs.items()},
+    }
+    if kernel.learned:
+        lifted["lift"] = jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), dtype)
+    return lifted
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,6 +179,12 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float, dtype: Any) -
     return (std * jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))).astype(dtype)
 
 
+def _root_mean_square(arrays: list[Array]) -> Array:
+    """Over all entries of all arrays, in float32 at least; tiny rather than 0 for states that are all 0."""
+    squares = [jnp.sum(jnp.square(a.astype(jnp.promote_types(a.dtype, jnp.float32)))) for a in arrays]
+    return jnp.sqrt(jnp.maximum(sum(squares) / sum(a.size for a in arrays), 1e-30))
+
+
 def _metric_init(kernel: Kernel, rank: int, dtype: Any) -> dict[str, Array]:
     """M = diag(exp(log_diagonal)) + factor factor^T, equal to I.
 
@@ -160,5 +208,4 @@ def _gain_init(key: PRNGKeyArray, kernel: Kernel, rank: int, dtype: Any) -> Arra
     probes = jax.random.normal(key, (2, _PROBES, rank), jnp.float32)
     features_2xPxS = jnp.tanh(probes @ jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), jnp.float32))
     weights_PxP = features_2xPxS[0] @ features_2xPxS[1].T
-    gain = math.sqrt(kernel.lift) / jnp.sqrt(jnp.mean(weights_PxP**2))
-    return jnp.full((kernel.lift,), gain).astype(dtype)
+    return (math.sqrt(kernel.lift) / jnp.sqrt(jnp.mean(weights_PxP**2))).astype(dtype)
