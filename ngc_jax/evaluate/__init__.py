@@ -1,0 +1,1 @@
+"""What a model kept: likelihoods, perplexity, bits per byte."""

