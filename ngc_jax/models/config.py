@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,26 @@ MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# What transformers takes where config.json is silent. Published configs lean on it: the text part of gemma 3's
+# multimodal ones names little more than its width and depth.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32_768, "sliding_window": 4096, "head_dim": 128},
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +110,7 @@ class DecoderConfig:
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} is {getattr(self, field)}; expected a positive whole number")
         if self.num_heads % self.num_kv_heads:
-            raise UsageError(
-                f"{self.num_heads} heads do not divide among {self.num_kv_heads} key-value heads"
-            )
+            raise UsageError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise UsageError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.activation not in ACTIVATIONS:
@@ -100,9 +119,7 @@ class DecoderConfig:
             )
         for field in ("windows", "ropes"):
             if len(getattr(self, field)) != self.num_layers:
-                raise UsageError(
-                    f"{field} has {len(getattr(self, field))} entries for {self.num_layers} layers"
-                )
+                raise UsageError(f"{field} has {len(getattr(self, field))} entries for {self.num_layers} layers")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -111,19 +128,19 @@ class DecoderConfig:
         Raises:
             UsageError: If the architecture is not supported, or a setting is missing or makes no sense.
         """
-        if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), Mapping):
-            hf = {**hf["text_config"], "model_type": "gemma3_text"}
+        hf = text_config(hf)
         architecture = hf.get("model_type")
         if architecture not in ARCHITECTURES:
             raise UsageError(
                 f"architecture {architecture!r} (model_type in config.json) is not supported; "
                 f"expected one of {', '.join(ARCHITECTURES)}"
             )
+        hf = {**_DEFAULTS[architecture], **hf}
         gemma = architecture == "gemma3_text"
         num_layers = _number(hf, "num_hidden_layers", int)
         embed_dim = _number(hf, "hidden_size", int)
         num_heads = _number(hf, "num_attention_heads", int)
-        head_dim = int(hf.get("head_dim") or (256 if gemma else embed_dim // max(num_heads, 1)))
+        head_dim = _number(hf, "head_dim", int, embed_dim // num_heads)
         attention_bias = bool(hf.get("attention_bias", False))
         if hf.get("use_bidirectional_attention"):
             raise UsageError("bidirectional attention is not supported; expected a causal language model")
@@ -136,19 +153,15 @@ class DecoderConfig:
             embed_dim=embed_dim,
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
+            num_kv_heads=_number(hf, "num_key_value_heads", int, num_heads),
             head_dim=head_dim,
             mlp_dim=_number(hf, "intermediate_size", int),
             norm_eps=_number(hf, "rms_norm_eps", float),
-            activation=str(
-                hf.get("hidden_activation")
-                or hf.get("hidden_act")
-                or ("gelu_pytorch_tanh" if gemma else "silu")
-            ),
-            tied_embeddings=bool(hf.get("tie_word_embeddings", gemma)),
+            activation=str(hf.get("hidden_activation") or hf.get("hidden_act") or "silu"),
+            tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
             windows=tuple(window if is_sliding else None for is_sliding in sliding),
             ropes=tuple(local if is_sliding and gemma else full for is_sliding in sliding),
-            max_length=int(hf.get("max_position_embeddings") or 2048),
+            max_length=_number(hf, "max_position_embeddings", int),
             qkv_bias=attention_bias or architecture == "qwen2",
             o_bias=attention_bias and architecture != "qwen2",
             mlp_bias=bool(hf.get("mlp_bias", False)) and architecture == "llama",
@@ -156,11 +169,9 @@ class DecoderConfig:
             unit_offset_norm=gemma,
             post_norms=gemma,
             embed_scale=embed_dim**0.5 if gemma else 1.0,
-            attention_scale=float(hf.get("query_pre_attn_scalar") or 256) ** -0.5
-            if gemma
-            else head_dim**-0.5,
-            attention_soft_cap=_optional_float(hf.get("attn_logit_softcapping")) if gemma else None,
-            logit_soft_cap=_optional_float(hf.get("final_logit_softcapping")) if gemma else None,
+            attention_scale=(_number(hf, "query_pre_attn_scalar", float) if gemma else head_dim) ** -0.5,
+            attention_soft_cap=_soft_cap(hf, "attn_logit_softcapping") if gemma else None,
+            logit_soft_cap=_soft_cap(hf, "final_logit_softcapping") if gemma else None,
         )
 
     def block(self, layer: int, role: str) -> Block:
@@ -182,59 +193,68 @@ class DecoderConfig:
         return tuple(self.block(layer, role) for layer in range(self.num_layers) for role in ROLES)
 
 
+def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of the text decoder in a multimodal model; any other config as it is."""
+    if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), Mapping):
+        return {**hf["text_config"], "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return hf
+
+
 def block_name(layer: int, role: str) -> str:
     """Name of the block that plays `role` in a layer, for example `layers.3.attn.q`."""
     return f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
 
 
-def _number(hf: Mapping[str, Any], name: str, kind: type) -> Any:
+def _number(hf: Mapping[str, Any], name: str, kind: type, default: float | None = None) -> Any:
+    """A positive number; `default` if it is null or missing."""
     value = hf.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value) or value <= 0:
+    value = default if value is None else value
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not 0 < value < math.inf or value != kind(value):
         raise UsageError(
             f"{name} in config.json is {value!r}; expected a positive {'whole ' if kind is int else ''}number"
         )
     return kind(value)
 
 
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _soft_cap(hf: Mapping[str, Any], name: str) -> float | None:
+    return None if hf.get(name) is None else float(_number(hf, name, float))
 
 
 def _sliding_layers(hf: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[bool, ...]:
     """Which layers attend to a sliding window only."""
+    has_window = hf.get("sliding_window") is not None
+    if architecture in ("llama", "mistral"):
+        return (has_window and architecture == "mistral",) * num_layers
+    if architecture in ("qwen2", "qwen3") and not (has_window and hf.get("use_sliding_window")):
+        return (False,) * num_layers
     layer_types = hf.get("layer_types")
-    if hf.get("sliding_window") is None or (
-        architecture in ("qwen2", "qwen3") and not hf.get("use_sliding_window")
-    ):
-        return (False,) * num_layers
-    if architecture == "llama":
-        return (False,) * num_layers
-    if layer_types is not None and architecture != "mistral":
-        unknown = set(layer_types) - {"sliding_attention", "full_attention"}
-        if unknown or len(layer_types) != num_layers:
+    if layer_types is not None:
+        kinds = {str(kind) for kind in layer_types}
+        if len(layer_types) != num_layers or kinds - {"sliding_attention", "full_attention"}:
             raise UsageError(
-                f"layer_types in config.json has {len(layer_types)} entries with types {sorted(set(layer_types))}; "
+                f"layer_types in config.json has {len(layer_types)} entries of {', '.join(sorted(kinds))}; "
                 f"expected {num_layers} of sliding_attention or full_attention"
             )
         return tuple(kind == "sliding_attention" for kind in layer_types)
-    if architecture == "mistral":
-        return (True,) * num_layers
     if architecture == "gemma3_text":
-        pattern = int(hf.get("sliding_window_pattern") or 6)
+        pattern = _number(hf, "sliding_window_pattern", int, 6)
         return tuple(bool((layer + 1) % pattern) for layer in range(num_layers))
-    first = int(hf.get("max_window_layers", 28))
+    first = hf.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise UsageError(f"max_window_layers in config.json is {first!r}; expected a whole number")
     return tuple(layer >= first for layer in range(num_layers))
 
 
 def _ropes(hf: Mapping[str, Any], gemma: bool) -> tuple[Rope, Rope]:
     """The rope of full-attention layers and that of gemma's sliding ones."""
-    max_length = int(hf.get("max_position_embeddings") or 2048)
-    theta = float(hf.get("rope_theta") or (1_000_000.0 if gemma else 10_000.0))
+    max_length = _number(hf, "max_position_embeddings", int)
+    theta = _number(hf, "rope_theta", float, 1_000_000.0 if gemma else 10_000.0)
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not gemma:
         rope = rope_from_hf(parameters, theta, max_length)
         return rope, rope
-    local_theta = float(hf.get("rope_local_base_freq") or 10_000.0)
+    local_theta = _number(hf, "rope_local_base_freq", float, 10_000.0)
     if "full_attention" in parameters or "sliding_attention" in parameters:
         full, local = parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}
     else:

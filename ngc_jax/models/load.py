@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
-from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.config import DecoderConfig, text_config
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors
 from ngc_jax.models.sources import Source, open_source
@@ -31,7 +31,7 @@ class LanguageModel:
         config: The architecture.
         plan: The groups; None for a dense model.
         params: The parameters.
-        hf_config: The config.json it came with, without our own section.
+        hf_config: The config.json it came with, without our own section; the text part of a multimodal one.
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
     """
@@ -96,6 +96,7 @@ def load_from_source(
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     hf_config = dict(source.config)
     section = hf_config.pop("ngc", None)
+    hf_config = dict(text_config(hf_config))
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
     decoder = Decoder(config, plan, jnp.dtype(dtype))
@@ -113,9 +114,7 @@ def read_plan(section: Mapping[str, Any] | None, config: DecoderConfig, source: 
     if section is None:
         return None
     if not isinstance(section, Mapping) or "plan" not in section:
-        raise UsageError(
-            f"config.json of {source} has a section 'ngc' without a plan; convert the model again"
-        )
+        raise UsageError(f"config.json of {source} has a section 'ngc' without a plan; convert the model again")
     plan = Plan.from_json(section["plan"])
     known = {block.name: block for block in config.blocks()}
     for block in plan.blocks():
@@ -126,9 +125,7 @@ def read_plan(section: Mapping[str, Any] | None, config: DecoderConfig, source: 
     return plan
 
 
-def load_params(
-    source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None
-) -> Params:
+def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None) -> Params:
     """The decoder's parameters, each read, cast and put on the device before the next is read.
 
     Raises:

@@ -77,16 +77,14 @@ class Rope:
         if self.rope_type == "explicit":
             if len(self.factors) != head_dim // 2:
                 raise UsageError(
-                    f"rope has {len(self.factors)} explicit factors; expected {head_dim // 2}, one per pair of dimensions"
+                    f"rope has {len(self.factors)} explicit factors; expected {head_dim // 2}, one for two dimensions"
                 )
             return plain / np.asarray(self.factors, np.float64)
         return plain
 
     def _yarn_dimension(self, rotations: float, head_dim: int) -> float:
         """Dimension whose angle makes `rotations` turns over the original length."""
-        return (
-            head_dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
-        )
+        return head_dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
 def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -> Rope:
@@ -98,14 +96,15 @@ def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -
         max_length: The config's `max_position_embeddings`, in tokens.
 
     Raises:
-        UsageError: If the type is not supported or one of its numbers is missing.
+        UsageError: If the type is not supported, or one of its numbers is missing or makes no sense.
     """
+    if not isinstance(parameters, Mapping):
+        raise UsageError(f"rope_parameters in config.json is {parameters!r}; expected names and numbers")
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if kind not in ROPE_TYPES:
         raise UsageError(f"rope type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
-    if float(parameters.get("partial_rotary_factor") or 1.0) != 1.0:
+    if parameters.get("partial_rotary_factor") not in (None, 1):
         raise UsageError("partial rotary embeddings are not supported; expected partial_rotary_factor 1.0")
-    theta = float(parameters.get("rope_theta") or theta)
     required = {
         "default": (),
         "linear": ("factor",),
@@ -115,37 +114,44 @@ def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -
     }[kind]
     missing = [name for name in required if parameters.get(name) is None]
     if missing:
-        raise UsageError(
-            f"rope type {kind!r} lacks {', '.join(missing)}; add to rope_parameters in config.json"
-        )
+        raise UsageError(f"rope type {kind!r} lacks {', '.join(missing)}; add to rope_parameters in config.json")
+    theta = _number(parameters, "rope_theta", theta)
     if kind == "default":
         return Rope(theta)
     if kind == "explicit":
         return Rope(theta, kind, factors=tuple(float(factor) for factor in parameters["factors"]))
-    factor = float(parameters["factor"])
+    factor = _number(parameters, "factor")
     if kind == "linear":
         return Rope(theta, kind, factor)
-    original_length = int(parameters.get("original_max_position_embeddings") or max_length)
+    original_length = int(_number(parameters, "original_max_position_embeddings", max_length))
     if kind == "llama3":
-        low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+        low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+        if low >= high:
+            raise UsageError(f"rope has low_freq_factor {low} and high_freq_factor {high}; expected the first below")
         return Rope(theta, kind, factor, low, high, original_length)
-    attention_factor = parameters.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        if mscale and mscale_all:
-            attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
-        else:
-            attention_factor = _yarn_mscale(factor, 1.0)
+    mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    attention_factor = _yarn_mscale(factor, 1.0)
+    if mscale and mscale_all:
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
     return Rope(
         theta,
         kind,
         factor,
         original_length=original_length,
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        beta_fast=_number(parameters, "beta_fast", 32.0),
+        beta_slow=_number(parameters, "beta_slow", 1.0),
         truncate=bool(parameters.get("truncate", True)),
-        attention_factor=float(attention_factor),
+        attention_factor=_number(parameters, "attention_factor", attention_factor),
     )
+
+
+def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A positive number; `default` if it is null or missing."""
+    value = parameters.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{name} of the rope in config.json is {value!r}; expected a positive number")
+    return float(value)
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
