@@ -1,0 +1,171 @@
+"""Decoding as pure functions: prompts in one pass, then a loop that stays on the device.
+
+`prefill` reads prompts into a cache, `begin` also chooses the first tokens, `decode` goes on from there.
+
+The key of a row's token is the row's key with the token's position folded in, so what a row gets depends on neither
+the batch it is in nor the chunks it is decoded in.
+
+Legend: B batch, L prompt tokens with padding, V vocabulary, T tokens decoded in one call, Z stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ngc_jax.models.attention import Cache, init_cache
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.sampling import Sampling, sample
+
+Params = Mapping[str, Any]
+
+MAX_STEPS = 64
+"""Most tokens that one call of `decode` makes. The host is asked between calls, which is when Ctrl-C works."""
+
+NO_TOKEN = -1
+"""In decoded tokens: the row had ended."""
+
+
+class DecodeState(NamedTuple):
+    """Where the decoding of a batch is.
+
+    Attributes:
+        cache: Of all tokens before the last.
+        tokens: (B,) the last token, which was emitted but not yet read.
+        positions: (B,) its position.
+        remaining: (B,) how many tokens the row may still emit; 0 once it has stopped.
+        keys: (B,) each row's key.
+    """
+
+    cache: Cache
+    tokens: Int[Array, B]
+    positions: Int[Array, B]
+    remaining: Int[Array, B]
+    keys: Key[Array, B]
+
+
+@partial(jax.jit, static_argnames=("decoder", "capacity"))
+def prefill(
+    decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, B], capacity: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Read prompts.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        tokens_BxL: Prompts, padded on the right with any token.
+        lengths_B: How many tokens of each are its own, at least 1.
+        capacity: Slots of the cache: the longest sequence, prompt and continuation, in tokens.
+
+    Returns:
+        Logits of the token after each prompt, in float32, and the cache.
+    """
+    batch, length = tokens_BxL.shape
+    index_L = jnp.arange(length, dtype=jnp.int32)
+    positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
+    cache = init_cache(decoder.config, batch, capacity, decoder.param_dtype)
+    x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
+    x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return _apply(decoder, params, "logits", x_BxD), cache
+
+
+@partial(jax.jit, static_argnames=("decoder", "capacity", "sampling"))
+def begin(
+    decoder: Decoder,
+    params: Params,
+    tokens_BxL: Int[Array, "B L"],
+    lengths_B: Int[Array, B],
+    remaining_B: Int[Array, B],
+    keys_B: Key[Array, B],
+    stop_Z: Int[Array, Z],
+    *,
+    capacity: int,
+    sampling: Sampling,
+) -> tuple[Int[Array, B], DecodeState]:
+    """Read prompts and choose the first token after each.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        tokens_BxL: Prompts, padded on the right with any token.
+        lengths_B: How many tokens of each are its own, at least 1.
+        remaining_B: How many tokens each row may emit, at least 1.
+        keys_B: Each row's key.
+        stop_Z: Tokens after which a row ends.
+        capacity: Slots of the cache: the longest sequence, prompt and continuation, in tokens.
+        sampling: How to choose tokens.
+
+    Returns:
+        The first tokens and the state to give to `decode`.
+    """
+    logits_BxV, cache = prefill(decoder, params, tokens_BxL, lengths_B, capacity)
+    tokens_B = _choose(keys_B, lengths_B, logits_BxV, sampling)
+    remaining_B = jnp.where(jnp.isin(tokens_B, stop_Z), 0, remaining_B - 1)
+    return tokens_B, DecodeState(cache, tokens_B, lengths_B, remaining_B, keys_B)
+
+
+@partial(jax.jit, static_argnames=("decoder", "sampling"), donate_argnames="state")
+def decode(
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    stop_Z: Int[Array, Z],
+    *,
+    sampling: Sampling,
+) -> tuple[Int[Array, "B T"], DecodeState]:
+    """Go on with a batch, on the device, until `steps` tokens are made or every row has ended.
+
+    The state that is given is consumed: its cache is written in place.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        state: From `begin` or an earlier call.
+        steps: How many tokens to make; more than `MAX_STEPS` means `MAX_STEPS`.
+        stop_Z: Tokens after which a row ends.
+        sampling: How to choose tokens.
+
+    Returns:
+        Tokens, T = `MAX_STEPS`, with `NO_TOKEN` after the end of a row and after `steps`; and the new state.
+    """
+    steps = jnp.minimum(steps, MAX_STEPS)
+
+    def unfinished(carry: tuple[Array, Array, DecodeState]) -> Array:
+        step, _, state = carry
+        return (step < steps) & (state.remaining > 0).any()
+
+    def advance(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
+        step, emitted_BxT, state = carry
+        active_B = state.remaining > 0
+        # A row that has ended is padding to the others' step.
+        read_at_B = jnp.where(active_B, state.positions, -1)
+        logits_Bx1xV, cache = _apply(
+            decoder, params, "__call__", state.tokens[:, None], read_at_B[:, None], state.cache
+        )
+        positions_B = state.positions + active_B
+        chosen_B = _choose(state.keys, positions_B, logits_Bx1xV[:, 0], sampling)
+        tokens_B = jnp.where(active_B, chosen_B, state.tokens)
+        remaining_B = jnp.where(active_B & ~jnp.isin(tokens_B, stop_Z), state.remaining - 1, 0)
+        emitted_BxT = emitted_BxT.at[:, step].set(jnp.where(active_B, tokens_B, NO_TOKEN))
+        return step + 1, emitted_BxT, DecodeState(cache, tokens_B, positions_B, remaining_B, state.keys)
+
+    nothing_BxT = jnp.full((state.tokens.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
+    _, emitted_BxT, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), nothing_BxT, state))
+    return emitted_BxT, state
+
+
+def _choose(
+    keys_B: Key[Array, " B"], positions_B: Int[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """Sample the tokens at some positions."""
+    return sample(jax.vmap(jax.random.fold_in)(keys_B, positions_B), logits_BxV, sampling)
+
+
+def _apply(decoder: Decoder, params: Params, method: str, *arguments: Any) -> Any:
+    return decoder.apply({"params": params}, *arguments, method=method)

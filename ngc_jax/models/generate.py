@@ -1,0 +1,296 @@
+"""Text generation: continue prompts in a batch, or one of them as a stream of tokens or text.
+
+The key of a prompt is the key that is given with the prompt's seed folded in, and its seed is its index unless given:
+what a prompt gets does not depend on the batch it is in.
+
+Shapes are rounded up to a few sizes (`bucket`) so that few programs are compiled; all else that varies from call to
+call (lengths, steps, stop tokens, keys) is an argument of the program.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, decode
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.sampling import Sampling
+from ngc_jax.models.tokenizer import Tokenizer
+
+GREEDY = Sampling()
+_REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, ""] | None = None,
+    stop_tokens: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
+) -> list[np.ndarray]:
+    """Continue prompts, all in one batch.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each, (L,).
+        max_new_tokens: Longest continuation, in tokens.
+        sampling: How to choose tokens.
+        key: Randomness; may be None if greedy.
+        stop_tokens: Tokens after which a continuation ends, usually the tokenizer's `stop_tokens`.
+        seeds: One whole number per prompt, folded into the key; None for 0, 1, 2, ...
+
+    Returns:
+        The new tokens of each prompt, int32; the stop token is the last if one was reached.
+
+    Raises:
+        UsageError: If a prompt is empty, has tokens that the model does not know or leaves no room for
+            max_new_tokens; if max_new_tokens is below 1; if there is no key to sample with.
+    """
+    chunks = list(
+        _batches(model, prompts, MAX_STEPS, max_new_tokens, sampling, key, stop_tokens, seeds) if prompts else ()
+    )
+    rows = np.concatenate(chunks, axis=1) if chunks else ()
+    return [row[row != NO_TOKEN] for row in rows]
+
+
+def stream(
+    model: LanguageModel,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, ""] | None = None,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+    steps: int = 4,
+) -> Iterator[np.ndarray]:
+    """Continue one prompt, a few tokens at a time: the same tokens as `generate`.
+
+    Args:
+        model: The model.
+        prompt: Token ids, (L,).
+        max_new_tokens: Longest continuation, in tokens.
+        sampling: How to choose tokens.
+        key: Randomness; may be None if greedy.
+        stop_tokens: Tokens after which the continuation ends.
+        seed: Folded into the key.
+        steps: How many tokens to make between two answers, 1 to `MAX_STEPS`; the first token comes alone.
+
+    Yields:
+        The next tokens, int32.
+
+    Raises:
+        UsageError: As `generate`.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"steps is {steps}; expected 1 to {MAX_STEPS}")
+    chunks = _batches(model, [prompt], steps, max_new_tokens, sampling, key, stop_tokens, [seed])
+    return (row[row != NO_TOKEN] for (row,) in chunks)
+
+
+def stream_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, ""] | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    steps: int = 4,
+) -> Iterator[str]:
+    """As `stream`, but yields text: whole characters, without the stop token.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompt: Token ids, (L,).
+        max_new_tokens: Longest continuation, in tokens.
+        sampling: How to choose tokens.
+        key: Randomness; may be None if greedy.
+        stop_tokens: Tokens after which the continuation ends; None for the tokenizer's.
+        steps: How many tokens to make between two answers.
+
+    Yields:
+        Text that is not empty.
+
+    Raises:
+        UsageError: As `generate`.
+    """
+    stops = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+    chunks = stream(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        key=key,
+        stop_tokens=stops,
+        steps=steps,
+    )
+    return text_pieces(tokenizer, (chunk[~np.isin(chunk, stops)] for chunk in chunks), prompt)
+
+
+def text_pieces(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], context: np.ndarray | None = None) -> Iterator[str]:
+    """Turn tokens into text as they come; a character waits until its last byte is there.
+
+    Args:
+        tokenizer: The tokenizer.
+        chunks: Token ids, (L,) each.
+        context: Tokens before them. Some tokenizers drop the space before the first word that they see.
+
+    Yields:
+        Text that is not empty.
+    """
+    shown_tokens: list[int] = [] if context is None else [int(token) for token in context]
+    shown = tokenizer.decode(shown_tokens, skip_special_tokens=True)
+    pending: list[int] = []
+    for chunk in chunks:
+        pending.extend(int(token) for token in chunk)
+        text = tokenizer.decode([*shown_tokens, *pending], skip_special_tokens=True)
+        if text.endswith(_REPLACEMENT) or len(text) <= len(shown):
+            continue
+        yield text[len(shown) :]
+        # Only what was shown last stays as context, so that the work per token does not grow with the text.
+        shown_tokens, pending = pending, []
+        shown = tokenizer.decode(shown_tokens, skip_special_tokens=True)
+    rest = tokenizer.decode([*shown_tokens, *pending], skip_special_tokens=True)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def measure_decode_speed(
+    model: LanguageModel, *, batch: int = 1, prompt_length: int = 16, repeats: int = 9, seconds: float = 6.0
+) -> float:
+    """Tokens decoded per second, greedily: the median of several timed chunks.
+
+    Args:
+        model: The model.
+        batch: Sequences decoded at once.
+        prompt_length: Tokens before them.
+        repeats: Chunks to time, at most.
+        seconds: Stop timing after so many, but not before three chunks.
+
+    Returns:
+        Tokens of all sequences per second, compilation and prompt left out.
+
+    Raises:
+        UsageError: If the model's longest sequence is too short to measure with.
+    """
+    steps = 8
+    total = prompt_length + 1 + steps * (repeats + 1)
+    prompts = [np.arange(row, row + prompt_length) % model.config.vocab_size for row in range(batch)]
+    _check(model.config, prompts, total - prompt_length)
+    decoder, params, no_stops = model.decoder, model.params, jnp.zeros((0,), jnp.int32)
+    _, state = _begin(model, prompts, total - prompt_length, GREEDY, jax.random.key(0), (), range(batch))
+    rates: list[float] = []
+    started = 0.0
+    for repeat in range(repeats + 1):
+        before = time.perf_counter()
+        tokens, state = decode(decoder, params, state, steps, no_stops, sampling=GREEDY)
+        tokens.block_until_ready()
+        now = time.perf_counter()
+        if repeat == 0:  # compiled, and the weights in the caches that they fit in
+            started = now
+            continue
+        rates.append(batch * steps / (now - before))
+        if len(rates) >= 3 and now - started > seconds:
+            break
+    return statistics.median(rates)
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """Round a length up to one of a few sizes: four per doubling, all of them multiples of `smallest`."""
+    step = max(smallest, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
+    """Raise UsageError unless every prompt can be continued by so many tokens."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    for index, prompt in enumerate(prompts):
+        shape = np.shape(prompt)
+        if len(shape) != 1 or shape[0] == 0:
+            raise UsageError(
+                f"prompt {index} has shape {shape}; expected a list of at least one token, such as the BOS token"
+            )
+        if np.min(prompt) < 0 or np.max(prompt) >= config.vocab_size:
+            raise UsageError(
+                f"prompt {index} has token ids from {np.min(prompt)} to {np.max(prompt)}; expected 0 to "
+                f"{config.vocab_size - 1}: encode it with the model's own tokenizer"
+            )
+        if shape[0] + max_new_tokens > config.max_length:
+            raise UsageError(
+                f"prompt {index} has {shape[0]} tokens, which with max_new_tokens {max_new_tokens} is more than the "
+                f"model's {config.max_length}; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def _begin(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Key[Array, ""],
+    stop_tokens: Sequence[int],
+    seeds: Sequence[int],
+) -> tuple[Array, DecodeState]:
+    """`begin` with prompts padded and sizes rounded up."""
+    limit = model.config.max_length
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    tokens = np.zeros((len(prompts), min(bucket(longest), limit)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return begin(
+        model.decoder,
+        model.params,
+        tokens,
+        lengths,
+        np.full(len(prompts), max_new_tokens, np.int32),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(seeds, np.uint32)),
+        np.asarray(stop_tokens, np.int32),
+        capacity=min(bucket(longest + max_new_tokens), limit),
+        sampling=sampling,
+    )
+
+
+def _batches(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    steps: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Key[Array, ""] | None,
+    stop_tokens: Sequence[int],
+    seeds: Sequence[int] | None,
+) -> Iterator[np.ndarray]:
+    """Decoded tokens (B, up to `steps`) with `NO_TOKEN` after a row's end, until all rows have ended."""
+    _check(model.config, prompts, max_new_tokens)
+    if key is None and not sampling.greedy:
+        raise UsageError("sampling at a temperature needs randomness; pass key, for example jax.random.key(0)")
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise UsageError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; expected one for each")
+    key = jax.random.key(0) if key is None else key
+    stops = np.asarray(stop_tokens, np.int32)
+
+    def chunks(seeds: Sequence[int], key: Key[Array, ""]) -> Iterator[np.ndarray]:
+        first, state = _begin(model, prompts, max_new_tokens, sampling, key, stop_tokens, seeds)
+        yield np.asarray(first)[:, None]
+        while np.any(state.remaining):
+            tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=sampling)
+            yield np.asarray(tokens)[:, :steps]
+
+    return chunks(seeds, key)
