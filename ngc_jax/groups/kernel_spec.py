@@ -55,9 +55,7 @@ class Kernel:
 
     def __post_init__(self) -> None:
         if self.name not in KERNEL_OPTIONS:
-            raise UsageError(
-                f"unknown kernel {self.name!r}; expected one of {_names(KERNEL_OPTIONS, self.name)}"
-            )
+            raise UsageError(f"unknown kernel {self.name!r}; expected one of {_names(KERNEL_OPTIONS, self.name)}")
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             # A bool is an int to isinstance, and 1 equals True: compare the types themselves.
@@ -66,17 +64,11 @@ class Kernel:
                 raise UsageError(f"kernel option {field.name} is {value!r}; expected {expected}")
             if field.name not in KERNEL_OPTIONS[self.name] and value != field.default:
                 owner = next(name for name, options in KERNEL_OPTIONS.items() if field.name in options)
-                raise UsageError(
-                    f"kernel {self.name!r} has no option {field.name!r}; leave it out, {owner!r} has it"
-                )
+                raise UsageError(f"kernel {self.name!r} has no option {field.name!r}; leave it out, {owner!r} has it")
         if self.metric_rank < 0:
-            raise UsageError(
-                f"kernel option metric_rank is {self.metric_rank}; expected 0 (diagonal) or more"
-            )
+            raise UsageError(f"kernel option metric_rank is {self.metric_rank}; expected 0 (diagonal) or more")
         if self.name == "lifted" and self.lift < 2:
-            raise UsageError(
-                f"kernel 'lifted' has lift {self.lift}; set lift to a number above the group's rank"
-            )
+            raise UsageError(f"kernel 'lifted' has lift {self.lift}; set lift to a number above the group's rank")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"kernel option seed is {self.seed}; expected 0 to 2**32 - 1")
 
@@ -101,15 +93,11 @@ class Kernel:
             UsageError: If the name is missing or unknown, or an option is unknown or out of range.
         """
         if not isinstance(data, Mapping) or "name" not in data:
-            raise UsageError(
-                f"a kernel is a mapping with a name, got {data!r}; write for example {{name: bilinear}}"
-            )
+            raise UsageError(f"a kernel is a mapping with a name, got {data!r}; write for example {{name: bilinear}}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in data if key not in known]
         if unknown:
-            raise UsageError(
-                f"unknown kernel option {unknown[0]!r}; expected one of {_names(known[1:], unknown[0])}"
-            )
+            raise UsageError(f"unknown kernel option {unknown[0]!r}; expected one of {_names(known[1:], unknown[0])}")
         return cls(**data)
 
 

@@ -66,9 +66,7 @@ def encode(kernel: Kernel, states: States, x: Float[Array, "*batch i"]) -> Float
     return _apply_interaction(kernel, states, signal).astype(x.dtype)
 
 
-def read(
-    kernel: Kernel, states: States, member: str, signal: Float[Array, "*batch s"]
-) -> Float[Array, "*batch j"]:
+def read(kernel: Kernel, states: States, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
     """What one member makes of its group's signal: signal · phi_out^T.
 
     Args:
@@ -86,9 +84,7 @@ def read(
     return _product("...s,js->...j", signal, output_features(kernel, states, member)).astype(signal.dtype)
 
 
-def forward(
-    kernel: Kernel, states: States, member: str, x: Float[Array, "*batch i"]
-) -> Float[Array, "*batch j"]:
+def forward(kernel: Kernel, states: States, member: str, x: Float[Array, "*batch i"]) -> Float[Array, "*batch j"]:
     """Compute y = x W^T of one member, without forming W: `read` of `encode`.
 
     Raises:
@@ -126,9 +122,7 @@ def input_features(kernel: Kernel, states: States, d_in: int | None = None) -> F
     """
     q_IxR = states["input_states"]
     if d_in is not None and d_in > q_IxR.shape[0]:
-        raise UsageError(
-            f"input of width {d_in} for a group of {q_IxR.shape[0]} input states; expected at most that"
-        )
+        raise UsageError(f"input of width {d_in} for a group of {q_IxR.shape[0]} input states; expected at most that")
     return _features(kernel, states, q_IxR[:d_in])
 
 
@@ -153,9 +147,7 @@ def interaction(kernel: Kernel, states: States) -> Float[Array, "s s"]:
     """M as a matrix (S, S): the identity, the metric, or the gain's multiple of the identity; for study."""
     width = kernel.signal_width(states["input_states"].shape[1])
     with jax.default_matmul_precision("highest"):
-        return _apply_interaction(
-            kernel, states, jnp.eye(width, dtype=_accurate(states["input_states"]).dtype)
-        )
+        return _apply_interaction(kernel, states, jnp.eye(width, dtype=_accurate(states["input_states"]).dtype))
 
 
 def _features(kernel: Kernel, states: States, q: Float[Array, "n r"]) -> Float[Array, "n s"]:
@@ -185,9 +177,7 @@ def _apply_interaction(kernel: Kernel, states: States, signal: Float[Array, "*b 
 
 
 def _product(spec: str, x: Array, features: Array) -> Array:
-    return jnp.einsum(
-        spec, x, features.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
-    )
+    return jnp.einsum(spec, x, features.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _accurate(array: Array) -> Array:

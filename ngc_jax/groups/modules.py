@@ -1,0 +1,93 @@
+"""Linen modules that own the neuron states; what is computed with them is in `ngc_jax.groups.kernels`.
+
+The parameter tree of `Groups(plan, name="groups")` is that of `states.py`, one entry per group:
+
+    params["groups"][group]["input_states"]              (D_in, R)
+    params["groups"][group]["output_states"][block]      (D_out, R)
+    params["groups"][group]["metric" | "gain" | ...]     the kernel's own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ngc_jax.groups import kernels
+from ngc_jax.groups.kernel_spec import Kernel, logical_axes
+from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.states import initialisers
+
+__all__ = ["Group", "Groups", "logical_axes"]
+
+
+class Group(nn.Module):
+    """The states of one neuronal group.
+
+    Attributes:
+        kernel: The group's interaction kernel.
+        rank: Dimension of a neuron state.
+        d_in: Rows of the input states: the widest member's inputs.
+        d_outs: Output neurons of every member: a mapping by block name, or pairs.
+        param_dtype: Type of the stored numbers.
+
+    Raises:
+        UsageError: When bound, if a size is not positive or the kernel does not admit the rank.
+    """
+
+    kernel: Kernel
+    rank: int
+    d_in: int
+    d_outs: Mapping[str, int] | tuple[tuple[str, int], ...]
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters, one entry for each of the states'."""
+        parts = initialisers(self.kernel, self.rank, self.d_in, dict(self.d_outs), self.param_dtype)
+        self._states = {name: self.param(name, init) for name, init in parts.items()}
+
+    def __call__(self) -> dict[str, Any]:
+        """The states, a plain pytree: hand it to the pure functions of `kernels`."""
+        return dict(self._states)
+
+    def encode(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch s"]:
+        """The signal for activations x; see `kernels.encode`."""
+        return kernels.encode(self.kernel, self(), x)
+
+    def read(self, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
+        """What a member makes of the signal; see `kernels.read`."""
+        return kernels.read(self.kernel, self(), member, signal)
+
+    def weights(self, member: str, d_in: int | None = None) -> Float[Array, "j i"]:
+        """The member's weight matrix, formed; see `kernels.weights`."""
+        return kernels.weights(self.kernel, self(), member, d_in)
+
+
+class Groups(nn.Module):
+    """All groups of a plan, each once: the shared part of a compact model.
+
+    Attributes:
+        plan: The plan; its dense blocks are no concern of this module.
+        param_dtype: Type of the stored numbers.
+    """
+
+    plan: Plan
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, Any]]:
+        """The states of every group, by group name."""
+        return {
+            group.name: Group(
+                kernel=group.kernel,
+                rank=group.rank,
+                d_in=group.d_in,
+                d_outs=tuple(group.d_outs.items()),
+                param_dtype=self.param_dtype,
+                name=group.name,
+            )()
+            for group in self.plan.groups
+        }
