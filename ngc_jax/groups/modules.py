@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -51,7 +52,11 @@ class Group(nn.Module):
 
     def __call__(self) -> dict[str, Any]:
         """The states, a plain pytree: hand it to the pure functions of `kernels`."""
-        return dict(self._states)
+        # Linen freezes nested parameters and attributes; a frozen mapping is another pytree than a dict.
+        return {
+            name: flax.core.unfreeze(part) if isinstance(part, flax.core.FrozenDict) else part
+            for name, part in self._states.items()
+        }
 
     def encode(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch s"]:
         """The signal for activations x; see `kernels.encode`."""
