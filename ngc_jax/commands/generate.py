@@ -21,8 +21,8 @@ class GenerateConfig:
         chat: Put each prompt into the model's chat template.
         system: System message of the chat.
         temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
-        top_k: Sample only from the so many likeliest tokens; 0 for all.
-        top_p: Sample only from the likeliest tokens that hold this probability together; 1 for all.
+        top_k: Sample only from the so many likeliest tokens; all if not given.
+        top_p: Sample only from the likeliest tokens that hold this probability together; all if not given.
         seed: Of the sampling.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         json: Also write the summary to this file.
@@ -34,8 +34,8 @@ class GenerateConfig:
     chat: bool = False
     system: str | None = None
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: str | None = None
@@ -45,7 +45,7 @@ class GenerateConfig:
         import jax
 
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.models.generate import generate, stream
+        from ngc_jax.models.generate import generate, stream_text
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sampling import Sampling
         from ngc_jax.models.sources import open_source
@@ -68,7 +68,7 @@ class GenerateConfig:
         }
         if len(prompts) == 1:
             pieces = []
-            for piece in stream(model, prompts[0], tokenizer=tokenizer, **options):
+            for piece in stream_text(model, prompts[0], tokenizer, **options):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
             print()

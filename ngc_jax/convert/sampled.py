@@ -1,0 +1,55 @@
+"""Calibration text that the model writes itself: no data but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from ngc_jax.models.generate import generate
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.sampling import Sampling
+
+
+def sample_tokens(
+    model: LanguageModel,
+    count: int,
+    key: Key[Array, ""],
+    *,
+    length: int = 1024,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Sample texts from the model's own distribution, each from one token drawn uniformly from the vocabulary.
+
+    The random first token makes the texts differ in subject (LLM-QAT, arXiv 2305.17888, section 2.1); nothing stops a
+    text early, since a calibration window has no use for padding.
+
+    Args:
+        model: The model.
+        count: Tokens to return.
+        key: Randomness.
+        length: Tokens of each text.
+        batch_size: Texts sampled at once.
+        progress: Called with (tokens sampled, in all).
+
+    Returns:
+        (count,) int32, the texts one after the other.
+    """
+    length = min(length, model.config.max_length, max(count, 2))
+    texts = -(-count // length)
+    first_key, key = jax.random.split(key)
+    first = np.asarray(jax.random.randint(first_key, (texts,), 0, model.config.vocab_size))
+    rows: list[np.ndarray] = []
+    for start in range(0, texts, batch_size):
+        prompts = [first[row : row + 1] for row in range(start, min(start + batch_size, texts))]
+        seeds = range(start, start + len(prompts))
+        continued = generate(
+            model, prompts, max_new_tokens=length - 1, sampling=Sampling(temperature=1.0), key=key, seeds=seeds
+        )
+        rows += [np.concatenate([prompt, rest]) for prompt, rest in zip(prompts, continued, strict=True)]
+        if progress is not None:
+            progress(min(len(rows) * length, count), count)
+    return np.concatenate(rows)[:count].astype(np.int32)

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ngc_jax.convert.methods import METHODS, alternate, best_states, square_root
+from ngc_jax.convert.statistics import Statistics
+from ngc_jax.errors import UsageError
+
+
+def inputs(width, count=200, seed=0, scale=True):
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((count, width)) @ generator.standard_normal((width, width))
+    return x * np.logspace(0, -2, width) if scale else x
+
+
+def statistics(x, fisher=None):
+    return Statistics(len(x), x.T @ x / len(x), np.abs(x).mean(0), fisher)
+
+
+def weight(d_out, d_in, seed=1):
+    return np.random.default_rng(seed).standard_normal((d_out, d_in))
+
+
+def loss(approximation, exact, second_moment):
+    error = approximation - exact
+    return np.trace(error @ second_moment @ error.T)
+
+
+def published(name, w, stats, rank):
+    """Each baseline as its authors write it: scale the weight, truncate its SVD, undo the scale."""
+    if name == "svd":
+        scale = np.eye(w.shape[1])
+    elif name == "fwsvd":
+        scale = np.diag(np.sqrt(stats.fisher))
+    elif name == "asvd":
+        scale = np.diag(np.sqrt(stats.absolute_mean))
+    else:
+        scale = np.linalg.cholesky(stats.second_moment)
+    u, s, vt = np.linalg.svd(w @ scale, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(scale)
+
+
+@pytest.mark.parametrize("name", ["svd", "fwsvd", "asvd", "svd_llm"])
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (11, 11)])
+def test_baselines_are_what_their_authors_publish(name, shape):
+    x = inputs(shape[1])
+    stats = statistics(x, fisher=np.random.default_rng(3).uniform(0.1, 2, shape[1]))
+    w = weight(*shape)
+    for rank in (1, 4, 8):
+        (ours,) = METHODS[name].factorise([w], [stats], rank).weights()
+        np.testing.assert_allclose(ours, published(name, w, stats, rank), rtol=1e-3, atol=1e-5)
+
+
+def test_ngc_paper_is_the_published_recipe():
+    """SVD of stacked inputs times stacked weights for the output states, least squares for the input states."""
+    x, ws = inputs(10), [weight(7, 10, 1), weight(5, 10, 2)]
+    stats = statistics(x)
+    y = x @ np.concatenate(ws).T
+    output_states = np.linalg.svd(y, full_matrices=False)[2][:6].T
+    input_states = scipy.linalg.lstsq(x, y @ output_states)[0]
+    ours = np.concatenate(METHODS["ngc_paper"].factorise(ws, [stats, stats], 6).weights())
+    np.testing.assert_allclose(ours, output_states @ input_states.T, rtol=1e-6, atol=1e-8)
+
+
+def test_basis_sharing_pools_the_second_moments():
+    ws, xs = [weight(6, 9, 1), weight(6, 9, 2)], [inputs(9, seed=1), inputs(9, seed=2)]
+    stats = [statistics(x) for x in xs]
+    pooled = Statistics(1, stats[0].second_moment + stats[1].second_moment, np.zeros(9))
+    ours = np.concatenate(METHODS["basis_sharing"].factorise(ws, stats, 5).weights())
+    np.testing.assert_allclose(ours, published("svd_llm", np.concatenate(ws), pooled, 5), rtol=1e-3, atol=1e-5)
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 5))
+def test_best_states_reach_the_bound_of_eckart_and_young(m, n, rank, seed):
+    rank = min(rank, m, n)
+    w, c = weight(m, n, seed), statistics(inputs(n, seed=seed)).second_moment
+    output_states, input_states = best_states(w, c, rank)
+    np.testing.assert_allclose(output_states.T @ output_states, np.eye(rank), atol=1e-8)
+    tail = np.linalg.svd(w @ square_root(c), compute_uv=False)[rank:]
+    # Directions that the loss hardly sees are only resolved to the ridge.
+    slack = 1e-6 * np.trace(w @ c @ w.T)
+    assert loss(output_states @ input_states.T, w, c) == pytest.approx((tail**2).sum(), rel=1e-5, abs=slack)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_full_rank_is_exact_even_when_the_second_moment_is_singular(shape):
+    x = inputs(shape[1], count=3)  # fewer tokens than inputs
+    w = weight(*shape)
+    for name in ("svd", "svd_llm", "basis_sharing", "ngc_paper", "ngc"):
+        (ours,) = METHODS[name].factorise([w], [statistics(x)], min(shape)).weights()
+        np.testing.assert_allclose(ours, w, rtol=1e-4, atol=1e-5)
+
+
+def test_all_zero_statistics_fall_back_to_the_weight_alone():
+    w = weight(6, 8)
+    (ours,) = METHODS["ngc"].factorise([w], [Statistics(1, np.zeros((8, 8)), np.zeros(8))], 6).weights()
+    np.testing.assert_allclose(ours, w, atol=1e-6)
+
+
+def test_sharing_the_same_input_is_exact_and_ordered():
+    """One shared solution: no other states of that rank do better, however they are found."""
+    x, ws = inputs(8), [weight(7, 8, 1), weight(3, 8, 2), weight(4, 8, 3)]
+    stats = statistics(x)
+    c, stacked = stats.second_moment, np.concatenate(ws)
+    states = METHODS["ngc"].factorise(ws, [stats] * 3, 4)
+    best = loss(np.concatenate(states.weights()), stacked, c)
+    generator = np.random.default_rng(0)
+    for size in (1e-3, 1e-1):
+        for _ in range(20):
+            moved_in = states.input_states + size * generator.standard_normal(states.input_states.shape)
+            moved_out = [q + size * generator.standard_normal(q.shape) for q in states.output_states]
+            assert loss(np.concatenate([q @ moved_in.T for q in moved_out]), stacked, c) > best
+    # The first neurons of the latent space are the most important: truncating is solving at a lower rank.
+    fewer = METHODS["ngc"].factorise(ws, [stats] * 3, 2)
+    truncated = [q[:, :2] @ states.input_states[:, :2].T for q in states.output_states]
+    np.testing.assert_allclose(np.concatenate(truncated), np.concatenate(fewer.weights()), atol=1e-7)
+
+
+def test_alternating_least_squares_falls_and_beats_the_pooled_start():
+    ws = [weight(6, 9, 1), weight(5, 7, 2), weight(4, 9, 3)]  # one member is narrower
+    stats = [statistics(inputs(9, seed=1)), statistics(inputs(7, seed=2)), statistics(inputs(9, seed=3))]
+    start = METHODS["ngc_paper"].factorise(ws, stats, 4)
+
+    def total(states):
+        parts = zip(states.weights(), ws, stats, strict=True)
+        return sum(loss(a[:, : w.shape[1]], w, s.second_moment) for a, w, s in parts)
+
+    moments = [s.second_moment for s in stats]
+    losses = [total(alternate(ws, moments, start, sweeps)) for sweeps in (1, 2, 4, 8)]
+    assert losses[0] < total(start)
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert total(METHODS["ngc"].factorise(ws, stats, 4)) == pytest.approx(losses[2])
+
+
+def test_square_root_of_an_indefinite_matrix_is_finite():
+    c = np.diag([1.0, 1e-3, -1e-6])
+    root = square_root(c)
+    assert np.isfinite(root).all()
+    np.testing.assert_allclose(root @ root.T, np.diag([1.0, 1e-3, 0.0]), atol=2e-6)
+
+
+def test_fwsvd_says_that_it_needs_gradients():
+    with pytest.raises(UsageError, match="gradients"):
+        METHODS["fwsvd"].factorise([weight(3, 4)], [statistics(inputs(4))], 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_returns_states_of_the_right_shape(name):
+    stats = [statistics(inputs(8, seed=seed), np.ones(8)) for seed in range(2)]
+    states = METHODS[name].factorise([weight(5, 8), weight(3, 8)], stats, 4)
+    assert states.input_states.shape == (8, 4)
+    assert [q.shape for q in states.output_states] == [(5, 4), (3, 4)]
+    assert states.input_states.dtype == np.float64

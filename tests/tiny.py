@@ -1,0 +1,72 @@
+"""Tiny random models that tests share; every dimension has a size of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.tokenizer import Tokenizer
+
+_COMMON = {
+    "vocab_size": 259,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10_000.0,
+}
+HF_CONFIGS = {
+    "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": True},
+    "llama_untied": {**_COMMON, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {**_COMMON, "model_type": "mistral", "sliding_window": 7},
+    "qwen2": {**_COMMON, "model_type": "qwen2"},
+    "qwen3": {**_COMMON, "model_type": "qwen3"},
+    "gemma3": {
+        **_COMMON,
+        "model_type": "gemma3_text",
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 10,
+        "final_logit_softcapping": 20.0,
+    },
+}
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """One token for every byte, then <eos>, <user> and <assistant>; a chat template of the last two."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "<user>", "<assistant>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    fast.chat_template = (
+        "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return Tokenizer(fast)
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0) -> LanguageModel:
+    """A dense model whose norms and biases are random too."""
+    hf_config = HF_CONFIGS[architecture]
+    config = DecoderConfig.from_hf(hf_config)
+    params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    generator = np.random.default_rng(seed)
+    jittered = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.1 * generator.standard_normal(leaf.shape), leaf.dtype), params
+    )
+    return LanguageModel("tiny", config, None, jittered, hf_config, tiny_tokenizer)
+
+
+def random_tokens(count: int, seed: int = 0, vocab_size: int = 256) -> np.ndarray:
+    """(count,) int32 token ids, some far likelier than others."""
+    return (np.random.default_rng(seed).geometric(0.05, count) % vocab_size).astype(np.int32)
