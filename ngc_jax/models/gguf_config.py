@@ -126,8 +126,7 @@ class _Keys:
 
     def error(self, key: str, problem: str) -> UsageError:
         return UsageError(
-            f"{self.file.path}: metadata key {self.arch}.{key} {problem}; "
-            "convert the model again, or choose another"
+            f"{self.file.path}: metadata key {self.arch}.{key} {problem}; convert the model again, or choose another"
         )
 
     def get(self, key: str) -> Any:
@@ -147,11 +146,7 @@ class _Keys:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < _shortest(value) < math.inf
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < _shortest(value) < math.inf:
             raise self.error(key, f"is {_brief(value)}, expected a positive number")
         return _shortest(value)
 
@@ -164,8 +159,7 @@ class _Keys:
         if info is None or len(info.shape) != n_dims:
             found = "is missing" if info is None else f"has shape {info.shape}"
             raise UsageError(
-                f"{self.file.path}: tensor {name} {found}, expected {n_dims} dimension(s); "
-                "choose another file"
+                f"{self.file.path}: tensor {name} {found}, expected {n_dims} dimension(s); choose another file"
             )
         return info.shape
 
@@ -184,9 +178,7 @@ def _brief(value: Any) -> str:
 def _layers(keys: _Keys) -> int:
     n_layers = keys.integer("block_count")
     if f"blk.{n_layers - 1}.attn_q.weight" not in keys.file.tensors:
-        raise keys.error(
-            "block_count", f"is {n_layers}, but the last layer's attn_q.weight is not in the file"
-        )
+        raise keys.error("block_count", f"is {n_layers}, but the last layer's attn_q.weight is not in the file")
     return n_layers
 
 
@@ -245,9 +237,7 @@ def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "sliding_window": keys.integer("attention.sliding_window"),
-        "layer_types": [
-            "sliding_attention" if slides else "full_attention" for slides in _sliding(keys, n_layers)
-        ],
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in _sliding(keys, n_layers)],
         "rope_local_base_freq": keys.real("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA),
         "query_pre_attn_scalar": scalar,
         **{cap: None if keys.get(cap) is None else keys.real(cap) for cap in caps},

@@ -140,8 +140,7 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
     """Returns the numbers of tensors and of metadata keys."""
     if cursor.size < len(_MAGIC) or cursor.take(len(_MAGIC)) != _MAGIC:
         raise UsageError(
-            f"{cursor.path}: not a GGUF file, which begins with the bytes GGUF; "
-            "download or copy the file again"
+            f"{cursor.path}: not a GGUF file, which begins with the bytes GGUF; download or copy the file again"
         )
     version = cursor.scalar("<I")
     if version not in _VERSIONS:

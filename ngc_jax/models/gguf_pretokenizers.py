@@ -1,7 +1,8 @@
 """How byte-level tokenizers cut text into words before merging: one entry per `tokenizer.ggml.pre` name.
 
 A GGUF file does not contain its pre-tokenizer, only a name for it. The regular expressions are those of the
-published tokenizer.json files of the models that the names stand for.
+published tokenizer.json files of the models that the names stand for. Listed are the names that occur with the
+supported architectures.
 """
 
 import difflib
@@ -15,29 +16,17 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = "|".join((_ENDINGS, _WORD, r"\p{N}{1,3}", _SIGNS, _SPACES))
-_QWEN2 = "|".join((_ENDINGS, _WORD, r"\p{N}", _SIGNS, _SPACES))
-_QWEN35 = "|".join(
-    (_ENDINGS, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _SPACES)
-)
+_LLAMA3 = "|".join((_ENDINGS, _WORD, r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", _SPACES))
+_QWEN2 = "|".join((_ENDINGS, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", _SPACES))
+_SEED = "|".join((_ENDINGS, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACES))
 
 # A word is capitals, then small letters; letters without case, and marks, count as both.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_SIGNS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_TEKKEN = "|".join((*_CASED, r"\p{N}", _SIGNS_SLASH, _SPACES))
-_GPT4O = "|".join((*(f"{word}{_ENDINGS}?" for word in _CASED), r"\p{N}{1,3}", _SIGNS_SLASH, _SPACES))
+_TEKKEN = "|".join((*_CASED, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
 
-_DEEPSEEK3 = "|".join(
-    (
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
-        r" ?[\p{P}\p{S}]+[\r\n]*",
-        _SPACES,
-    )
-)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
 
 
 @dataclass(frozen=True)
@@ -63,29 +52,24 @@ class PreTokenizer:
         return normalizers.NFC() if self.nfc else None, pre_tokenizers.Sequence([*splits, to_bytes])
 
 
-def _alike(names: str, kind: PreTokenizer) -> dict[str, PreTokenizer]:
-    return dict.fromkeys(names.split(), kind)
-
+_LLAMA3_KIND = PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     # What converters write when they know no better.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-    **_alike("gpt-2 phi-2 mpt olmo jais trillion modern-bert gigachat", PreTokenizer((_GPT2,))),
-    **_alike(
-        "smollm starcoder refact command-r codeshell exaone minerva-7b", PreTokenizer((r"\p{N}", _GPT2))
-    ),
-    **_alike(
-        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2",
-        PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True),
-    ),
-    **_alike("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer((_LLAMA3,))),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "phi-2": PreTokenizer((_GPT2,)),
+    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "starcoder": PreTokenizer((r"\p{N}", _GPT2)),
+    "llama-bpe": _LLAMA3_KIND,
+    "llama3": _LLAMA3_KIND,
+    "llama-v3": _LLAMA3_KIND,
+    "falcon3": _LLAMA3_KIND,
     "qwen2": PreTokenizer((_QWEN2,), nfc=True),
-    **_alike("deepseek-r1-qwen stablelm2 megrez hunyuan grok-2", PreTokenizer((_QWEN2,))),
-    "qwen35": PreTokenizer((_QWEN35,), nfc=True),
+    "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
+    "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER),
+    "seed-coder": PreTokenizer((_SEED,)),
     "tekken": PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True),
-    "gpt-4o": PreTokenizer((_GPT4O,)),
-    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
 }
 
 

@@ -61,9 +61,7 @@ class GgufSource:
             self._file.close()
             raise
         self._arch = self._file.metadata["general.architecture"]
-        self._gguf_names = {
-            hf_name(self._arch, name): name for name in self._file.tensors if name != ROPE_FACTORS
-        }
+        self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if name != ROPE_FACTORS}
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
         }

@@ -105,9 +105,7 @@ def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[st
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     vocabulary = _Vocabulary(where, metadata, tokens, types, default_ids)
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise vocabulary.error(
-            f"tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens"
-        )
+        raise vocabulary.error(f"tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     return vocabulary
 
 
@@ -160,9 +158,7 @@ def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> lis
     list.
     """
     ids = {
-        token: index
-        for token, index in vocabulary.ids().items()
-        if vocabulary.types[index] in (_NORMAL, _USER_DEFINED)
+        token: index for token, index in vocabulary.ids().items() if vocabulary.types[index] in (_NORMAL, _USER_DEFINED)
     }
     found = [
         (-scores[index], index, ids[token[:cut]], cut, token)

@@ -44,18 +44,13 @@ def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
     repo, _, revision = model.partition("@")
     try:
         # By itself it uses the cached copy when there is no network.
-        found = snapshot_download(
-            repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=_PATTERNS
-        )
+        found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=_PATTERNS)
     except GatedRepoError:
         raise UsageError(
-            f"{repo}: access is restricted; accept its terms on its hub page, "
-            "then log in with 'hf auth login'"
+            f"{repo}: access is restricted; accept its terms on its hub page, then log in with 'hf auth login'"
         ) from None
     except RevisionNotFoundError:
-        raise UsageError(
-            f"{repo}: has no revision {revision!r}; check it, or leave @{revision} out"
-        ) from None
+        raise UsageError(f"{repo}: has no revision {revision!r}; check it, or leave @{revision} out") from None
     except RepositoryNotFoundError:
         raise UsageError(
             f"{repo}: no such path and no such hub repository; check the spelling, or log in with "
@@ -63,8 +58,7 @@ def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
         ) from None
     except HFValidationError as error:
         raise UsageError(
-            f"{model}: no such path, and no valid hub id ({one_line(error)}); "
-            "expected org/name or org/name@revision"
+            f"{model}: no such path, and no valid hub id ({one_line(error)}); expected org/name or org/name@revision"
         ) from None
     except Exception as error:  # network failures come from several libraries
         raise UsageError(

@@ -81,9 +81,7 @@ class SafetensorsSource:
         except BaseException:
             self.close()
             raise
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: entry.shape for name, entry in self._entries.items()
-        }
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self._entries.items()}
 
     def _add(self, path: Path) -> None:
         try:
@@ -106,9 +104,7 @@ class SafetensorsSource:
             UsageError: no tensor has that name, its dtype is unknown, or the file has shrunk.
         """
         if name not in self._entries:
-            raise UsageError(
-                f"{self._directory}: has no tensor {name!r}; expected one of the names in shapes"
-            )
+            raise UsageError(f"{self._directory}: has no tensor {name!r}; expected one of the names in shapes")
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise UsageError(
@@ -152,9 +148,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}"
-        ) from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}") from None
     except ValueError as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); download or copy the file again") from None
     if not isinstance(value, dict):
@@ -173,8 +167,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return found
     if found:
         raise UsageError(
-            f"{directory}: has {len(found)} safetensors files but no {_INDEX}; "
-            "download or copy the index as well"
+            f"{directory}: has {len(found)} safetensors files but no {_INDEX}; download or copy the index as well"
         )
     if any(path for pattern in _PICKLES for path in directory.glob(pattern)):
         raise UsageError(
@@ -187,9 +180,7 @@ def _weight_files(directory: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_plain_name, weight_map.values())):
-        raise UsageError(
-            f"{index}: has no weight_map of tensor to file names; download or copy the file again"
-        )
+        raise UsageError(f"{index}: has no weight_map of tensor to file names; download or copy the file again")
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -217,11 +208,7 @@ def _read_header(file: BufferedReader, path: Path) -> dict[str, _Entry]:
     try:
         header = json.loads(file.read(length))
         data_start = 8 + length
-        entries = {
-            name: _entry(path, fields, data_start)
-            for name, fields in header.items()
-            if name != "__metadata__"
-        }
+        entries = {name: _entry(path, fields, data_start) for name, fields in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UsageError(f"{path}: its safetensors header is corrupt; download or copy it again") from None
     for name, entry in entries.items():

@@ -62,9 +62,11 @@ class Tokenizer:
             with quiet_transformers():
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-                fast = AutoTokenizer.from_pretrained(
-                    str(directory), trust_remote_code=False, local_files_only=True
-                )
+                # AutoTokenizer would follow the class that tokenizer_config.json names, and some classes put their
+                # own way of cutting words in place of the one in tokenizer.json: SmolLM2 loses its digits so.
+                complete = (directory / "tokenizer.json").is_file()
+                loader = PreTrainedTokenizerFast if complete else AutoTokenizer
+                fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # whatever the parsers behind it raise
             raise UsageError(
                 f"{directory}: its tokenizer cannot be loaded ({one_line(error)}); "
@@ -72,8 +74,7 @@ class Tokenizer:
             ) from None
         if not isinstance(fast, PreTrainedTokenizerFast):
             raise UsageError(
-                f"{directory}: its tokenizer has no fast version; "
-                "save it as tokenizer.json with transformers first"
+                f"{directory}: its tokenizer has no fast version; save it as tokenizer.json with transformers first"
             )
         return cls(fast, stops)
 
@@ -155,11 +156,14 @@ class Tokenizer:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._fast.save_pretrained(str(directory))
+        # The class under the name that transformers 4 knows too; it takes tokenizer.json as it is.
+        config = directory / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        _write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
         generation = directory / _GENERATION_CONFIG
         if not generation.exists():
             ids = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.stop_tokens)}
-            settings = {**ids, "pad_token_id": self.pad}
-            generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            _write_json(generation, {**ids, "pad_token_id": self.pad})
 
 
 def wrap(
@@ -214,6 +218,10 @@ def one_line(error: BaseException, width: int = 160) -> str:
     """An error of another library's as part of a one-line message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _generation_stops(path: Path) -> list[int]:

