@@ -156,9 +156,7 @@ def test_attention_soft_cap() -> None:
 
     batch, length, heads, kv_heads, head_dim = 2, 9, 6, 2, 10
     rng = np.random.default_rng(0)
-    q, k, v = (
-        rng.normal(size=(batch, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
-    )
+    q, k, v = (rng.normal(size=(batch, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
     module = torch.nn.Module()
     module.num_key_value_groups = heads // kv_heads
     mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
