@@ -208,6 +208,19 @@ def test_jacobian_of_the_forward_pass_is_the_weight(kernel):
 
 
 @every_kernel
+def test_bfloat16_products_are_asked_to_sum_in_float32(kernel):
+    """A CPU sums in float32 unasked, so what is asked for is looked at."""
+    states = init_states(jax.random.key(0), kernel, RANK, D_IN, D_OUTS, jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda x: forward(kernel, states, Q, x))(jnp.ones((2, D_IN), jnp.bfloat16))
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert len(products) >= 2
+    assert {equation.outvars[0].aval.dtype for equation in products} == {jnp.dtype(jnp.float32)}
+    # The two products with the states themselves are of bfloat16 numbers: half the traffic.
+    low = [e for e in products if all(operand.aval.dtype == jnp.bfloat16 for operand in e.invars)]
+    assert len(low) == 2
+
+
+@every_kernel
 def test_bfloat16_in_bfloat16_out_with_float32_sums(kernel):
     states = init_states(jax.random.key(0), kernel, RANK, 2048, {"a": 13}, jnp.bfloat16)
     # 2,048 ones: summed in bfloat16 they would stall at 256.
