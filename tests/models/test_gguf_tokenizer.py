@@ -1,7 +1,9 @@
 """Tokenizers rebuilt from GGUF metadata, against transformers' own definitions and a literal SentencePiece."""
 
 import inspect
+import itertools
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
@@ -63,10 +65,11 @@ def trained(pre: str) -> Backend:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([CORPUS], trainer)
+    backend.add_tokens([AddedToken(token, special=kind == 3, normalized=False) for token, kind in SPECIAL.items()])
     return backend
 
 
-def to_metadata(backend: Backend, pre: str, **changes: Any) -> dict[str, Any]:
+def to_metadata(backend: Backend, pre: str, /, **changes: Any) -> dict[str, Any]:
     model = json.loads(backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     keys = {
@@ -80,23 +83,18 @@ def to_metadata(backend: Backend, pre: str, **changes: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value for key, value in (keys | changes).items() if value is not None}
 
 
-@pytest.fixture(scope="module")
-def families() -> dict[str, tuple[Backend, Tokenizer]]:
-    pairs = {}
-    for pre in ("smollm", "gpt-2", "llama-bpe", "qwen2"):
-        backend = trained(pre)
-        pairs[pre] = backend, tokenizer_from_gguf(to_metadata(backend, pre), "m.gguf")
-    return pairs
+@cache
+def family(pre: str) -> tuple[Backend, Tokenizer]:
+    backend = trained(pre)
+    return backend, tokenizer_from_gguf(to_metadata(backend, pre), "m.gguf")
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 @given(text=TEXTS)
 @example(CORPUS)
 @example(" 12345½  x²\u0301 e\u0301")
-def test_byte_level_ids_are_those_of_the_published_tokenizer(
-    families: dict[str, tuple[Backend, Tokenizer]], pre: str, text: str
-) -> None:
-    reference, ours = families[pre]
+def test_byte_level_ids_are_those_of_the_published_tokenizer(pre: str, text: str) -> None:
+    reference, ours = family(pre)
     assert ours.encode(text).tolist() == reference.encode(text).ids
     if pre != "qwen2":  # which brings text to normal form C
         assert ours.decode(ours.encode(text)) == text
@@ -118,9 +116,9 @@ def pieces(pre: str, text: str) -> list[str]:
         (
             "tekken",
             "camelCase HTTPServer 42 a/b\n",
-            [*("camel", "Case", " HTTPServer"), *(" ", "4", "2", " a", "/b", "\n")],
+            ["camel", "Case", " HTTPServer", *" 42", " a", "/b", "\n"],
         ),
-        ("deepseek-coder", "a = b12,\nc", ["a", " ", "=", " b", "1", "2", ",", "\n", "c"]),
+        ("deepseek-coder", "a = b12,\nc", ["a", " =", " b", "1", "2", ",", "\n", "c"]),
         ("seed-coder", "x1;\n\ny", ["x", "1", ";", "\n\n", "y"]),
         ("qwen2", "x1;\n\ny", ["x", "1", ";\n\n", "y"]),
     ],
@@ -135,8 +133,8 @@ def test_every_pre_tokenizer_keeps_all_text(text: str) -> None:
         assert "".join(pieces(pre, text)) == text
 
 
-def test_special_tokens_are_found_in_text(families: dict[str, tuple[Backend, Tokenizer]]) -> None:
-    _, tokenizer = families["smollm"]
+def test_special_tokens_are_found_in_text() -> None:
+    _, tokenizer = family("smollm")
     end, user, tool = range(tokenizer.vocab_size - 3, tokenizer.vocab_size)
     ids = tokenizer.encode("<|user|>12<tool>x<|end|>").tolist()
     assert [index for index in ids if index >= end] == [user, tool, end]
@@ -150,8 +148,8 @@ def test_special_tokens_are_found_in_text(families: dict[str, tuple[Backend, Tok
     assert tokenizer.pad == end
 
 
-def test_begin_and_end_follow_the_flags(families: dict[str, tuple[Backend, Tokenizer]]) -> None:
-    backend, plain = families["smollm"]
+def test_begin_and_end_follow_the_flags() -> None:
+    backend, plain = family("smollm")
     end = plain.vocab_size - 3
     assert plain.encode("ab", special_tokens=True).tolist() == plain.encode("ab").tolist()
     both = to_metadata(backend, "smollm", bos_token_id=end + 1, add_bos_token=True, add_eos_token=True)
@@ -163,18 +161,18 @@ def test_begin_and_end_follow_the_flags(families: dict[str, tuple[Backend, Token
     for flag, expected in ((None, True), (True, True), (False, False)):
         keys = to_metadata(backend, "llama-bpe", bos_token_id=end + 1, add_bos_token=flag)
         ids = tokenizer_from_gguf(keys, "m.gguf").encode("ab", special_tokens=True)
-        assert (ids[0] == end + 1) is expected
+        assert (ids[0] == end + 1) == expected
 
 
-def test_ends_of_turns_stop_generation(families: dict[str, tuple[Backend, Tokenizer]]) -> None:
-    backend, plain = families["smollm"]
+def test_ends_of_turns_stop_generation() -> None:
+    backend, plain = family("smollm")
     end = plain.vocab_size - 3
     keys = to_metadata(backend, "smollm", eot_token_id=end + 1, eos_token_id=0)
     assert tokenizer_from_gguf(keys, "m.gguf").stop_tokens == (0, end, end + 1)
 
 
-def test_chat_template(families: dict[str, tuple[Backend, Tokenizer]]) -> None:
-    backend, plain = families["smollm"]
+def test_chat_template() -> None:
+    backend, plain = family("smollm")
     template = (
         "{% for m in messages %}<|user|>{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}answer{% endif %}"
@@ -192,8 +190,8 @@ def test_chat_template(families: dict[str, tuple[Backend, Tokenizer]]) -> None:
 
 
 @pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe"])
-def test_saved_tokenizer_is_the_same(families: dict[str, tuple[Backend, Tokenizer]], pre: str, tmp_path: Path) -> None:
-    backend, plain = families[pre]
+def test_saved_tokenizer_is_the_same(pre: str, tmp_path: Path) -> None:
+    backend, plain = family(pre)
     keys = to_metadata(backend, pre, bos_token_id=plain.vocab_size - 2, add_bos_token=True, eot_token_id=0)
     tokenizer = tokenizer_from_gguf(keys | {"tokenizer.chat_template": "x{{ messages[0]['content'] }}"}, "m.gguf")
     tokenizer.save(tmp_path / "saved")
@@ -256,7 +254,7 @@ def sentencepiece(text: str, *, prefix: bool) -> list[int]:
         while True:
             joined = [
                 (-SCORES[PIECES.index(left + right)], at)
-                for at, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+                for at, (left, right) in enumerate(itertools.pairwise(symbols))
                 if left + right in PIECES
             ]
             if not joined:
@@ -277,18 +275,13 @@ def test_sentencepiece_ids_are_those_of_the_algorithm(prefix: bool, text: str) -
     assert tokenizer.encode(text).tolist() == sentencepiece(text, prefix=prefix)
 
 
-_SPM: dict[bool, Tokenizer] = {}
-
-
+@cache
 def spm(prefix: bool) -> Tokenizer:
-    if prefix not in _SPM:
-        changes = {} if prefix else {"add_space_prefix": False}
-        _SPM[prefix] = tokenizer_from_gguf(spm_metadata(**changes), "m.gguf")
-    return _SPM[prefix]
+    return tokenizer_from_gguf(spm_metadata(**({} if prefix else {"add_space_prefix": False})), "m.gguf")
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=20))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁<"), max_size=20))
 def test_sentencepiece_round_trip(prefix: bool, text: str) -> None:
     if prefix and "\n\n" in text:
         return  # every part gets a space in front, and only the first is taken away
@@ -344,11 +337,9 @@ def test_sentencepiece_special_tokens() -> None:
         ({"bos_token_id": "<s>"}, ["bos", "'<s>'"]),
     ],
 )
-def test_damaged_byte_level_tokenizers(
-    families: dict[str, tuple[Backend, Tokenizer]], changes: dict[str, Any], parts: list[str]
-) -> None:
+def test_damaged_byte_level_tokenizers(changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        tokenizer_from_gguf(to_metadata(families["smollm"][0], "smollm", **changes), "m.gguf")
+        tokenizer_from_gguf(to_metadata(family("smollm")[0], "smollm", **changes), "m.gguf")
     for part in ("m.gguf", *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
