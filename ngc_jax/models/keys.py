@@ -76,7 +76,11 @@ def match_tensors(
     Raises:
         UsageError: If tensors are missing, misshapen or left over; all are named.
     """
-    canonical = {_canonical(name): name for name in tensors if not _IGNORED.search(name)}
+    canonical: dict[str, str] = {}
+    twice = []
+    for name in tensors:
+        if not _IGNORED.search(name) and canonical.setdefault(_canonical(name), name) != name:
+            twice.append(name)
     wanted = {hf_name(parameter, config): parameter for parameter in parameters}
     missing = [name for name in wanted if name not in canonical]
     misshapen = [
@@ -85,7 +89,7 @@ def match_tensors(
         if name in canonical and tuple(tensors[canonical[name]]) != tuple(parameters[parameter])
     ]
     # A tied model's file may repeat the embedding as lm_head.
-    left_over = [name for name in canonical if name not in wanted and name != "lm_head.weight"]
+    left_over = twice + [name for name in canonical if name not in wanted and name != "lm_head.weight"]
     problems = []
     if missing:
         problems.append(f"missing {_some(_with_guess(name, left_over) for name in missing)}")
