@@ -71,7 +71,7 @@ class SafetensorsSource:
         """
         self.name = name or directory.resolve().name
         self._directory = directory
-        self.config: dict[str, Any] = read_json_object(directory / "config.json")
+        self.config: dict[str, Any] = _read_config(directory)
         self._files = ExitStack()
         self._open: dict[Path, BufferedReader] = {}
         self._entries: dict[str, _Entry] = {}
@@ -108,14 +108,14 @@ class SafetensorsSource:
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise UsageError(
-                f"{entry.path}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}; "
+                f"{entry.path}: tensor {name!r} has dtype {entry.dtype!r}, expected one of {', '.join(_DTYPES)}; "
                 "convert it with transformers first"
             )
         tensor = np.empty(entry.shape, _DTYPES[entry.dtype])
         file = self._open[entry.path]
         file.seek(entry.start)
         if file.readinto(tensor.reshape(-1).view(np.uint8).data) != entry.n_bytes:
-            raise UsageError(f"{entry.path}: ends inside tensor {name}; download or copy the file again")
+            raise UsageError(f"{entry.path}: ends inside tensor {name!r}; download or copy the file again")
         return tensor
 
     def tokenizer(self) -> Tokenizer:
@@ -154,6 +154,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path}: holds no JSON object; download or copy the file again")
     return value
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    inside = sorted(file.name for file in directory.glob("*.gguf"))
+    if inside and not path.exists():
+        raise UsageError(f"{directory}: has no config.json; to use a GGUF file in it, give {directory / inside[0]}")
+    return read_json_object(path)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -215,7 +223,7 @@ def _read_header(file: BufferedReader, path: Path) -> dict[str, _Entry]:
         end = entry.start + entry.n_bytes
         if end > size:
             raise UsageError(
-                f"{path}: is truncated: tensor {name} ends at byte {end}, the file at byte {size}; "
+                f"{path}: is truncated: tensor {name!r} ends at byte {end}, the file at byte {size}; "
                 "download or copy it again"
             )
     return entries
@@ -225,7 +233,7 @@ def _entry(path: Path, fields: Mapping[str, Any], data_start: int) -> _Entry:
     """Checks one header entry; anything malformed raises ValueError, TypeError or KeyError."""
     dtype, shape = str(fields["dtype"]), tuple(fields["shape"])
     start, end = fields["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end - start)):
         raise ValueError
     if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - start:
         raise ValueError

@@ -75,7 +75,7 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # too long, not permitted, or the home of nobody
         raise UsageError(f"{model[:80]}: is no usable path ({error}); check it") from None
-    if is_directory:
+    if is_directory and model:
         return SafetensorsSource(path)
     if is_file and path.suffix == ".gguf":
         return GgufSource(path)
