@@ -61,9 +61,13 @@ class LanguageModel:
 
 def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path joined with dots; nothing is computed."""
+    return {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}
+
+
+def _shapes_by_path(decoder: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
-    return {".".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
 def load_model(
@@ -131,28 +135,19 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     Raises:
         UsageError: If tensors are missing, misshapen, left over or unreadable; see `keys.match_tensors`.
     """
-    shapes = parameter_shapes(decoder)
+    # States are keyed by block names, which have dots of their own: a joined path cannot be split again.
+    by_path = _shapes_by_path(decoder)
+    shapes = {".".join(path): shape for path, shape in by_path.items()}
     names = match_tensors(shapes, source.shapes, decoder.config, source.name)
     flat = {}
-    for done, (parameter, name) in enumerate(names.items(), start=1):
-        flat[tuple(parameter.split("."))] = _put(source.read(name), decoder.param_dtype)
+    for done, path in enumerate(by_path, start=1):
+        flat[path] = _put(source.read(names[".".join(path)]), decoder.param_dtype)
         if progress is not None:
             progress(done, len(names))
-    return traverse_util.unflatten_dict(_with_block_names(flat))
+    return traverse_util.unflatten_dict(flat)
 
 
 def _put(tensor: np.ndarray, dtype: jnp.dtype) -> jax.Array:
     array = jnp.asarray(tensor.astype(dtype, copy=False))
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return array.block_until_ready()
-
-
-def _with_block_names(flat: Mapping[tuple[str, ...], jax.Array]) -> dict[tuple[str, ...], jax.Array]:
-    """Output states are keyed by block name, which has dots of its own: join what follows again."""
-    joined = {}
-    for path, leaf in flat.items():
-        if path[0] == "groups" and "output_states" in path:
-            at = path.index("output_states") + 1
-            path = (*path[:at], ".".join(path[at:]))
-        joined[path] = leaf
-    return joined

@@ -1,0 +1,89 @@
+"""A tiny compact model with every kernel, and groups over roles, over layers and over unlike widths."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ngc_jax.groups.kernels import weights
+from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.load import LanguageModel, Params
+from tests.tiny import HF_CONFIGS, tiny_tokenizer
+
+# Name -> (members as layer and role, rank, kernel).
+GROUPS = {
+    "0-qkk": ((0, "q"), (0, "k"), (1, "k")),
+    "0-vv": ((0, "v"), (1, "v")),
+    "0-ug": ((0, "u"), (0, "g")),
+    "1-qd": ((1, "q"), (1, "d")),
+}
+RANKS = {"0-qkk": 5, "0-vv": 3, "0-ug": 4, "1-qd": 6}
+KERNELS = {
+    "0-qkk": Kernel(),
+    "0-vv": Kernel("riemannian", metric_rank=2),
+    "0-ug": Kernel("lifted", lift=9, seed=3),
+    "1-qd": Kernel("lifted", lift=11, seed=4, learned=True),
+}
+
+
+def compact_plan(config: DecoderConfig) -> Plan:
+    """Four groups, one planned block that stays dense, and blocks that are not planned."""
+    return Plan(
+        groups=tuple(
+            GroupPlan(name, tuple(config.block(*member) for member in members), RANKS[name], KERNELS[name])
+            for name, members in GROUPS.items()
+        ),
+        dense=(config.block(0, "o"),),
+    )
+
+
+def dense_model(architecture: str = "llama_untied", dtype: str = "float32", **changes: Any) -> LanguageModel:
+    """A random dense model of two layers."""
+    hf_config = {**HF_CONFIGS[architecture], "num_hidden_layers": 2, "intermediate_size": 36, **changes}
+    config = DecoderConfig.from_hf(hf_config)
+    params = random_params(Decoder(config, None, jnp.dtype(dtype)))
+    return LanguageModel("tiny", config, None, params, hf_config, tiny_tokenizer)
+
+
+def compact_model(architecture: str = "llama_untied", dtype: str = "float32", **changes: Any) -> LanguageModel:
+    """A random compact model of two layers, with the groups of `compact_plan`."""
+    model = dense_model(architecture, dtype, **changes)
+    plan = compact_plan(model.config)
+    params = random_params(Decoder(model.config, plan, jnp.dtype(dtype)))
+    return dataclasses.replace(model, plan=plan, params=params)
+
+
+def random_params(decoder: Decoder, seed: int = 0) -> Params:
+    """Parameters drawn by NumPy, which compiles nothing; no norm, bias or metric is trivial."""
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+    centres = {"scale": 0.0 if decoder.config.unit_offset_norm else 1.0, "amplitude": 1.0, "gain": 1.0}
+
+    def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) < 2:
+            return (centres.get(path[-1], centres.get(path[-2])) or 0.0) + 0.3 * rng.standard_normal(shape)
+        fan_in = shape[0] if path[-1] == "input_states" else shape[-1]
+        return fan_in**-0.5 * rng.standard_normal(shape)
+
+    flat = traverse_util.flatten_dict(shapes)
+    return traverse_util.unflatten_dict(
+        {path: jnp.asarray(draw(path, leaf.shape), leaf.dtype) for path, leaf in flat.items()}
+    )
+
+
+def dense_equivalent(model: LanguageModel) -> LanguageModel:
+    """The dense model whose grouped blocks are the weights that their groups make."""
+    assert model.plan is not None
+    params = jax.tree.map(lambda leaf: leaf, dict(model.params))
+    states = params.pop("groups")
+    for group in model.plan.groups:
+        for block in group.members:
+            _, layer, part, role = block.name.split(".")
+            kernel = weights(group.kernel, states[group.name], block.name, block.d_in)
+            params["layers"][layer][part].setdefault(role, {})["kernel"] = kernel
+    return dataclasses.replace(model, plan=None, params=params)
