@@ -1,5 +1,7 @@
 """Tiny random models that tests share; every dimension has a size of its own."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,12 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> LanguageModel:
         lambda leaf: leaf + jnp.asarray(0.1 * generator.standard_normal(leaf.shape), leaf.dtype), params
     )
     return LanguageModel("tiny", config, None, jittered, hf_config, tiny_tokenizer)
+
+
+@partial(jax.jit, static_argnames="decoder")
+def forward(params, tokens, positions=None, *, decoder):
+    """Compiled `Decoder.__call__` without a cache."""
+    return decoder.apply({"params": params}, tokens, positions)
 
 
 def random_tokens(count: int, seed: int = 0, vocab_size: int = 256) -> np.ndarray:

@@ -118,12 +118,9 @@ def _mean_diagonal(second_moment: np.ndarray) -> float:
 
 def _leading_eigenvectors(symmetric: np.ndarray, rank: int) -> np.ndarray:
     """Eigenvectors of the `rank` largest eigenvalues, largest first."""
-    size = len(symmetric)
-    symmetric = (symmetric + symmetric.T) / 2
-    _, vectors = scipy.linalg.eigh(
-        symmetric, subset_by_index=(size - rank, size - 1), driver="evr", overwrite_a=True
-    )
-    return vectors[:, ::-1]
+    # Divide and conquer for all of them is several times faster than the driver that can stop at the first few.
+    _, vectors = scipy.linalg.eigh((symmetric + symmetric.T) / 2, driver="evd", overwrite_a=True, check_finite=False)
+    return vectors[:, -rank:][:, ::-1]
 
 
 def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:

@@ -79,8 +79,8 @@ def test_compensated_sum_keeps_what_float32_loses():
 
     values = np.concatenate([[1e8], np.full(10_000, 0.3, np.float32)]).astype(np.float32)
     exact = values.astype(np.float64).sum()
-    assert float(run(values).value()) == pytest.approx(exact, rel=1e-12)
-    assert float(jax.lax.scan(lambda s, x: (s + x, None), jnp.float32(0), values)[0]) != pytest.approx(exact, rel=1e-9)
+    assert float(run(values).value()) == pytest.approx(exact, rel=1e-8)
+    assert float(jax.lax.scan(lambda s, x: (s + x, None), jnp.float32(0), values)[0]) != pytest.approx(exact, rel=1e-6)
 
 
 @given(st.integers(1, 200), st.integers(2, 40), st.integers(1, 5))
