@@ -6,6 +6,7 @@ A token's position is its index in its own sequence; position -1 marks padding, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,14 +21,17 @@ from ngc_jax.models.rope import Rope
 class LayerCache(NamedTuple):
     """Keys and values of one layer. A ring: position p is kept in slot p mod S.
 
+    The axes are in the order in which one query reads them fastest: each head's keys are a matrix whose rows are
+    dimensions, and no axis has to be moved in a step that reads all of it.
+
     Attributes:
-        keys: (B, S, K, H), rotary embedding already applied.
-        values: (B, S, K, H).
+        keys: (B, K, H, S), rotary embedding already applied.
+        values: (B, K, S, H).
         positions: (B, S) int32; -1 for an empty slot.
     """
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    keys: Float[Array, "B K H S"]
+    values: Float[Array, "B K S H"]
     positions: Int[Array, "B S"]
 
 
@@ -41,17 +45,54 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtyp
         config: The decoder.
         batch: B, number of sequences.
         capacity: Longest sequence, prompt and continuation, in tokens. A layer with a window keeps only so many.
+            0 for a cache that takes in the tokens of one call as they are; see `to_rings`.
         dtype: Of keys and values.
     """
 
     def layer(window: int | None) -> LayerCache:
         slots = capacity if window is None else min(window, capacity)
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+        heads, head_dim = config.num_kv_heads, config.head_dim
         return LayerCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32)
+            jnp.zeros((batch, heads, head_dim, slots), dtype),
+            jnp.zeros((batch, heads, slots, head_dim), dtype),
+            jnp.full((batch, slots), -1, jnp.int32),
         )
 
     return tuple(layer(window) for window in config.windows)
+
+
+def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
+    """The cache in which decoding goes on, from one that took in prompts as they are.
+
+    A prompt that is read into rings at once would also attend to all of their empty slots.
+
+    Args:
+        config: The decoder.
+        prompts: What a cache of capacity 0 became: positions 0, 1, 2, ... of every sequence, padding after them.
+        capacity: As for `init_cache`.
+    """
+
+    def layer(window: int | None, cache: LayerCache) -> LayerCache:
+        slots = capacity if window is None else min(window, capacity)
+        length = cache.positions.shape[1]
+        if length <= slots:
+            after = (0, slots - length)
+            return LayerCache(
+                jnp.pad(cache.keys, ((0, 0), (0, 0), (0, 0), after)),
+                jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
+                jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
+            )
+        # The newest position whose remainder is the slot.
+        newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
+        position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
+        index_BxS = jnp.maximum(position_BxS, 0)
+        return LayerCache(
+            jnp.take_along_axis(cache.keys, index_BxS[:, None, None, :], axis=3),
+            jnp.take_along_axis(cache.values, index_BxS[:, None, :, None], axis=2),
+            jnp.maximum(position_BxS, -1),
+        )
+
+    return tuple(layer(window, cache) for window, cache in zip(config.windows, prompts, strict=True))
 
 
 def write_cache(
@@ -68,16 +109,42 @@ def write_cache(
         v_BxLxKxH: New values.
         positions_BxL: Their positions; -1 for padding.
     """
+    k_BxLxKxH, v_BxLxKxH = k_BxLxKxH.astype(cache.keys.dtype), v_BxLxKxH.astype(cache.values.dtype)
+    arguments = (cache, k_BxLxKxH, v_BxLxKxH, positions_BxL)
+    if positions_BxL.shape == (1, 1):
+        return jax.lax.platform_dependent(*arguments, cpu=_write_one, default=_write_any)
+    return _write_any(*arguments)
+
+
+def _write_any(cache: LayerCache, k_BxLxKxH: Array, v_BxLxKxH: Array, positions_BxL: Array) -> LayerCache:
     batch, slots = cache.positions.shape
     newest_B = positions_BxL.max(axis=1, keepdims=True)
     kept_BxL = (positions_BxL >= 0) & (positions_BxL > newest_B - slots)
     slot_BxL = jnp.where(kept_BxL, positions_BxL % slots, slots)  # out of range: dropped by the scatter
     row_Bx1 = jnp.arange(batch)[:, None]
     return LayerCache(
-        cache.keys.at[row_Bx1, slot_BxL].set(k_BxLxKxH.astype(cache.keys.dtype), mode="drop"),
-        cache.values.at[row_Bx1, slot_BxL].set(v_BxLxKxH.astype(cache.values.dtype), mode="drop"),
+        cache.keys.at[row_Bx1, :, :, slot_BxL].set(k_BxLxKxH, mode="drop"),
+        cache.values.at[row_Bx1, :, slot_BxL].set(v_BxLxKxH, mode="drop"),
         cache.positions.at[row_Bx1, slot_BxL].set(positions_BxL, mode="drop"),
     )
+
+
+def _write_one(cache: LayerCache, k_1x1xKxH: Array, v_1x1xKxH: Array, position_1x1: Array) -> LayerCache:
+    """One token of one sequence.
+
+    XLA's CPU compiler fuses a plain write with whatever reads the cache next, and so copies the cache twice a step;
+    it does not fuse across a condition, and writes in place.
+    """
+    slot = position_1x1[0, 0] % cache.positions.shape[1]
+
+    def write(cache: LayerCache) -> LayerCache:
+        return LayerCache(
+            jax.lax.dynamic_update_slice(cache.keys, k_1x1xKxH.transpose(0, 2, 3, 1), (0, 0, 0, slot)),
+            jax.lax.dynamic_update_slice(cache.values, v_1x1xKxH.swapaxes(1, 2), (0, 0, slot, 0)),
+            jax.lax.dynamic_update_slice(cache.positions, position_1x1, (0, slot)),
+        )
+
+    return jax.lax.cond(position_1x1[0, 0] >= 0, write, lambda cache: cache, cache)
 
 
 def extend(
@@ -89,7 +156,8 @@ def extend(
     """What the new tokens attend to, and the cache after them.
 
     Without a cache they attend to each other. With one, to the cache after they are written; several tokens into a
-    ring could push out what the first of them still sees, so they attend to the old cache and to themselves.
+    ring could push out what the first of them still sees, so they attend to the old cache and to themselves. A cache
+    without slots becomes the tokens as they are.
 
     Args:
         cache: The layer's cache or None.
@@ -100,19 +168,24 @@ def extend(
     Returns:
         What is attended to (as a `LayerCache` of any number of slots) and the new cache (None without one).
     """
-    fresh = LayerCache(k_BxLxKxH, v_BxLxKxH, positions_BxL)
+    fresh = LayerCache(k_BxLxKxH.transpose(0, 2, 3, 1), v_BxLxKxH.swapaxes(1, 2), positions_BxL)
     if cache is None:
         return fresh, None
+    fresh = LayerCache(fresh.keys.astype(cache.keys.dtype), fresh.values.astype(cache.values.dtype), positions_BxL)
+    if cache.positions.shape[1] == 0:
+        return fresh, fresh
     written = write_cache(cache, k_BxLxKxH, v_BxLxKxH, positions_BxL)
     if positions_BxL.shape[1] == 1:
         return written, written
-    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1), cache, fresh)
+    both = LayerCache(
+        jnp.concatenate([cache.keys, fresh.keys], axis=3),
+        jnp.concatenate([cache.values, fresh.values], axis=2),
+        jnp.concatenate([cache.positions, fresh.positions], axis=1),
+    )
     return both, written
 
 
-def rotate(
-    x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope
-) -> Float[Array, "B L N H"]:
+def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope) -> Float[Array, "B L N H"]:
     """Apply a rotary embedding to every head, pairing dimension i with i + H/2 as Hugging Face does.
 
     Args:
@@ -130,6 +203,8 @@ def rotate(
     return rotated.astype(x_BxLxNxH.dtype)
 
 
+# jit: outside of a compiled model the loops below would be compiled anew at every call.
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def attend(
     q_BxLxNxH: Float[Array, "B L N H"],
     attended: LayerCache,
@@ -150,19 +225,17 @@ def attend(
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
     """
     batch, length, heads, head_dim = q_BxLxNxH.shape
-    kv_heads = attended.keys.shape[2]
-    q_BxKxGxLxH = q_BxLxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(
-        0, 2, 3, 1, 4
-    )
+    kv_heads = attended.keys.shape[1]
+    q_BxKxGxLxH = q_BxLxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     query_BxLx1, key_Bx1xS = positions_BxL[:, :, None], attended.positions[:, None, :]
     seen_BxLxS = (key_Bx1xS >= 0) & (key_Bx1xS <= query_BxLx1)
     if window is not None:
         seen_BxLxS &= query_BxLx1 - key_Bx1xS < window
 
-    def one_head(q_GxLxH: Array, k_SxH: Array, v_SxH: Array, seen_LxS: Array) -> Array:
+    def one_head(q_GxLxH: Array, k_HxS: Array, v_SxH: Array, seen_LxS: Array) -> Array:
         """Attention of the query heads that share one key-value head, in one sequence."""
         q_QxH = q_GxLxH.reshape(-1, head_dim)
-        logits = jnp.einsum("qh,sh->qs", q_QxH, k_SxH, preferred_element_type=jnp.float32) * scale
+        logits = jnp.einsum("qh,hs->qs", q_QxH, k_HxS, preferred_element_type=jnp.float32) * scale
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         logits = jnp.where(jnp.tile(seen_LxS, (heads // kv_heads, 1)), logits, jnp.finfo(jnp.float32).min)
@@ -170,17 +243,17 @@ def attend(
         out = jnp.einsum("qs,sh->qh", weights, v_SxH, preferred_element_type=jnp.float32)
         return out.reshape(q_GxLxH.shape).astype(q_GxLxH.dtype)
 
-    k_BxKxSxH, v_BxKxSxH = attended.keys.swapaxes(1, 2), attended.values.swapaxes(1, 2)
-
-    def one_row(q_KxGxLxH: Array, k_KxSxH: Array, v_KxSxH: Array, seen_LxS: Array) -> Array:
-        return jax.vmap(one_head, in_axes=(0, 0, 0, None))(q_KxGxLxH, k_KxSxH, v_KxSxH, seen_LxS)
+    def one_row(q_KxGxLxH: Array, k_KxHxS: Array, v_KxSxH: Array, seen_LxS: Array) -> Array:
+        return jax.vmap(one_head, in_axes=(0, 0, 0, None))(q_KxGxLxH, k_KxHxS, v_KxSxH, seen_LxS)
 
     def in_turn(q: Array, k: Array, v: Array, seen: Array) -> Array:
         # A CPU multiplies one matrix at a time several times faster than a batch of them.
-        heads_of_row = lambda row: jax.lax.map(lambda head: one_head(*head, row[3]), row[:3])  # noqa: E731
+        def heads_of_row(row: tuple[Array, Array, Array, Array]) -> Array:
+            return jax.lax.map(lambda head: one_head(head[0], head[1], head[2], row[3]), row[:3])
+
         return jax.lax.map(heads_of_row, (q, k, v, seen))
 
-    arguments = (q_BxKxGxLxH, k_BxKxSxH, v_BxKxSxH, seen_BxLxS)
+    arguments = (q_BxKxGxLxH, attended.keys, attended.values, seen_BxLxS)
     if length == 1:
         out = jax.vmap(one_row)(*arguments)
     else:

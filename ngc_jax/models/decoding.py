@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.models.attention import Cache, init_cache
+from ngc_jax.models.attention import Cache, init_cache, to_rings
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.sampling import Sampling, sample
+from ngc_jax.models.sampling import SamplingArrays, sample
 
 Params = Mapping[str, Any]
 
@@ -68,13 +68,13 @@ def prefill(
     batch, length = tokens_BxL.shape
     index_L = jnp.arange(length, dtype=jnp.int32)
     positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
-    cache = init_cache(decoder.config, batch, capacity, decoder.param_dtype)
+    cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
     x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
     x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return _apply(decoder, params, "logits", x_BxD), cache
+    return _apply(decoder, params, "logits", x_BxD), to_rings(decoder.config, cache, capacity)
 
 
-@partial(jax.jit, static_argnames=("decoder", "capacity", "sampling"))
+@partial(jax.jit, static_argnames=("decoder", "capacity"))
 def begin(
     decoder: Decoder,
     params: Params,
@@ -85,7 +85,7 @@ def begin(
     stop_Z: Int[Array, Z],
     *,
     capacity: int,
-    sampling: Sampling,
+    sampling: SamplingArrays,
 ) -> tuple[Int[Array, B], DecodeState]:
     """Read prompts and choose the first token after each.
 
@@ -109,7 +109,7 @@ def begin(
     return tokens_B, DecodeState(cache, tokens_B, lengths_B, remaining_B, keys_B)
 
 
-@partial(jax.jit, static_argnames=("decoder", "sampling"), donate_argnames="state")
+@partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def decode(
     decoder: Decoder,
     params: Params,
@@ -117,7 +117,7 @@ def decode(
     steps: Int[Array, ""],
     stop_Z: Int[Array, Z],
     *,
-    sampling: Sampling,
+    sampling: SamplingArrays,
 ) -> tuple[Int[Array, "B T"], DecodeState]:
     """Go on with a batch, on the device, until `steps` tokens are made or every row has ended.
 
@@ -161,7 +161,7 @@ def decode(
 
 
 def _choose(
-    keys_B: Key[Array, " B"], positions_B: Int[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: Sampling
+    keys_B: Key[Array, " B"], positions_B: Int[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: SamplingArrays
 ) -> Int[Array, " B"]:
     """Sample the tokens at some positions."""
     return sample(jax.vmap(jax.random.fold_in)(keys_B, positions_B), logits_BxV, sampling)

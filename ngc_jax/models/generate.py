@@ -101,8 +101,8 @@ def stream(
 
 def stream_text(
     model: LanguageModel,
-    tokenizer: Tokenizer,
     prompt: np.ndarray,
+    tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -114,8 +114,8 @@ def stream_text(
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
         prompt: Token ids, (L,).
+        tokenizer: The model's tokenizer.
         max_new_tokens: Longest continuation, in tokens.
         sampling: How to choose tokens.
         key: Randomness; may be None if greedy.
@@ -197,7 +197,7 @@ def measure_decode_speed(
     started = 0.0
     for repeat in range(repeats + 1):
         before = time.perf_counter()
-        tokens, state = decode(decoder, params, state, steps, no_stops, sampling=GREEDY)
+        tokens, state = decode(decoder, params, state, steps, no_stops, sampling=GREEDY.arrays)
         tokens.block_until_ready()
         now = time.perf_counter()
         if repeat == 0:  # compiled, and the weights in the caches that they fit in
@@ -262,7 +262,7 @@ def _begin(
         jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(seeds, np.uint32)),
         np.asarray(stop_tokens, np.int32),
         capacity=min(bucket(longest + max_new_tokens), limit),
-        sampling=sampling,
+        sampling=sampling.arrays,
     )
 
 
@@ -288,9 +288,10 @@ def _batches(
 
     def chunks(seeds: Sequence[int], key: Key[Array, ""]) -> Iterator[np.ndarray]:
         first, state = _begin(model, prompts, max_new_tokens, sampling, key, stop_tokens, seeds)
+        arrays = sampling.arrays
         yield np.asarray(first)[:, None]
         while np.any(state.remaining):
-            tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=sampling)
+            tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=arrays)
             yield np.asarray(tokens)[:, :steps]
 
     return chunks(seeds, key)

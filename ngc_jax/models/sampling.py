@@ -1,18 +1,34 @@
 """How the next token is chosen from logits.
 
-Legend: B batch, V vocabulary, C candidates.
+A sampling reaches a compiled program as arrays (`SamplingArrays`): another temperature compiles nothing.
+
+Legend: B batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Num
 
 from ngc_jax.errors import UsageError
+
+_INFINITE_BITS = 0x7F800000
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_NO_TOP_K = 2**31 - 1
+
+
+class SamplingArrays(NamedTuple):
+    """A `Sampling` as arguments of a compiled program."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +52,28 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number such as 0.8")
-        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and not (self.top_k >= 1 and self.top_k % 1 == 0):
             raise UsageError(f"top_k is {self.top_k}; expected a whole number from 1, or none for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; expected a number above 0 and at most 1")
+            raise UsageError(f"top_p is {self.top_p}; expected a number above 0 and at most 1, or none for all tokens")
 
     @property
     def greedy(self) -> bool:
         """Whether the choice is not random."""
         return self.temperature == 0
 
+    @property
+    def arrays(self) -> SamplingArrays:
+        """The same as arrays."""
+        return SamplingArrays(
+            # What is no normal number in float32 would be taken for zero.
+            jnp.float32(max(self.temperature, _SMALLEST) if self.temperature else 0.0),
+            jnp.int32(_NO_TOP_K if self.top_k is None else min(self.top_k, _NO_TOP_K)),
+            jnp.float32(1.0 if self.top_p is None else self.top_p),
+        )
 
-def sample(keys_B: Key[Array, B], logits_BxV: Float[Array, "B V"], sampling: Sampling) -> Int[Array, B]:
+
+def sample(keys_B: Key[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: SamplingArrays) -> Int[Array, " B"]:
     """Choose one token for every row, with the row's own key: no row depends on another.
 
     Args:
@@ -56,37 +82,70 @@ def sample(keys_B: Key[Array, B], logits_BxV: Float[Array, "B V"], sampling: Sam
         sampling: How to choose.
 
     Returns:
-        Token ids, int32. Equal logits count as ordered by id, lowest first.
+        Token ids, int32. Greedy: the lowest of the most likely.
     """
-    if sampling.greedy:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    scores_BxC, ids_BxC = candidates(logits_BxV, sampling)
-    choice_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxC)
-    return jnp.take_along_axis(ids_BxC, choice_B[:, None], axis=1)[:, 0]
+
+    def greedy() -> Array:
+        return jnp.argmax(logits_BxV, axis=-1)
+
+    def random(scores_BxV: Array) -> Array:
+        return jax.vmap(jax.random.categorical)(keys_B, scores_BxV)
+
+    everything = (sampling.top_k >= logits_BxV.shape[-1]) & (sampling.top_p >= 1)
+    tokens_B = jax.lax.switch(
+        jnp.where(sampling.temperature == 0, 0, jnp.where(everything, 1, 2)),
+        [
+            greedy,
+            lambda: random(-_distances(logits_BxV, sampling.temperature)),
+            lambda: random(scores(logits_BxV, sampling)),
+        ],
+    )
+    return tokens_B.astype(jnp.int32)
 
 
-def candidates(logits_BxV: Float[Array, "B V"], sampling: Sampling) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
-    """The tokens that a sampling may choose from.
+def scores(logits_BxV: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
+    """Unnormalised log probabilities from which a token is drawn.
 
     Args:
         logits_BxV: Logits.
         sampling: A sampling that is not greedy.
 
     Returns:
-        Unnormalised log probabilities, -inf for what top_p excludes, and token ids in int32. In descending order if
-        there is a top_k or a top_p, else by id.
+        Zero for the most likely token, -inf for those that may not be chosen. Tokens exactly as likely as the last
+        that top_k or top_p lets in are let in too.
     """
-    batch, vocab = logits_BxV.shape
-    # The greatest is made zero before dividing, or a tiny temperature would overflow to inf - inf.
+    distance_BxV = _distances(logits_BxV, sampling.temperature)
+    count_BxV = jnp.ones_like(distance_BxV, jnp.int32)
+    in_k_BxV = _nearest(distance_BxV, count_BxV, jnp.minimum(sampling.top_k, logits_BxV.shape[-1]))
+    p_BxV = jnp.where(in_k_BxV, jnp.exp(-distance_BxV), 0.0)
+    # With rounding, the least likely might not be needed to make the sum the sum.
+    mass_B = jnp.where(sampling.top_p < 1, sampling.top_p * p_BxV.sum(axis=-1), jnp.inf)
+    in_p_BxV = _nearest(distance_BxV, p_BxV, mass_B)
+    return jnp.where(in_k_BxV & in_p_BxV, -distance_BxV, -jnp.inf)
+
+
+def _distances(logits_BxV: Float[Array, "B V"], temperature: Float[Array, ""]) -> Float[Array, "B V"]:
+    """How far every logit is below the greatest, over the temperature: no temperature makes that inf - inf."""
     logits_BxV = logits_BxV.astype(jnp.float32)
-    scores_BxC = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / sampling.temperature
-    if sampling.top_k is None and sampling.top_p is None:
-        return scores_BxC, jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
-    scores_BxC, ids_BxC = jax.lax.top_k(scores_BxC, min(sampling.top_k or vocab, vocab))
-    if sampling.top_p is not None:
-        p_BxC = jax.nn.softmax(scores_BxC, axis=-1)
-        before_BxC = jnp.cumsum(p_BxC, axis=-1) - p_BxC
-        # The first is kept even if rounding makes what is before it more than nothing.
-        kept_BxC = (before_BxC < sampling.top_p).at[:, 0].set(True)
-        scores_BxC = jnp.where(kept_BxC, scores_BxC, -jnp.inf)
-    return scores_BxC, ids_BxC.astype(jnp.int32)
+    return (logits_BxV.max(axis=-1, keepdims=True) - logits_BxV) / temperature
+
+
+def _nearest(distance_BxV: Float[Array, "B V"], weight_BxV: Num[Array, "B V"], mass_B: Num[Array, "*B"]) -> Array:
+    """Which tokens are within the smallest distance that holds so much weight; bool, (B, V).
+
+    Numbers from 0 to infinity are ordered as their bits are, so a bisection of the bits finds that distance exactly:
+    31 sums, where sorting a large vocabulary costs as much as a good part of the model.
+    """
+    bits_BxV = jax.lax.bitcast_convert_type(distance_BxV, jnp.int32)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
+        middle_B = low_B + (high_B - low_B) // 2
+        within_B = jnp.where(bits_BxV <= middle_B[:, None], weight_BxV, 0).sum(axis=-1)
+        enough_B = within_B >= mass_B
+        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+
+    rows = distance_BxV.shape[:1]
+    bounds = (jnp.zeros(rows, jnp.int32), jnp.full(rows, _INFINITE_BITS, jnp.int32))
+    _, limit_B = jax.lax.fori_loop(0, 31, halve, bounds)
+    return bits_BxV <= limit_B[:, None]

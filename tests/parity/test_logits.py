@@ -152,7 +152,7 @@ def test_attention_soft_cap() -> None:
     """No model of the supported families sets it, but configs may: against transformers' eager attention."""
     from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
-    from ngc_jax.models.attention import LayerCache, attend
+    from ngc_jax.models.attention import attend, extend
 
     batch, length, heads, kv_heads, head_dim = 2, 9, 6, 2, 10
     rng = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def test_attention_soft_cap() -> None:
         module, *(torch.tensor(x).transpose(1, 2) for x in (q, k, v)), mask, scaling=0.7, softcap=1.3
     )
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    attended = LayerCache(jnp.asarray(k), jnp.asarray(v), positions)
+    attended, _ = extend(None, jnp.asarray(k), jnp.asarray(v), positions)
     ours = attend(jnp.asarray(q), attended, positions, scale=0.7, soft_cap=1.3)
     np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
 
