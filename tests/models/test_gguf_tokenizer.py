@@ -133,6 +133,21 @@ def test_every_pre_tokenizer_keeps_all_text(text: str) -> None:
         assert "".join(pieces(pre, text)) == text
 
 
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False)])
+def test_a_word_that_is_a_token_may_skip_the_merges(pre: str, whole: bool) -> None:
+    tokens = ["a", "b", "c", "bc", "abc"]
+    tokenizer = tokenizer_from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": ["b c"],
+        },
+        "m.gguf",
+    )
+    assert [tokens[index] for index in tokenizer.encode("abc")] == (["abc"] if whole else ["a", "bc"])
+
+
 def test_special_tokens_are_found_in_text() -> None:
     _, tokenizer = family("smollm")
     end, user, tool = range(tokenizer.vocab_size - 3, tokenizer.vocab_size)
