@@ -65,6 +65,7 @@ class GgufSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
         }
+        self.nbytes = sum(self._file.tensors[gguf_name].n_bytes for gguf_name in self._gguf_names.values())
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.

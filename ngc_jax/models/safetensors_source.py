@@ -82,6 +82,7 @@ class SafetensorsSource:
             self.close()
             raise
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self._entries.items()}
+        self.nbytes = sum(entry.n_bytes for entry in self._entries.values())
 
     def _add(self, path: Path) -> None:
         try:

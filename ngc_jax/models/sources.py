@@ -28,11 +28,13 @@ class Source(Protocol):
         name: a short name for messages and file names.
         config: the model's Hugging Face config.json, as it stands.
         shapes: Hugging Face tensor name -> shape, known without reading any tensor.
+        nbytes: bytes of all tensors as they are stored.
     """
 
     name: str
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    nbytes: int
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
