@@ -32,13 +32,18 @@ KERNELS = [
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.name}-{k.metric_rank or k.lift}")
 
 
-def drawn(kernel, seed=0, dtype=jnp.float32):
-    """States with every parameter away from its special starting value."""
-    states = init_states(jax.random.key(seed), kernel, RANK, D_IN, D_OUTS)
-    leaves, tree = jax.tree.flatten(states)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), jax.tree.unflatten(tree, moved))
+def drawn(kernel, seed=0):
+    """States with every parameter away from its special starting value (by NumPy: nothing to compile)."""
+    shapes = jax.eval_shape(lambda key: init_states(key, kernel, RANK, D_IN, D_OUTS), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    states = jax.tree.map(lambda leaf: jnp.asarray(0.6 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+    if kernel.name == "lifted":
+        states["gain"] += 2.0
+    return states
+
+
+def activations(*shape):
+    return jnp.asarray(np.random.default_rng(9).standard_normal(shape), jnp.float32)
 
 
 def numpy_weights(kernel, states, member):
@@ -68,7 +73,7 @@ def test_formed_weights_follow_the_definition(kernel, member):
 @pytest.mark.parametrize("d_in", [D_IN, 7])
 def test_factored_forward_equals_the_formed_weight(kernel, d_in):
     states = drawn(kernel)
-    x = jax.random.normal(jax.random.key(9), (3, 5, d_in))
+    x = activations(3, 5, d_in)
     signal = jax.jit(encode, static_argnums=0)(kernel, states, x)
     assert signal.shape == (3, 5, kernel.signal_width(RANK))
     for member, d_out in D_OUTS.items():
@@ -82,7 +87,7 @@ def test_factored_forward_equals_the_formed_weight(kernel, d_in):
 @every_kernel
 def test_a_narrow_member_is_one_padded_with_zeros(kernel):
     states = drawn(kernel)
-    x = jax.random.normal(jax.random.key(9), (5, 7))
+    x = activations(5, 7)
     padded = jnp.pad(x, ((0, 0), (0, D_IN - 7)))
     np.testing.assert_allclose(forward(kernel, states, K, x), forward(kernel, states, K, padded), rtol=1e-5, atol=1e-6)
 
@@ -91,8 +96,9 @@ def test_a_narrow_member_is_one_padded_with_zeros(kernel):
 def test_forward_forms_no_weight(kernel):
     """No intermediate value of the forward pass has the weight's two dimensions."""
     big_in, big_out = 400, 300
-    states = init_states(jax.random.key(0), kernel, RANK, big_in, {"a": big_out})
-    jaxpr = jax.make_jaxpr(lambda x: forward(kernel, states, "a", x))(jnp.ones((2, big_in)))
+    states = jax.eval_shape(lambda key: init_states(key, kernel, RANK, big_in, {"a": big_out}), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((2, big_in), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda states, x: forward(kernel, states, "a", x))(states, x)
     shapes = [variable.aval.shape for equation in jaxpr.eqns for variable in equation.outvars]
     assert not [shape for shape in shapes if big_in in shape and big_out in shape]
 
@@ -152,7 +158,7 @@ def test_bilinear_gauge():
         "input_states": states["input_states"] @ A,
         "output_states": {name: q @ np.linalg.inv(A).T for name, q in states["output_states"].items()},
     }
-    x = jax.random.normal(jax.random.key(9), (5, D_IN))
+    x = activations(5, D_IN)
     for member in D_OUTS:
         np.testing.assert_allclose(
             forward(Kernel(), turned, member, x), forward(Kernel(), states, member, x), atol=1e-5
@@ -193,7 +199,7 @@ def test_gradients_equal_finite_differences(kernel):
 @every_kernel
 def test_vmap_over_groups_equals_a_loop(kernel):
     groups = [drawn(kernel, seed) for seed in range(3)]
-    x = jax.random.normal(jax.random.key(4), (3, 5, D_IN))
+    x = activations(3, 5, D_IN)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)
     together = jax.vmap(lambda states, x: forward(kernel, states, Q, x))(stacked, x)
     one_by_one = jnp.stack([forward(kernel, group, Q, x_g) for group, x_g in zip(groups, x, strict=True)])
@@ -210,7 +216,7 @@ def test_jacobian_of_the_forward_pass_is_the_weight(kernel):
 @every_kernel
 def test_bfloat16_products_are_asked_to_sum_in_float32(kernel):
     """A CPU sums in float32 unasked, so what is asked for is looked at."""
-    states = init_states(jax.random.key(0), kernel, RANK, D_IN, D_OUTS, jnp.bfloat16)
+    states = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn(kernel))
     jaxpr = jax.make_jaxpr(lambda x: forward(kernel, states, Q, x))(jnp.ones((2, D_IN), jnp.bfloat16))
     products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
     assert len(products) >= 2

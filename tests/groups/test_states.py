@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.kernels import Kernel, forward, from_bilinear, init_states, logical_axes, weights
+from ngc_jax.groups.kernels import Kernel, from_bilinear, init_states, logical_axes, weights
 from ngc_jax.groups.states import fixed_lift
 
 KERNELS = [
@@ -16,17 +16,16 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.name}-{k.metric_rank or k.lift}")
-@pytest.mark.parametrize("rank", [5, 32])
-def test_outputs_keep_the_variance_of_the_inputs(kernel, rank):
-    d_outs = {"a": 700, "b": 400}
-    # The states are few, so one draw's variance wanders: average over draws.
-    draws = jax.vmap(lambda key: init_states(key, kernel, rank, 500, d_outs))(jax.random.split(jax.random.key(0), 8))
-    x = jax.random.normal(jax.random.key(1), (300, 500))
+def test_outputs_keep_the_variance_of_the_inputs(kernel):
+    """For x of independent entries of variance 1, the variance of y_j is the square of W's row j."""
+    d_in, d_outs = 500, {"a": 700, "b": 400}
+    states = init_states(jax.random.key(0), kernel, 12, d_in, d_outs)
     for member in d_outs:
-        y = jax.vmap(lambda states, member=member: forward(kernel, states, member, x))(draws)
-        assert float(y.var()) == pytest.approx(1.0, abs=0.08)
-        narrow = jax.vmap(lambda states, member=member: forward(kernel, states, member, x[:, :125]))(draws)
-        assert float(narrow.var()) == pytest.approx(0.25, abs=0.03)
+        squares = weights(kernel, states, member) ** 2
+        assert float(jnp.mean(squares.sum(axis=1))) == pytest.approx(1.0, abs=0.12)
+        assert float(jnp.mean(squares[:, :125].sum(axis=1))) == pytest.approx(0.25, abs=0.05)
+        # Every neuron has about that scale: it is not the average of a few.
+        assert float(jnp.std(squares.sum(axis=1))) < 1.0
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.name}-{k.metric_rank or k.lift}")
@@ -76,14 +75,15 @@ def test_a_riemannian_group_starts_as_the_bilinear_one(kernel):
 )
 def test_a_lifted_group_tends_to_the_bilinear_one(kernel):
     """The error falls with the square of the states' size, as tanh's cubic term demands."""
+    bilinear = init_states(jax.random.key(0), Kernel(), 5, 9, {"a": 7, "b": 3})
+    bilinear["output_states"]["a"] *= 4.0
+    shapes = jax.eval_shape(lambda: init_states(jax.random.key(0), kernel, 5, 9, {"a": 7, "b": 3}))
     with jax.enable_x64(True):
-        bilinear = init_states(jax.random.key(0), Kernel(), 5, 9, {"a": 7, "b": 3}, jnp.float64)
-        bilinear["output_states"]["a"] *= 4.0
+        bilinear = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), bilinear)
         errors = []
         for size in (0.1, 0.01):
             started = from_bilinear(kernel, bilinear, size)
-            fresh = init_states(jax.random.key(0), kernel, 5, 9, {"a": 7, "b": 3}, jnp.float64)
-            assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, fresh)
+            assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, shapes)
             W = weights(Kernel(), bilinear, "a")
             errors.append(float(jnp.abs(weights(kernel, started, "a") - W).max() / jnp.abs(W).max()))
         assert errors[0] < 0.1
