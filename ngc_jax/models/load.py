@@ -148,6 +148,12 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
 
 
 def _put(tensor: np.ndarray, dtype: jnp.dtype) -> jax.Array:
-    array = jnp.asarray(tensor.astype(dtype, copy=False))
+    """Cast a tensor and hand it to the device."""
+    # On a CPU JAX takes over a buffer that is aligned as its own are; of any other it makes two copies at once.
+    n_bytes, alignment = tensor.size * dtype.itemsize, 64
+    buffer = np.empty(n_bytes + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    array = buffer[start : start + n_bytes].view(dtype).reshape(tensor.shape)
+    np.copyto(array, tensor, casting="unsafe")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
-    return array.block_until_ready()
+    return jax.device_put(array).block_until_ready()
