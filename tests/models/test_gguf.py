@@ -215,6 +215,8 @@ def test_quantised_numbers_are_near_the_original(tmp_path: Path, kind: str, tole
     hf = hf_tensors("llama")
     path = write(tmp_path / "m.gguf", "llama", gguf_tensors("llama", hf), metadata("llama"), kind=kind)
     with GgufSource(path) as source:
+        stored = [gguf.quantize(tensor, Type[kind if tensor.ndim > 1 else "F32"]) for tensor in hf.values()]
+        assert source.nbytes == sum(tensor.nbytes for tensor in stored)
         for name, tensor in hf.items():
             error = np.abs(source.read(name) - tensor).max()
             assert error <= tolerance * np.abs(tensor).max() + 1e-12, name

@@ -76,6 +76,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     with SafetensorsSource(directory, name="org/model") as source:
         assert source.name == "org/model"
         assert set(source.shapes) == set(everything)
+        assert source.nbytes == sum(tensor.nbytes for tensor in everything.values())
         for name, tensor in everything.items():
             np.testing.assert_array_equal(source.read(name), tensor)
     (directory / "model-00002-of-00002.safetensors").unlink()
