@@ -7,10 +7,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
@@ -29,38 +30,62 @@ def check_output(directory: str | Path, overwrite: bool) -> Path:
     Raises:
         UsageError: If it exists and `overwrite` is false, or is not a directory of a model, or has no parent.
     """
-    directory = Path(directory)
+    directory = Path(os.path.abspath(directory))  # "." has no name, and links are left as they are
     if directory.exists() or directory.is_symlink():
         if not overwrite:
             raise UsageError(f"{directory} exists; choose another --out or add --overwrite")
-        if not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists()):
-            raise UsageError(
-                f"{directory} is not a model directory and will not be overwritten; choose another --out"
-            )
-    ancestor = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not directory.is_dir() or (any(directory.iterdir()) and not _is_model(directory)):
+            raise UsageError(f"{directory} is not a model directory and will not be overwritten; choose another --out")
+    ancestor = next(parent for parent in directory.parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise UsageError(f"{directory} cannot be made in {ancestor}; choose an --out that can be written")
     return directory
 
 
+def _is_model(directory: Path) -> bool:
+    # Many things have a config.json, and what is replaced is gone.
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
 @contextmanager
-def atomic_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its place on success and vanishes on failure."""
-    check_output(directory, overwrite)
+def atomic_directory(directory: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its place on success and vanishes on failure.
+
+    Raises:
+        UsageError: See `check_output`.
+    """
+    directory = check_output(directory, overwrite)
+    new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.rename(old / "model")
-            temporary.rename(directory)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(directory)
-    finally:
+        _replace(directory, temporary)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # another program may have put something there
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+
+
+def _replace(directory: Path, new: Path) -> None:
+    """Rename `new` to `directory`; what was there is deleted, or put back if that fails."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    old = aside / "model"
+    try:
+        directory.rename(old)
+        new.rename(directory)
+    except BaseException:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def save_model(
@@ -97,7 +122,7 @@ def save_model(
         _save_tensors(model, temporary)
         model.load_tokenizer().save(temporary)
         _write_text(
-            temporary / "README.md", card or f"# {directory.name}\n\nMade from {model.name} by ngc-jax.\n"
+            temporary / "README.md", card or f"# {directory.absolute().name}\n\nMade from {model.name} by ngc-jax.\n"
         )
     return directory
 
@@ -108,26 +133,31 @@ def tensor_bytes(directory: Path) -> int:
 
 
 def _save_tensors(model: LanguageModel, directory: Path) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[dict[str, jax.Array]] = [{}]
     size = total = 0
     for path, leaf in traverse_util.flatten_dict(model.params).items():
-        tensor = np.asarray(leaf)
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][hf_name(".".join(path), model.config)] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
+        shards[-1][hf_name(".".join(path), model.config)] = leaf
+        size += leaf.nbytes
+        total += leaf.nbytes
     if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata={"format": "np"})
+        _write_tensors(directory / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "np"})
+        _write_tensors(directory / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, jax.Array]) -> None:
+    # Only now are they fetched from the device: the host holds one shard at a time.
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    save_file(arrays, file, metadata={"format": "np"})
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import load_model, parameter_shapes, read_plan
-from tests.models.compact import compact_model, compact_plan, dense_model
+from tests.models.compact import compact_model, compact_plan
 from tests.tiny import HF_CONFIGS, tiny_tokenizer
 
 SMALL = {**HF_CONFIGS["llama_untied"], "num_hidden_layers": 1}
@@ -187,4 +187,3 @@ def test_loading_does_not_keep_what_it_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     np.testing.assert_array_equal(model.params["norm"]["scale"], tensors["model.norm.weight"])
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
-    assert dense_model().dtype == jnp.float32
