@@ -32,7 +32,8 @@ def test_logits(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(tiny.our_logits(ours, tokens), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", [*RICH, "llama yarn"])
+# Not tied: random tied models repeat themselves.
+@pytest.mark.parametrize("case", [*RICH[:-1], "gemma3 biases", "llama yarn"])
 def test_greedy_continuation(case: str, tmp_path: Path) -> None:
     theirs = tiny.torch_model(case)
     theirs.save_pretrained(tmp_path)

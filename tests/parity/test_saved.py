@@ -7,22 +7,13 @@ torch = pytest.importorskip("torch")
 
 from pathlib import Path  # noqa: E402
 
-import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 
 from ngc_jax.models import save  # noqa: E402
 from ngc_jax.models.load import load_model  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
-from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
 from tests.parity import tiny  # noqa: E402
-
-
-def some_tokenizer() -> Tokenizer:
-    """Words w0, w1, ... are tokens 0, 1, ..."""
-    words = {f"w{index}": index for index in range(tiny.VOCAB)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return wrap(backend, special_tokens={"eos_token": "w1"})
+from tests.tiny import tiny_tokenizer  # noqa: E402
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -34,7 +25,7 @@ def test_transformers_reads_what_we_save(
         monkeypatch.setattr(save, "SHARD_BYTES", 20_000)
     theirs = tiny.torch_model(case)
     theirs.save_pretrained(tmp_path / "theirs")
-    some_tokenizer().save(tmp_path / "theirs")
+    tiny_tokenizer().save(tmp_path / "theirs")
     save_model(load_model(str(tmp_path / "theirs")), tmp_path / "ours")
     assert (len(list((tmp_path / "ours").glob("*.safetensors"))) > 2) == sharded
     tokens = tiny.some_tokens()
@@ -45,7 +36,7 @@ def test_transformers_reads_what_we_save(
 
 def test_bfloat16_is_saved_bit_for_bit(tmp_path: Path) -> None:
     tiny.torch_model("qwen3 biases").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
-    some_tokenizer().save(tmp_path / "theirs")
+    tiny_tokenizer().save(tmp_path / "theirs")
     save_model(load_model(str(tmp_path / "theirs"), dtype="bfloat16"), tmp_path / "ours")
     before = tiny.torch_load(tmp_path / "theirs", torch.bfloat16).state_dict()
     after = tiny.torch_load(tmp_path / "ours", torch.bfloat16).state_dict()
@@ -71,7 +62,7 @@ def test_the_text_part_of_a_multimodal_model_becomes_a_model_of_its_own(tmp_path
     theirs = transformers.Gemma3ForConditionalGeneration(config)
     tiny.randomise(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
-    some_tokenizer().save(tmp_path / "theirs")
+    tiny_tokenizer().save(tmp_path / "theirs")
     save_model(load_model(str(tmp_path / "theirs")), tmp_path / "ours")
     ours = tiny.torch_load(tmp_path / "ours")
     assert isinstance(ours, transformers.Gemma3ForCausalLM)
