@@ -61,6 +61,7 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtyp
     return tuple(layer(window) for window in config.windows)
 
 
+@partial(jax.jit, static_argnames=("config", "capacity"))
 def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
     """The cache in which decoding goes on, from one that took in prompts as they are.
 

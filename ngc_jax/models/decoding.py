@@ -49,9 +49,8 @@ class DecodeState(NamedTuple):
     keys: Key[Array, B]
 
 
-@partial(jax.jit, static_argnames=("decoder", "capacity"))
 def prefill(
-    decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, B], capacity: int
+    decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"], capacity: int
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Read prompts.
 
@@ -65,28 +64,23 @@ def prefill(
     Returns:
         Logits of the token after each prompt, in float32, and the cache.
     """
-    batch, length = tokens_BxL.shape
-    index_L = jnp.arange(length, dtype=jnp.int32)
-    positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
-    cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
-    x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
-    x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return _apply(decoder, params, "logits", x_BxD), to_rings(decoder.config, cache, capacity)
+    # Two programs: another capacity does not compile the model again.
+    logits_BxV, prompts = _read(decoder, params, tokens_BxL, lengths_B)
+    return logits_BxV, to_rings(decoder.config, prompts, capacity)
 
 
-@partial(jax.jit, static_argnames=("decoder", "capacity"))
 def begin(
     decoder: Decoder,
     params: Params,
     tokens_BxL: Int[Array, "B L"],
-    lengths_B: Int[Array, B],
-    remaining_B: Int[Array, B],
-    keys_B: Key[Array, B],
-    stop_Z: Int[Array, Z],
+    lengths_B: Int[Array, " B"],
+    remaining_B: Int[Array, " B"],
+    keys_B: Key[Array, " B"],
+    stop_Z: Int[Array, " Z"],
     *,
     capacity: int,
     sampling: SamplingArrays,
-) -> tuple[Int[Array, B], DecodeState]:
+) -> tuple[Int[Array, " B"], DecodeState]:
     """Read prompts and choose the first token after each.
 
     Args:
@@ -104,9 +98,10 @@ def begin(
         The first tokens and the state to give to `decode`.
     """
     logits_BxV, cache = prefill(decoder, params, tokens_BxL, lengths_B, capacity)
-    tokens_B = _choose(keys_B, lengths_B, logits_BxV, sampling)
-    remaining_B = jnp.where(jnp.isin(tokens_B, stop_Z), 0, remaining_B - 1)
-    return tokens_B, DecodeState(cache, tokens_B, lengths_B, remaining_B, keys_B)
+    tokens_B, remaining_B = _first(logits_BxV, lengths_B, remaining_B, keys_B, stop_Z, sampling)
+    # A copy: the state will be consumed, the first tokens are the caller's.
+    state = DecodeState(cache, jnp.copy(tokens_B), jnp.copy(lengths_B), remaining_B, jnp.copy(keys_B))
+    return tokens_B, state
 
 
 @partial(jax.jit, static_argnames="decoder", donate_argnames="state")
@@ -158,6 +153,33 @@ def decode(
     nothing_BxT = jnp.full((state.tokens.shape[0], MAX_STEPS), NO_TOKEN, jnp.int32)
     _, emitted_BxT, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), nothing_BxT, state))
     return emitted_BxT, state
+
+
+@partial(jax.jit, static_argnames="decoder")
+def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array) -> tuple[Array, Cache]:
+    """Logits after each prompt and a cache of the prompts as they are."""
+    batch, length = tokens_BxL.shape
+    index_L = jnp.arange(length, dtype=jnp.int32)
+    positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
+    cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
+    x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
+    # Only the last of the prompt's own tokens is unembedded.
+    x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return _apply(decoder, params, "logits", x_BxD), cache
+
+
+@jax.jit
+def _first(
+    logits_BxV: Array,
+    lengths_B: Array,
+    remaining_B: Array,
+    keys_B: Array,
+    stop_Z: Array,
+    sampling: SamplingArrays,
+) -> tuple[Array, Array]:
+    """The first tokens, and how many may follow them."""
+    tokens_B = _choose(keys_B, lengths_B, logits_BxV, sampling)
+    return tokens_B, jnp.where(jnp.isin(tokens_B, stop_Z), 0, remaining_B - 1)
 
 
 def _choose(

@@ -191,13 +191,13 @@ def measure_decode_speed(
     total = prompt_length + 1 + steps * (repeats + 1)
     prompts = [np.arange(row, row + prompt_length) % model.config.vocab_size for row in range(batch)]
     _check(model.config, prompts, total - prompt_length)
-    decoder, params, no_stops = model.decoder, model.params, jnp.zeros((0,), jnp.int32)
+    decoder, params, stops = model.decoder, model.params, _stops(())
     _, state = _begin(model, prompts, total - prompt_length, GREEDY, jax.random.key(0), (), range(batch))
     rates: list[float] = []
     started = 0.0
     for repeat in range(repeats + 1):
         before = time.perf_counter()
-        tokens, state = decode(decoder, params, state, steps, no_stops, sampling=GREEDY.arrays)
+        tokens, state = decode(decoder, params, state, steps, stops, sampling=GREEDY.arrays)
         tokens.block_until_ready()
         now = time.perf_counter()
         if repeat == 0:  # compiled, and the weights in the caches that they fit in
@@ -219,15 +219,17 @@ def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens:
     """Raise UsageError unless every prompt can be continued by so many tokens."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    for index, prompt in enumerate(prompts):
-        shape = np.shape(prompt)
+    for index, prompt in enumerate(map(np.asarray, prompts)):
+        shape = prompt.shape
         if len(shape) != 1 or shape[0] == 0:
             raise UsageError(
                 f"prompt {index} has shape {shape}; expected a list of at least one token, such as the BOS token"
             )
-        if np.min(prompt) < 0 or np.max(prompt) >= config.vocab_size:
+        if prompt.dtype.kind not in "iu":
+            raise UsageError(f"prompt {index} has {prompt.dtype} numbers; expected token ids, which are whole")
+        if prompt.min() < 0 or prompt.max() >= config.vocab_size:
             raise UsageError(
-                f"prompt {index} has token ids from {np.min(prompt)} to {np.max(prompt)}; expected 0 to "
+                f"prompt {index} has token ids from {prompt.min()} to {prompt.max()}; expected 0 to "
                 f"{config.vocab_size - 1}: encode it with the model's own tokenizer"
             )
         if shape[0] + max_new_tokens > config.max_length:
@@ -235,6 +237,13 @@ def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens:
                 f"prompt {index} has {shape[0]} tokens, which with max_new_tokens {max_new_tokens} is more than the "
                 f"model's {config.max_length}; shorten the prompt or lower max_new_tokens"
             )
+
+
+def _stops(tokens: Sequence[int]) -> Array:
+    """Stop tokens as an array of one of few sizes, filled up with what is no token."""
+    stops = np.full(bucket(max(len(tokens), 1), smallest=8), NO_TOKEN, np.int32)
+    stops[: len(tokens)] = tokens
+    return jnp.asarray(stops)
 
 
 def _begin(
@@ -256,11 +265,11 @@ def _begin(
     return begin(
         model.decoder,
         model.params,
-        tokens,
-        lengths,
-        np.full(len(prompts), max_new_tokens, np.int32),
-        jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(seeds, np.uint32)),
-        np.asarray(stop_tokens, np.int32),
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        jnp.full(len(prompts), max_new_tokens, jnp.int32),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(seeds, np.int64).astype(np.uint32)),
+        _stops(stop_tokens),
         capacity=min(bucket(longest + max_new_tokens), limit),
         sampling=sampling.arrays,
     )
@@ -284,7 +293,7 @@ def _batches(
     if len(seeds) != len(prompts):
         raise UsageError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; expected one for each")
     key = jax.random.key(0) if key is None else key
-    stops = np.asarray(stop_tokens, np.int32)
+    stops = _stops(stop_tokens)
 
     def chunks(seeds: Sequence[int], key: Key[Array, ""]) -> Iterator[np.ndarray]:
         first, state = _begin(model, prompts, max_new_tokens, sampling, key, stop_tokens, seeds)
