@@ -209,8 +209,8 @@ def _number(hf: Mapping[str, Any], name: str, kind: type, default: float | None 
     """A positive number; `default` if it is null or missing."""
     value = hf.get(name)
     value = default if value is None else value
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or not 0 < value < math.inf or value != kind(value):
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not usable or value != kind(value):
         raise UsageError(
             f"{name} in config.json is {value!r}; expected a positive {'whole ' if kind is int else ''}number"
         )

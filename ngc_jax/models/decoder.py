@@ -69,9 +69,7 @@ class Projection(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "... D"], grouped: Float[Array, "... O"] | None
-    ) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "... D"], grouped: Float[Array, "... O"] | None) -> Float[Array, "... O"]:
         """Map x (..., d_in) to (..., d_out); `grouped` is what the block's group made of x, if it has one."""
         y = grouped
         if y is None:
@@ -223,7 +221,7 @@ class Layers(nn.Module):
         self, x: Float[Array, "B L D"], positions: Int[Array, "B L"], cache: Cache | None, groups: GroupStates
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Apply every layer in turn."""
-        new_cache = []
+        new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         for layer in range(self.config.num_layers):
             module = layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
