@@ -150,7 +150,8 @@ def ring_by_hand(position_of_token: list[int], slots: int) -> list[int]:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("sizes", [(1,) * 17, (17,), (5, 1, 1, 10), (12, 5)], ids=str)
-def test_a_ring_holds_the_newest_tokens(batch: int, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "backwards"])
+def test_a_ring_holds_the_newest_tokens(batch: int, sizes: tuple[int, ...], order: int) -> None:
     """Each in the slot of its position, whether it came alone or with others; keys tell where they came from."""
     slots, heads, head_dim = 7, 2, 3
     cache = LayerCache(
@@ -162,7 +163,7 @@ def test_a_ring_holds_the_newest_tokens(batch: int, sizes: tuple[int, ...]) -> N
     write = jax.jit(write_cache)
     start = 0
     for size in sizes:
-        positions = np.arange(start, start + size) + offset
+        positions = (np.arange(start, start + size) + offset)[:, ::order]
         of_head = np.add.outer(positions, [0.0, 0.5])
         k = np.repeat(of_head[..., None], head_dim, axis=-1).astype(np.float32)
         cache = write(cache, k, -k, positions)

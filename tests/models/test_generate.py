@@ -143,6 +143,24 @@ def test_decode_ends_as_soon_as_every_row_has(model: LanguageModel) -> None:
         np.testing.assert_array_equal(layer.positions.max(axis=1), np.asarray(state.positions) - 1)
 
 
+def test_no_step_is_made_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row stops early; the loop could go on for sixty steps without changing what comes out."""
+    model = dense_model("gemma3", **HEADS, max_position_embeddings=511)  # its programs are compiled here only
+    made = []
+    choose = decoding._choose
+
+    def counted(*arguments: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: made.append(1))
+        return choose(*arguments)
+
+    monkeypatch.setattr(decoding, "_choose", counted)
+    _, state = start(model, [4, 1, 7])
+    tokens, _ = decode(model.decoder, model.params, state, 60, jnp.array([NO_TOKEN]), sampling=GREEDY.arrays)
+    tokens.block_until_ready()
+    jax.effects_barrier()
+    assert sum(made) in (6, 7)  # `begin` may have been compiled before, with nothing that counts
+
+
 def test_decode_consumes_its_state_and_copies_no_cache() -> None:
     """A cache that is large beside everything else is neither kept nor copied, in one sequence or in several."""
     model = dense_model("llama", **HEADS, max_position_embeddings=1 << 16)
