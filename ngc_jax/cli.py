@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +32,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _tell_of_downloads()
     try:
         command, config = parse_arguments(arguments)
         if config.json is not None and not Path(config.json).absolute().parent.is_dir():
@@ -49,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _tell_of_downloads() -> None:
+    """Show what the library logs (such as that it fetches a model) on stderr."""
+    logger = logging.getLogger("ngc_jax")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
@@ -126,9 +136,7 @@ def _summary(config: type) -> str:
 
 def write_json(file: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=file.absolute().parent, delete=False, encoding="utf-8"
-    ) as temporary:
+    with tempfile.NamedTemporaryFile("w", dir=file.absolute().parent, delete=False, encoding="utf-8") as temporary:
         json.dump(summary, temporary, indent=2)
         temporary.write("\n")
     Path(temporary.name).chmod(0o644)

@@ -68,13 +68,11 @@ def _hub(text: str) -> str:
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"the dataset {text} cannot be loaded ({reason}); check hub:NAME:CONFIG:SPLIT and the network, or give a file"
+            f"the dataset {text} cannot be loaded ({reason}); check its name and the network, or give a file"
         ) from error
     column = column or "text"
     if column not in rows.column_names:
-        raise UsageError(
-            f"the dataset {text} has no column {column!r}; it has {', '.join(rows.column_names)}"
-        )
+        raise UsageError(f"the dataset {text} has no column {column!r}; it has {', '.join(rows.column_names)}")
     return "\n".join(rows[column])
 
 

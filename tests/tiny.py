@@ -52,7 +52,8 @@ def tiny_tokenizer() -> Tokenizer:
     backend.add_special_tokens(["<eos>", "<user>", "<assistant>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     fast.chat_template = (
-        "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return Tokenizer(fast)
 

@@ -90,9 +90,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         raise UsageError("no output directory is given; add --out DIR")
     check_output(config.out, config.overwrite)
     check_keep_ratio(config.keep)
-    check_positive(
-        calibration_tokens=config.calibration_tokens, window=config.window, batch_size=config.batch_size
-    )
+    check_positive(calibration_tokens=config.calibration_tokens, window=config.window, batch_size=config.batch_size)
     method = METHODS[config.method]
     topology = config.topology or method.topology
     parse(topology)
@@ -107,16 +105,12 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
 
     with open_source(config.model) as source:
         if "ngc" in source.config:
-            raise UsageError(
-                f"{config.model} is a compact model already; convert the dense model it was made from"
-            )
+            raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
         plan = plan_groups(DecoderConfig.from_hf(source.config), topology, rank)
         tokenizer = source.tokenizer()
         tokens = None
         if config.text != "sampled":
-            tokens = text_tokens(
-                config.text, tokenizer, config.skip_tokens, config.calibration_tokens, exact=True
-            )
+            tokens = text_tokens(config.text, tokenizer, config.skip_tokens, config.calibration_tokens, exact=True)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if tokens is None:
@@ -140,9 +134,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
     }
     compact = dataclasses.replace(compact, conversion=details)
-    save_model(
-        compact, config.out, overwrite=config.overwrite, card=model_card(compact, Path(config.out).name)
-    )
+    save_model(compact, config.out, overwrite=config.overwrite, card=model_card(compact, Path(config.out).name))
     with open_source(config.out) as saved:
         summary = {
             **details,
@@ -166,9 +158,7 @@ def check_positive(**numbers: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
 
 
-def text_tokens(
-    text: str, tokenizer: Tokenizer, skip: int, most: int | None, *, exact: bool = False
-) -> np.ndarray:
+def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *, exact: bool = False) -> np.ndarray:
     """Token ids (T,) of a text as one stream without special tokens, the first `skip` dropped, at most `most`.
 
     Raises:

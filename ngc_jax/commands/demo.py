@@ -68,7 +68,8 @@ class DemoConfig:
         # What is measured is what was saved: the compact model is read back from its directory.
         for name, model in (("dense", dense), ("compact", load_model(self.out, dtype=self.dtype))):
             rows[name] = self._measure(name, model, tokenizer, tokens)
-        title = f"{self.model}, {self.method} at keep ratio {conversion['keep_ratio']:.3f}, topology {conversion['topology']}"
+        topology, keep = conversion["topology"], conversion["keep_ratio"]
+        title = f"{self.model}, {self.method} at keep ratio {keep:.3f}, topology {topology}"
         columns = ["", "parameters", "MB on disk", "perplexity", "decode tokens/s"]
         console.print(
             table(

@@ -42,9 +42,7 @@ class EvaluateConfig:
         from ngc_jax.models.sources import open_source
 
         check_window(self.window)
-        check_positive(
-            batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens
-        )
+        check_positive(batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens)
         with open_source(self.model) as source:
             tokenizer = source.tokenizer()
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
@@ -66,7 +64,8 @@ class EvaluateConfig:
             "parameters": model.count_parameters(),
         }
         console.print(
-            f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte over {result.tokens:,} tokens "
-            f"({summary['parameters']:,} parameters, {result.tokens_per_second:,.0f} tokens/s)"
+            f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
+            f"over {result.tokens:,} tokens ({summary['parameters']:,} parameters, "
+            f"{result.tokens_per_second:,.0f} tokens/s)"
         )
         return summary

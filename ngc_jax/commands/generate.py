@@ -74,9 +74,7 @@ class GenerateConfig:
             print()
             texts = ["".join(pieces)]
         else:
-            texts = [
-                tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)
-            ]
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)]
             for prompt, text in zip(self.prompt, texts, strict=True):
                 console.print(f"[bold]{prompt}[/bold]", markup=True)
                 console.print(text, markup=False)

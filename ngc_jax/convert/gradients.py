@@ -16,9 +16,7 @@ from ngc_jax.text import split_windows
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def _squared_gradients(
-    params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder
-) -> Params:
+def _squared_gradients(params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder) -> Params:
     """Squares of the gradient of one window's mean loss by every kernel, summed over outputs."""
 
     def loss(layers: Params) -> jax.Array:

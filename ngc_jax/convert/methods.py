@@ -69,9 +69,7 @@ class Method:
     reference: str = ""
 
 
-def best_states(
-    weight_MxI: np.ndarray, second_moment_IxI: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
+def best_states(weight_MxI: np.ndarray, second_moment_IxI: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The exact minimiser of || (W - Q_out Q_in^T) C^(1/2) ||_F, by an eigenproblem on the smaller side.
 
     With fewer outputs than inputs Q_out is the leading eigenvectors U of W C W^T, and C is never inverted nor factored.
@@ -126,9 +124,7 @@ def _leading_eigenvectors(symmetric: np.ndarray, rank: int) -> np.ndarray:
 def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
     """Best states of the stacked members in the pooled geometry; narrow members are padded with zeros."""
     width = max(weight.shape[1] for weight in weights)
-    stacked = np.concatenate(
-        [np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights]
-    )
+    stacked = np.concatenate([np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights])
     pooled = np.zeros((width, width))
     # Members that read the same input add nothing to the pool by being counted again.
     for geometry in {id(g): g for g in geometries}.values():
@@ -157,9 +153,7 @@ def fwsvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank:
     return _shared(weights, geometries, rank)
 
 
-def asvd(
-    weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, alpha: float = 0.5
-) -> States:
+def asvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, alpha: float = 0.5) -> States:
     """ASVD (arXiv 2312.05821, eq. 7): inputs scaled by their mean magnitude to the power alpha."""
     return _shared(weights, [np.diag(entry.absolute_mean ** (2 * alpha)) for entry in statistics], rank)
 
@@ -186,9 +180,7 @@ def ngc_paper(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], r
     return _shared(weights, [entry.second_moment for entry in statistics], rank)
 
 
-def ngc(
-    weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4
-) -> States:
+def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> States:
     """States that minimise the sum over members of || (W_m - Q_out_m Q_in^T) C_m^(1/2) ||^2.
 
     Members with the same input: exact. Members with different inputs: alternating least squares with each member's own

@@ -16,7 +16,6 @@ from ngc_jax.convert.methods import Method, States
 from ngc_jax.convert.statistics import Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import GroupPlan, Plan
-from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.load import LanguageModel, Params
 
 Progress = Callable[[str, int, int], None]
@@ -59,11 +58,12 @@ def convert(
     measured: dict[str, Statistics] = {}
     waiting = list(plan.groups)
 
-    def fit_ready(newly: Mapping[str, Statistics | None]) -> None:
+    def fit_ready(newly: Mapping[str, Statistics]) -> None:
         measured.update(newly)
         for group in list(waiting):
             if all(member.name in measured for member in group.members):
-                states[group.name] = fit(group, method, model.params, measured)
+                statistics = [measured[member.name] for member in group.members]
+                states[group.name] = fit(group, method, model.params, statistics)
                 waiting.remove(group)
                 report("fit", len(states), len(plan.groups))
         needed = {member.name for group in waiting for member in group.members}
@@ -71,8 +71,9 @@ def convert(
             del measured[name]
 
     if method.needs == "nothing":
-        for layer in range(model.config.num_layers):
-            fit_ready({block.name: None for block in layer_blocks(model.config, layer)})
+        for group in plan.groups:
+            states[group.name] = fit(group, method, model.params, [])
+            report("fit", len(states), len(plan.groups))
     else:
         fisher = None
         if method.needs == "gradients":
@@ -92,15 +93,10 @@ def convert(
     return assemble(model, plan, states)
 
 
-def layer_blocks(config: DecoderConfig, layer: int) -> list[Any]:
-    """The blocks of one layer."""
-    return [block for block in config.blocks() if block.name.startswith(f"layers.{layer}.")]
-
-
-def fit(group: GroupPlan, method: Method, params: Params, statistics: Mapping[str, Any]) -> States:
-    """Fit one group's states to its members' dense weights, in float64."""
+def fit(group: GroupPlan, method: Method, params: Params, statistics: Sequence[Statistics]) -> States:
+    """Fit one group's states to its members' dense weights, in float64; no statistics for a method that needs none."""
     weights = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
-    return method.factorise(weights, [statistics[member.name] for member in group.members], group.rank)
+    return method.factorise(weights, statistics, group.rank)
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
@@ -118,9 +114,7 @@ def assemble(model: LanguageModel, plan: Plan, states: Mapping[str, States]) -> 
         del flat[(*block.split("."), "kernel")]
     params = traverse_util.unflatten_dict(flat)
     if plan.groups:
-        params["groups"] = {
-            group.name: _group_params(group, states[group.name], model.dtype) for group in plan.groups
-        }
+        params["groups"] = {group.name: _group_params(group, states[group.name], model.dtype) for group in plan.groups}
     return dataclasses.replace(model, plan=plan, params=params)
 
 

@@ -171,7 +171,7 @@ def calibrate(
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(
-                    f"the activations of layer {layer} ({site}) are not finite; load the model in float32 (--dtype float32)"
+                    f"the activations of layer {layer} ({site}) are not finite; load the model with --dtype float32"
                 )
         yield layer, {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
 

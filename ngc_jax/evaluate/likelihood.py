@@ -41,7 +41,7 @@ def token_log_likelihoods(
     @jax.checkpoint
     def score(piece: tuple[Array, Array]) -> Array:
         hidden_BxcxD, targets_Bxc = piece
-        logits_BxcxV = decoder.apply({"params": params}, hidden_BxcxD, method="logits")
+        logits_BxcxV = decoder.bind({"params": params}).logits(hidden_BxcxD)
         chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
 

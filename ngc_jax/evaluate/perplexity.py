@@ -38,9 +38,7 @@ class Perplexity:
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def _score(
-    params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder
-) -> tuple[jax.Array, jax.Array]:
+def _score(params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder) -> tuple[jax.Array, jax.Array]:
     """Summed log-likelihood of each row, and its scored tokens."""
     likelihoods, mask = token_log_likelihoods(decoder, params, tokens, positions)
     return likelihoods.sum(axis=1), mask.sum(axis=1)
@@ -111,6 +109,4 @@ def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer) -> int:
         text = tokenizer.decode(ids)
         return len(text.replace("\ufffd", "?").encode("utf-8"))
 
-    return max(
-        size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1
-    )
+    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1)

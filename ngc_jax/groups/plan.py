@@ -98,9 +98,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         names = [block.name for block in self.blocks()]
-        twice = (
-            sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        )
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise UsageError(
                 f"the plan names {', '.join(twice)} more than once; a block is in exactly one group or dense"
@@ -121,9 +119,7 @@ class Plan:
 
     def count_parameters(self) -> int:
         """Parameters stored for the planned blocks."""
-        return sum(group.count_parameters() for group in self.groups) + sum(
-            block.parameters for block in self.dense
-        )
+        return sum(group.count_parameters() for group in self.groups) + sum(block.parameters for block in self.dense)
 
     def dense_parameters(self) -> int:
         """Parameters of the planned blocks when all are dense."""
@@ -170,9 +166,7 @@ class Plan:
         except UsageError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"the plan is not readable ({error!r}); write it again with Plan.to_json"
-            ) from error
+            raise UsageError(f"the plan is not readable ({error!r}); write it again with Plan.to_json") from error
 
 
 def _block_to_json(block: Block) -> dict[str, Any]:

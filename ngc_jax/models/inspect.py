@@ -35,12 +35,8 @@ class Inspection:
     def stored_parameters(self) -> int:
         """Numbers stored for the planned blocks (all blocks of a dense model), counted from the tensors themselves."""
         blocks = self.config.blocks() if self.plan is None else tuple(self.plan.blocks())
-        names = {
-            hf_name(f"{block.name}.{leaf}", self.config) for block in blocks for leaf in ("kernel", "bias")
-        }
-        return sum(
-            math.prod(s) for name, s in self.shapes.items() if name in names or name.startswith("groups.")
-        )
+        names = {hf_name(f"{block.name}.{leaf}", self.config) for block in blocks for leaf in ("kernel", "bias")}
+        return sum(math.prod(s) for name, s in self.shapes.items() if name in names or name.startswith("groups."))
 
     def dense_parameters(self) -> int:
         """Numbers that the planned blocks have when dense."""

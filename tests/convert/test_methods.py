@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -130,7 +132,7 @@ def test_alternating_least_squares_falls_and_beats_the_pooled_start():
     moments = [s.second_moment for s in stats]
     losses = [total(alternate(ws, moments, start, sweeps)) for sweeps in (1, 2, 4, 8)]
     assert losses[0] < total(start)
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(losses))
     assert total(METHODS["ngc"].factorise(ws, stats, 4)) == pytest.approx(losses[2])
 
 

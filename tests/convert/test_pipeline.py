@@ -87,7 +87,14 @@ def test_blocks_that_no_group_names_are_untouched():
 def test_progress_counts_to_its_end():
     model, seen = tiny_model(), {}
     plan = plan_groups(model.config, "qkv-o-ug-d", lambda members: 2)
-    convert(model, plan, METHODS["ngc"], random_tokens(50), window=25, progress=lambda s, *a: seen.setdefault(s, []).append(a))
+    convert(
+        model,
+        plan,
+        METHODS["ngc"],
+        random_tokens(50),
+        window=25,
+        progress=lambda s, *a: seen.setdefault(s, []).append(a),
+    )
     assert seen["fit"] == [(done, 12) for done in range(1, 13)]
     assert seen["calibrate"][-1] == (3, 3)
 

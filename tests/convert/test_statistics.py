@@ -102,5 +102,5 @@ def test_errors():
     with pytest.raises(UsageError, match="no tokens"):
         list(calibrate(model.config, model.params, np.zeros(0, np.int32)))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)
-    with pytest.raises(UsageError, match="layer 0 .* not finite"):
+    with pytest.raises(UsageError, match=r"layer 0 .* not finite"):
         list(calibrate(model.config, broken, random_tokens(8)))
