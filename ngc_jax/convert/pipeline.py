@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from threadpoolctl import threadpool_limits
 
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.methods import Method, States
@@ -19,6 +20,7 @@ from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.load import LanguageModel, Params
 
 Progress = Callable[[str, int, int], None]
+SMALL_MATRIX = 4096
 
 
 def convert(
@@ -96,7 +98,11 @@ def convert(
 def fit(group: GroupPlan, method: Method, params: Params, statistics: Sequence[Statistics]) -> States:
     """Fit one group's states to its members' dense weights, in float64; no statistics for a method that needs none."""
     weights = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
-    return method.factorise(weights, statistics, group.rank)
+    # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
+    # that does anything else besides they cost tens of times more than one.
+    small = max(max(weight.shape) for weight in weights) < SMALL_MATRIX
+    with threadpool_limits(limits=1 if small else None, user_api="blas"):
+        return method.factorise(weights, statistics, group.rank)
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
