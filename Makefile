@@ -28,7 +28,7 @@ demo: $(TEST_STAMP) ## convert, evaluate and try a small real model, and print w
 	@$(BIN)/ngc-jax demo --config configs/demo.yaml $(ARGS)
 
 test: $(TEST_STAMP) ## the tests that a change must keep green
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -n auto --dist loadfile $(ARGS)
 
 parity: $(PARITY_STAMP) ## compare with transformers' own models (installs torch)
 	@$(PYTEST) -m '' $(or $(ARGS),tests/parity)

@@ -648,8 +648,8 @@ def test_smollm2() -> None:
         tokenizer = source.tokenizer()
     assert tokenizer.encode("12345").tolist() == [33, 34, 35, 36, 37]
     text = "In 1984, 3.14 of 27 people said: « naïve » — 你好 🙂 it's\n\n  x² <|im_end|>\n"
-    assert tokenizer.encode(text).tolist() == _independent(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text).tolist() == _independent(text)
     assert tokenizer.stop_tokens == (2,)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi 42"}])
     assert tokenizer.decode(chat).endswith("<|im_start|>user\nHi 42<|im_end|>\n<|im_start|>assistant\n")
@@ -658,6 +658,8 @@ def test_smollm2() -> None:
 def _independent(text: str) -> list[int]:
     """The vocabulary as transformers reads it, behind the pre-tokenizer of the model's own tokenizer.json."""
     from tokenizers import pre_tokenizers
+
+    pytest.importorskip("torch")  # transformers reads GGUF files with it
 
     from ngc_jax.models.tokenizer import quiet_transformers
     from ngc_jax.models.wheel import wheel_model_path
