@@ -86,16 +86,18 @@ def best_states(weight_MxI: np.ndarray, second_moment_IxI: np.ndarray, rank: int
     """
     outputs, inputs = weight_MxI.shape
     if outputs <= inputs:
-        gram = weight_MxI @ second_moment_IxI @ weight_MxI.T
-        # Directions that calibration never reached are ordered by the weight's own energy.
-        gram += RIDGE * _mean_diagonal(second_moment_IxI) * (weight_MxI @ weight_MxI.T)
-        output_states = _leading_eigenvectors(gram, rank)
+        output_states = _leading_eigenvectors(_output_gram(weight_MxI, second_moment_IxI), rank)
     else:
         root = square_root(second_moment_IxI)
         stretched = weight_MxI @ root
         leading = _leading_eigenvectors(stretched.T @ stretched, rank)
         output_states, _ = np.linalg.qr(stretched @ leading)
     return output_states, weight_MxI.T @ output_states
+
+
+def _output_gram(weight: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
+    """W C W^T; directions that calibration never reached are ordered by the weight's own energy."""
+    return weight @ second_moment @ weight.T + RIDGE * _mean_diagonal(second_moment) * (weight @ weight.T)
 
 
 def square_root(second_moment: np.ndarray) -> np.ndarray:
@@ -121,17 +123,26 @@ def _leading_eigenvectors(symmetric: np.ndarray, rank: int) -> np.ndarray:
     return vectors[:, -rank:][:, ::-1]
 
 
-def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
-    """Best states of the stacked members in the pooled geometry; narrow members are padded with zeros."""
+def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The stacked members, narrow ones padded with zeros, and their pooled geometry."""
     width = max(weight.shape[1] for weight in weights)
     stacked = np.concatenate([np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights])
     pooled = np.zeros((width, width))
     # Members that read the same input add nothing to the pool by being counted again.
     for geometry in {id(g): g for g in geometries}.values():
         pooled[: len(geometry), : len(geometry)] += geometry
-    output_states, input_states = best_states(stacked, pooled, rank)
+    return stacked, pooled
+
+
+def _split(output_states: np.ndarray, input_states: np.ndarray, weights: Sequence[np.ndarray]) -> States:
     splits = np.cumsum([len(weight) for weight in weights])[:-1]
     return States(input_states, tuple(np.split(output_states, splits)))
+
+
+def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
+    """Best states of the stacked members in the pooled geometry."""
+    stacked, pooled = _stack(weights, geometries)
+    return _split(*best_states(stacked, pooled, rank), weights)
 
 
 def svd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
@@ -171,13 +182,37 @@ def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics
     return _shared(weights, [entry.second_moment for entry in statistics], rank)
 
 
-def ngc_paper(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
+def ngc_paper(
+    weights: Sequence[np.ndarray],
+    statistics: Sequence[Statistics],
+    rank: int,
+    iterations: int = 4,
+    oversampling: int = 10,
+    seed: int = 0,
+) -> States:
     """The recipe published with NGC (arXiv 2510.16851).
 
-    Low-rank SVD of stacked inputs times stacked weights gives the output states; the input states follow by least
-    squares, whose solution is W^T Q_out for orthonormal Q_out.
+    A low-rank SVD of stacked inputs times stacked weights gives the output states; the input states follow by least
+    squares, whose solution is W^T Q_out for orthonormal Q_out. The low-rank SVD is the randomised one (Halko,
+    Martinsson and Tropp 2011, algorithm 4.4) with the iterations and oversampling that are usual for it; it sees
+    Y = X W^T through Y^T Y = W C W^T only. The exact decomposition is what `ngc` uses.
+
+    Args:
+        weights: (d_out, d_in) of each member.
+        statistics: Of each member.
+        rank: R.
+        iterations: Power iterations.
+        oversampling: Directions sampled beyond the rank.
+        seed: Of the sampled directions.
     """
-    return _shared(weights, [entry.second_moment for entry in statistics], rank)
+    stacked, pooled = _stack(weights, [entry.second_moment for entry in statistics])
+    gram = _output_gram(stacked, pooled)
+    generator = np.random.default_rng(seed)
+    basis = generator.standard_normal((len(gram), min(rank + oversampling, len(gram))))
+    for _ in range(iterations + 1):
+        basis, _ = np.linalg.qr(gram @ basis)
+    output_states = basis @ _leading_eigenvectors(basis.T @ gram @ basis, rank)
+    return _split(output_states, stacked.T @ output_states, weights)
 
 
 def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> States:

@@ -66,6 +66,14 @@ def test_ngc_paper_is_the_published_recipe():
     np.testing.assert_allclose(ours, output_states @ input_states.T, rtol=1e-6, atol=1e-8)
 
 
+def test_the_low_rank_svd_of_ngc_paper_comes_near_the_exact_one():
+    x, w = inputs(90, count=400), weight(70, 90)
+    stats = statistics(x)
+    paper, exact = (METHODS[name].factorise([w], [stats], 20).weights()[0] for name in ("ngc_paper", "ngc"))
+    best = loss(exact, w, stats.second_moment)
+    assert best < loss(paper, w, stats.second_moment) < 1.05 * best
+
+
 def test_basis_sharing_pools_the_second_moments():
     ws, xs = [weight(6, 9, 1), weight(6, 9, 2)], [inputs(9, seed=1), inputs(9, seed=2)]
     stats = [statistics(x) for x in xs]
@@ -123,7 +131,7 @@ def test_sharing_the_same_input_is_exact_and_ordered():
 def test_alternating_least_squares_falls_and_beats_the_pooled_start():
     ws = [weight(6, 9, 1), weight(5, 7, 2), weight(4, 9, 3)]  # one member is narrower
     stats = [statistics(inputs(9, seed=1)), statistics(inputs(7, seed=2)), statistics(inputs(9, seed=3))]
-    start = METHODS["ngc_paper"].factorise(ws, stats, 4)
+    start = METHODS["basis_sharing"].factorise(ws, stats, 4)
 
     def total(states):
         parts = zip(states.weights(), ws, stats, strict=True)
