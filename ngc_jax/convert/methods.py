@@ -194,7 +194,7 @@ def ngc_paper(
 
     A low-rank SVD of stacked inputs times stacked weights gives the output states; the input states follow by least
     squares, whose solution is W^T Q_out for orthonormal Q_out. The low-rank SVD is the randomised one (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4) with the iterations and oversampling that are usual for it; it sees
+    Martinsson and Tropp 2011, algorithm 4.4); its iterations are a choice of ours (docs/results.md). It sees
     Y = X W^T through Y^T Y = W C W^T only. The exact decomposition is what `ngc` uses.
 
     Args:
