@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ngc_jax.errors import UsageError
@@ -116,12 +118,37 @@ def check_rank(kernel: Kernel, rank: int) -> None:
         )
 
 
+def check_pivots(kernel: Kernel, rank: int, d_in: int, pivots: Sequence[int]) -> tuple[int, ...]:
+    """Refuse pivots that do not fix the gauge of a group: which of the `d_in` input neurons have unit states.
+
+    Returns:
+        The pivots as a tuple of plain integers.
+
+    Raises:
+        UsageError: If the kernel has no gauge, or these are not `rank` ascending indices of input neurons.
+    """
+    if kernel.name != "bilinear":
+        raise UsageError(f"kernel {kernel.name!r} has no pivots; leave them out, only 'bilinear' has a gauge to fix")
+    try:
+        indices = tuple(operator.index(pivot) for pivot in pivots)
+    except TypeError as error:
+        raise UsageError(f"the pivots are not a sequence of integers ({error}); give indices of neurons") from error
+    if len(indices) != rank:
+        raise UsageError(f"{len(indices)} pivots at rank {rank}; expected one for each latent dimension")
+    if any(before >= after for before, after in itertools.pairwise(indices)):
+        raise UsageError("the pivots are not in ascending order, each once; sort them")
+    if indices and not 0 <= indices[0] <= indices[-1] < d_in:
+        outside = indices[0] if indices[0] < 0 else indices[-1]
+        raise UsageError(f"pivot {outside} of {d_in} input neurons; expected indices from 0 to {d_in - 1}")
+    return indices
+
+
 def metric_rank_at(kernel: Kernel, rank: int) -> int:
     """Columns of the metric's low-rank part in a group of this rank; 0 for a diagonal metric."""
     return min(kernel.metric_rank, rank)
 
 
-def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]) -> int:
+def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int], *, fixed_gauge: bool = False) -> int:
     """Numbers that a group stores: states and kernel parameters, exactly; biases are not the kernel's.
 
     Args:
@@ -129,6 +156,7 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
         rank: Dimension r of the neuron states.
         d_in: Rows of the input states.
         d_outs: Rows of each member's output states.
+        fixed_gauge: Whether `rank` of the input neurons are pivots, whose unit states are not stored.
 
     Returns:
         The sum of the sizes of the leaves of `init_states` for the same arguments.
@@ -138,7 +166,7 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
     """
     check_rank(kernel, rank)
     outputs = sum(d_outs)
-    states = rank * (d_in + outputs)
+    states = rank * (d_in - (rank if fixed_gauge else 0) + outputs)
     match kernel.name:
         case "riemannian":
             return states + rank * (1 + metric_rank_at(kernel, rank))
@@ -146,6 +174,17 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
             return states + 1 + outputs + (rank * kernel.lift if kernel.learned else 0)
         case _:
             return states
+
+
+def multiply_adds(kernel: Kernel, rank: int) -> int:
+    """Multiply-adds per token and signal by M alone: none, the metric's, or the gain's."""
+    match kernel.name:
+        case "riemannian":
+            return rank * (1 + 2 * metric_rank_at(kernel, rank))
+        case "lifted":
+            return kernel.lift
+        case _:
+            return 0
 
 
 def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:

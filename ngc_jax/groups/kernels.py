@@ -10,19 +10,25 @@ M acts when the signal is made, and only there: a group whose members read one i
 
 Products take the type of x and accumulate in float32 at least.
 
+In the fixed gauge of a bilinear group (`pivots`, see `gauge.py`) the input states of R neurons are the unit vectors:
+their inputs are added to the signal as they are, and only the states of the others are stored.
+
 Shape suffixes: I inputs of a member, J outputs of a member, R rank, S signal width (R, or the lifted
-features).
+features), P those of the inputs that are pivots, O the others.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ngc_jax.errors import UsageError
+from ngc_jax.groups.gauge import Indices, other_neurons, stored_rows
 from ngc_jax.groups.kernel_spec import Kernel, count_parameters, logical_axes
 from ngc_jax.groups.states import States, fixed_lift, from_bilinear, init_states
 
@@ -47,7 +53,9 @@ __all__ = [
 _LOG_LIMIT = 40.0
 
 
-def encode(kernel: Kernel, states: States, x: Float[Array, "*batch i"]) -> Float[Array, "*batch s"]:
+def encode(
+    kernel: Kernel, states: States, x: Float[Array, "*batch i"], *, pivots: Sequence[int] | None = None
+) -> Float[Array, "*batch s"]:
     """The signal that a group broadcasts for an input: x · phi_in · M.
 
     Args:
@@ -55,13 +63,16 @@ def encode(kernel: Kernel, states: States, x: Float[Array, "*batch i"]) -> Float
         states: The group's states.
         x: Activations (..., I). A member of fewer inputs than the group has reads the first I input states,
             which is what padding x with zeros would give.
+        pivots: The group's pivots if its gauge is fixed.
 
     Returns:
         The signal (..., S), of x's type.
 
     Raises:
-        UsageError: If x is wider than the group's input states.
+        UsageError: If x is wider than the group's input, or the pivots do not fit the kernel or the states.
     """
+    if pivots is not None:
+        return _encode_in_fixed_gauge(kernel, states, x, pivots).astype(x.dtype)
     signal = _product("...i,is->...s", x, input_features(kernel, states, x.shape[-1]))
     return _apply_interaction(kernel, states, signal).astype(x.dtype)
 
@@ -84,16 +95,30 @@ def read(kernel: Kernel, states: States, member: str, signal: Float[Array, "*bat
     return _product("...s,js->...j", signal, output_features(kernel, states, member)).astype(signal.dtype)
 
 
-def forward(kernel: Kernel, states: States, member: str, x: Float[Array, "*batch i"]) -> Float[Array, "*batch j"]:
-    """Compute y = x W^T of one member, without forming W: `read` of `encode`.
+def forward(
+    kernel: Kernel,
+    states: States,
+    member: str,
+    x: Float[Array, "*batch i"],
+    *,
+    pivots: Sequence[int] | None = None,
+) -> Float[Array, "*batch j"]:
+    """Compute y = x W^T of one member, without forming W: `read` of `encode`. Arguments as theirs.
 
     Raises:
         UsageError: As `encode` and `read`.
     """
-    return read(kernel, states, member, encode(kernel, states, x))
+    return read(kernel, states, member, encode(kernel, states, x, pivots=pivots))
 
 
-def weights(kernel: Kernel, states: States, member: str, d_in: int | None = None) -> Float[Array, "j i"]:
+def weights(
+    kernel: Kernel,
+    states: States,
+    member: str,
+    d_in: int | None = None,
+    *,
+    pivots: Sequence[int] | None = None,
+) -> Float[Array, "j i"]:
     """The member's weight matrix, formed: for tests, export and study.
 
     Args:
@@ -101,28 +126,34 @@ def weights(kernel: Kernel, states: States, member: str, d_in: int | None = None
         states: The group's states.
         member: Block name.
         d_in: The member's inputs when fewer than the group's.
+        pivots: The group's pivots if its gauge is fixed.
 
     Returns:
         W (J, I), in float32 at least, by products of full precision on every device.
 
     Raises:
-        UsageError: If the group has no such member, or `d_in` exceeds the group's inputs.
+        UsageError: If the group has no such member, `d_in` exceeds the group's inputs, or the pivots do not fit the
+            kernel or the states.
     """
-    phi_IxS = _accurate(input_features(kernel, states, d_in))
+    phi_IxS = _accurate(input_features(kernel, states, d_in, pivots=pivots))
     phi_JxS = _accurate(output_features(kernel, states, member))
     with jax.default_matmul_precision("highest"):
         return phi_JxS @ _apply_interaction(kernel, states, phi_IxS).T
 
 
-def input_features(kernel: Kernel, states: States, d_in: int | None = None) -> Float[Array, "i s"]:
-    """phi_in of the first `d_in` input states (all when None).
+def input_features(
+    kernel: Kernel, states: States, d_in: int | None = None, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "i s"]:
+    """phi_in of the first `d_in` input states (all when None), those of pivots among them.
 
     Raises:
-        UsageError: If the group has fewer inputs.
+        UsageError: If the group has fewer inputs, or the pivots do not fit the kernel or the states.
     """
     q_IxR = states["input_states"]
-    if d_in is not None and d_in > q_IxR.shape[0]:
-        raise UsageError(f"input of width {d_in} for a group of {q_IxR.shape[0]} input states; expected at most that")
+    if pivots is not None:
+        row_of_I = stored_rows(pivots, _inputs(kernel, states, pivots))
+        q_IxR = jnp.concatenate([jnp.eye(len(pivots), dtype=q_IxR.dtype), q_IxR])[row_of_I]
+    _check_width(d_in, q_IxR.shape[0])
     return _features(kernel, states, q_IxR[:d_in])
 
 
@@ -148,6 +179,43 @@ def interaction(kernel: Kernel, states: States) -> Float[Array, "s s"]:
     width = kernel.signal_width(states["input_states"].shape[1])
     with jax.default_matmul_precision("highest"):
         return _apply_interaction(kernel, states, jnp.eye(width, dtype=_accurate(states["input_states"]).dtype))
+
+
+def _encode_in_fixed_gauge(
+    kernel: Kernel, states: States, x: Float[Array, "*batch i"], pivots: Sequence[int]
+) -> Float[Array, "*batch r"]:
+    """The signal of a bilinear group, in the type in which products accumulate."""
+    d_in, width = _inputs(kernel, states, pivots), x.shape[-1]
+    _check_width(width, d_in)
+    pivots_R, others_O = np.asarray(pivots, np.intp), other_neurons(pivots, d_in)
+    # Both are ascending: what a narrow input has comes first.
+    pivots_P, others_O = pivots_R[pivots_R < width], others_O[others_O < width]
+    rest_OxR = states["input_states"][: len(others_O)]
+    signal = _product("...o,or->...r", _take(x, others_O), rest_OxR)
+    own = _take(x, pivots_P).astype(signal.dtype)
+    # A pivot beyond a narrow input adds nothing to its dimension.
+    return signal + jnp.pad(own, [(0, 0)] * (x.ndim - 1) + [(0, len(pivots_R) - len(pivots_P))])
+
+
+def _inputs(kernel: Kernel, states: States, pivots: Sequence[int]) -> int:
+    """Input neurons of a group in the fixed gauge."""
+    rows, rank = states["input_states"].shape
+    if kernel.name != "bilinear" or len(pivots) != rank or (rank and pivots[-1] >= rows + rank):
+        raise UsageError(
+            f"{len(pivots)} pivots for a group of kernel {kernel.name!r}, rank {rank} and {rows} stored input states;"
+            " expected kernel 'bilinear' and as many pivots as the rank, out of stored states and pivots together"
+        )
+    return rows + rank
+
+
+def _check_width(width: int | None, d_in: int) -> None:
+    if width is not None and width > d_in:
+        raise UsageError(f"input of width {width} for a group of {d_in} input states; expected at most that")
+
+
+def _take(x: Float[Array, "*batch i"], indices: Indices) -> Float[Array, "*batch n"]:
+    # Known when the program is made, ascending and each once: the compiler need not guard against anything else.
+    return x.at[..., indices].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
 
 
 def _features(kernel: Kernel, states: States, q: Float[Array, "n r"]) -> Float[Array, "n s"]:

@@ -2,7 +2,7 @@
 
 The parameter tree of `Groups(plan, name="groups")` is that of `states.py`, one entry per group:
 
-    params["groups"][group]["input_states"]              (D_in, R)
+    params["groups"][group]["input_states"]              (D_in, R); (D_in - R, R) in the fixed gauge
     params["groups"][group]["output_states"][block]      (D_out, R)
     params["groups"][group]["metric" | "gain" | ...]     the kernel's own
 """
@@ -34,9 +34,10 @@ class Group(nn.Module):
         d_in: Rows of the input states: the widest member's inputs.
         d_outs: Output neurons of every member: a mapping by block name, or pairs.
         param_dtype: Type of the stored numbers.
+        pivots: The input neurons whose states are unit vectors and not stored; None for none.
 
     Raises:
-        UsageError: When bound, if a size is not positive or the kernel does not admit the rank.
+        UsageError: When bound, if a size is not positive, the kernel does not admit the rank or the pivots do not fit.
     """
 
     kernel: Kernel
@@ -44,10 +45,12 @@ class Group(nn.Module):
     d_in: int
     d_outs: Mapping[str, int] | tuple[tuple[str, int], ...]
     param_dtype: Any = jnp.float32
+    pivots: tuple[int, ...] | None = None
 
     def setup(self) -> None:
         """Declare the parameters, one entry for each of the states'."""
-        parts = initialisers(self.kernel, self.rank, self.d_in, dict(self.d_outs), self.param_dtype)
+        d_outs = dict(self.d_outs)
+        parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=self.pivots)
         self._states = {name: self.param(name, init) for name, init in parts.items()}
 
     def __call__(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class Group(nn.Module):
 
     def encode(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch s"]:
         """The signal for activations x; see `kernels.encode`."""
-        return kernels.encode(self.kernel, self(), x)
+        return kernels.encode(self.kernel, self(), x, pivots=self.pivots)
 
     def read(self, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
         """What a member makes of the signal; see `kernels.read`."""
@@ -68,7 +71,7 @@ class Group(nn.Module):
 
     def weights(self, member: str, d_in: int | None = None) -> Float[Array, "j i"]:
         """The member's weight matrix, formed; see `kernels.weights`."""
-        return kernels.weights(self.kernel, self(), member, d_in)
+        return kernels.weights(self.kernel, self(), member, d_in, pivots=self.pivots)
 
 
 class Groups(nn.Module):
@@ -92,6 +95,7 @@ class Groups(nn.Module):
                 d_in=group.d_in,
                 d_outs=tuple(group.d_outs.items()),
                 param_dtype=self.param_dtype,
+                pivots=group.pivots,
                 name=group.name,
             )()
             for group in self.plan.groups

@@ -6,13 +6,44 @@ It never looks at a weight.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.kernel_spec import Kernel, count_parameters
+from ngc_jax.groups.kernel_spec import Kernel, check_pivots, count_parameters, multiply_adds
+
+
+class _Value:
+    """A frozen dataclass's equality and hash, the hash computed once.
+
+    Plans are static arguments of compiled functions, which look them up by hash at every call, and hold thousands of
+    pivots.
+    """
+
+    @cached_property
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._hash == other._hash and self._values == other._values
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Strings hash differently in every process: what is kept of them must not travel with a pickle.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +68,28 @@ class Block:
         return self.d_out * self.d_in + (self.d_out if self.bias else 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupPlan:
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupPlan(_Value):
     """Blocks that share one latent space of dimension `rank`.
 
+    Attributes:
+        name: The group's name.
+        members: The blocks, at least one.
+        rank: Dimension of the latent space.
+        kernel: The interaction kernel.
+        pivots: The fixed gauge of a bilinear group (see `gauge.py`): the `rank` input neurons, ascending, whose states
+            are the unit vectors and are not stored. None for the free gauge, in which all input states are stored.
+
     Raises:
-        UsageError: If there are no members, a member appears twice, or the rank is not positive.
+        UsageError: If there are no members, a member appears twice, the rank is not positive, or the pivots do not fit
+            the group.
     """
 
     name: str
     members: tuple[Block, ...]
     rank: int
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
+    pivots: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -57,6 +98,12 @@ class GroupPlan:
             raise UsageError(f"group {self.name!r} names a block twice; name every block once")
         if self.rank < 1:
             raise UsageError(f"group {self.name!r} has rank {self.rank}; expected a rank of at least 1")
+        if self.pivots is not None:
+            try:
+                pivots = check_pivots(self.kernel, self.rank, self.d_in, self.pivots)
+            except UsageError as error:
+                raise UsageError(f"group {self.name!r}: {error}") from None
+            object.__setattr__(self, "pivots", pivots)
 
     @property
     def d_in(self) -> int:
@@ -76,11 +123,33 @@ class GroupPlan:
     def count_parameters(self) -> int:
         """Parameters that the group stores: states, kernel and biases."""
         biases = sum(member.d_out for member in self.members if member.bias)
-        return count_parameters(self.kernel, self.rank, self.d_in, tuple(self.d_outs.values())) + biases
+        d_outs, fixed_gauge = self.d_outs.values(), self.pivots is not None
+        return count_parameters(self.kernel, self.rank, self.d_in, d_outs, fixed_gauge=fixed_gauge) + biases
+
+    def multiply_adds(self, site_of: Callable[[str], Hashable]) -> int:
+        """Multiply-adds per token of all members: each input is encoded once, however many members read it.
+
+        Args:
+            site_of: The identity of the input that a block reads, by block name. Members of one site share a signal.
+
+        Returns:
+            The products of activations and signals with states and M. Additions without a multiplication (a pivot's
+            own input, a bias) do not count, nor does what a kernel makes of its states alone.
+        """
+        width_of = {site_of(member.name): member.d_in for member in self.members}
+        width = self.kernel.signal_width(self.rank)
+        # A narrow input meets the states of its own neurons only.
+        rows = sum(self._stored_rows(d_in) for d_in in width_of.values())
+        reads = sum(self.d_outs.values())
+        return (rows + reads) * width + len(width_of) * multiply_adds(self.kernel, self.rank)
+
+    def _stored_rows(self, d_in: int) -> int:
+        """How many of the first `d_in` input states are stored."""
+        return d_in - (0 if self.pivots is None else bisect.bisect_left(self.pivots, d_in))
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan(_Value):
     """The structure of a compact model.
 
     Attributes:
@@ -125,6 +194,15 @@ class Plan:
         """Parameters of the planned blocks when all are dense."""
         return sum(block.parameters for block in self.blocks())
 
+    def multiply_adds(self, site_of: Callable[[str], Hashable]) -> int:
+        """Multiply-adds per token of the planned blocks.
+
+        Args:
+            site_of: The identity of the input that a block reads, by block name; see `GroupPlan.multiply_adds`.
+        """
+        dense = sum(block.d_out * block.d_in for block in self.dense)
+        return dense + sum(group.multiply_adds(site_of) for group in self.groups)
+
     def keep_ratio(self) -> float:
         """Stored over dense parameters of the planned blocks; 1.0 for an empty plan."""
         dense = self.dense_parameters()
@@ -133,15 +211,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
         return {
-            "groups": [
-                {
-                    "name": group.name,
-                    "rank": group.rank,
-                    "kernel": group.kernel.to_dict(),
-                    "members": [_block_to_json(member) for member in group.members],
-                }
-                for group in self.groups
-            ],
+            "groups": [_group_to_json(group) for group in self.groups],
             "dense": [_block_to_json(block) for block in self.dense],
         }
 
@@ -159,14 +229,25 @@ class Plan:
                     members=tuple(_block_from_json(member) for member in group["members"]),
                     rank=int(group["rank"]),
                     kernel=Kernel.from_dict(group["kernel"]),
+                    pivots=None if group.get("pivots") is None else tuple(group["pivots"]),
                 )
                 for group in data["groups"]
             )
             return cls(groups=groups, dense=tuple(_block_from_json(block) for block in data["dense"]))
         except UsageError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the plan is not readable ({error!r}); write it again with Plan.to_json") from error
+
+
+def _group_to_json(group: GroupPlan) -> dict[str, Any]:
+    data = {
+        "name": group.name,
+        "rank": group.rank,
+        "kernel": group.kernel.to_dict(),
+        "members": [_block_to_json(member) for member in group.members],
+    }
+    return data if group.pivots is None else data | {"pivots": list(group.pivots)}
 
 
 def _block_to_json(block: Block) -> dict[str, Any]:

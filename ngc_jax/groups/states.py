@@ -1,6 +1,6 @@
 """Neuron states: the parameters of one group as a plain pytree, and how they begin.
 
-    states = {"input_states": (D_in, R),
+    states = {"input_states": (D_in, R),                            (D_in - R, R) in the fixed gauge
               "output_states": {member: (D_out, R)},
               "metric": {"log_diagonal": (R,), "factor": (R, K)},   riemannian; factor only when metric_rank >
               0
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpy.typing import NDArray
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.kernel_spec import Kernel, check_rank, metric_rank_at
+from ngc_jax.groups.kernel_spec import Kernel, check_pivots, check_rank, metric_rank_at
 
 States: TypeAlias = Mapping[str, Any]
 Initialiser: TypeAlias = Callable[[PRNGKeyArray], Any]
@@ -43,11 +43,14 @@ def init_states(
     d_in: int,
     d_outs: Mapping[str, int],
     dtype: Any = jnp.float32,
+    *,
+    pivots: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Draw the states of a group so that signals keep their variance.
 
     For x of unit variance and width `d_in`, every member's y = x W^T has variance near 1, whatever the
-    kernel. A member that reads only n of the `d_in` inputs starts with variance n / d_in.
+    kernel. A member that reads only n of the `d_in` inputs starts with variance n / d_in; in the fixed gauge that
+    takes pivots that are spread evenly.
 
     Args:
         key: Random key.
@@ -56,25 +59,32 @@ def init_states(
         d_in: Rows of the input states: the widest member's inputs.
         d_outs: Output neurons of every member, by block name.
         dtype: Type of the stored numbers.
+        pivots: The input neurons whose states are unit vectors and not stored (see `gauge.py`); None for none.
 
     Returns:
         The states, a nested dict of arrays as described at the top of this module.
 
     Raises:
-        UsageError: If a size is not positive or the kernel does not admit the rank.
+        UsageError: If a size is not positive, the kernel does not admit the rank or the pivots do not fit.
     """
-    parts = initialisers(kernel, rank, d_in, d_outs, dtype)
+    parts = initialisers(kernel, rank, d_in, d_outs, dtype, pivots=pivots)
     keys = jax.random.split(key, len(parts))
     return {name: init(part) for (name, init), part in zip(parts.items(), keys, strict=True)}
 
 
 def initialisers(
-    kernel: Kernel, rank: int, d_in: int, d_outs: Mapping[str, int], dtype: Any = jnp.float32
+    kernel: Kernel,
+    rank: int,
+    d_in: int,
+    d_outs: Mapping[str, int],
+    dtype: Any = jnp.float32,
+    *,
+    pivots: Sequence[int] | None = None,
 ) -> dict[str, Initialiser]:
     """The initialiser of each entry of the states, a function of a key alone; arguments as for `init_states`.
 
     Raises:
-        UsageError: If a size is not positive or the kernel does not admit the rank.
+        UsageError: If a size is not positive, the kernel does not admit the rank or the pivots do not fit.
     """
     check_rank(kernel, rank)
     if not d_outs:
@@ -86,6 +96,12 @@ def initialisers(
     # The signal has unit variance per dimension: the input states divide by d_in, the output states by the
     # rank. The lifted kernel has its scale in the gain, and states of unit size so that tanh bends.
     std_in, std_out = (1.0, 1.0) if kernel.name == "lifted" else (d_in**-0.5, rank**-0.5)
+    rows_in = d_in
+    if pivots is not None:
+        check_pivots(kernel, rank, d_in, pivots)
+        rows_in = d_in - rank
+        # A dimension of the signal has its pivot's input, of variance 1, beside the other neurons' share.
+        std_out = (rank * (1 + rows_in / d_in)) ** -0.5
 
     def output_states(key: PRNGKeyArray) -> dict[str, Array]:
         keys = jax.random.split(key, len(d_outs))
@@ -95,7 +111,7 @@ def initialisers(
         }
 
     parts: dict[str, Initialiser] = {
-        "input_states": lambda key: _normal(key, (d_in, rank), std_in, dtype),
+        "input_states": lambda key: _normal(key, (rows_in, rank), std_in, dtype),
         "output_states": output_states,
     }
     if kernel.name == "riemannian":
@@ -117,7 +133,7 @@ def from_bilinear(kernel: Kernel, states: States, size: float = 1.0) -> dict[str
 
     Args:
         kernel: The kernel to start.
-        states: The states of a bilinear group.
+        states: The states of a bilinear group in the free gauge (for a fixed one, see `gauge.free_gauge`).
         size: lifted: root mean square of the states' entries on either side.
 
     Returns:

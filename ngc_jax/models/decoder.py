@@ -99,7 +99,7 @@ def _project(
         if group is not None:
             states = groups[group.name]
             if group.name not in signals:
-                signals[group.name] = encode(group.kernel, states, x)
+                signals[group.name] = encode(group.kernel, states, x, pivots=group.pivots)
             y = read(group.kernel, states, block.name, signals[group.name])
         outputs.append(Projection(block, param_dtype, name=role)(x, y))
     return outputs
