@@ -9,7 +9,8 @@ inter-group communication. A round is one Euler step of dh/dt = -h + sigma(W h) 
 
 All groups here have the same size and are stacked: the states of one group are exactly those of `states.py`,
 with one member called `MEMBER`, and every leaf has a leading axis G. What is written for one group is mapped
-over them by `jax.vmap`. Activations are (G, N); batches of them are a further vmap.
+over them by `jax.vmap`. In the fixed gauge (`pivots`, see `gauge.py`) all groups have the same pivots: neurons can be
+numbered as one likes. Activations are (G, N); batches of them are a further vmap.
 
     params = {"states": {"input_states": (G, N, R), "output_states": {"self": (G, N, R)}, ...},
               "transport": (G, G, S, S)}
@@ -19,7 +20,7 @@ Shape suffixes: G groups (H those that send), N neurons of a group, R rank, S si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -49,6 +50,7 @@ def init_params(
     kernel: Kernel = _BILINEAR,
     strength: float = 1.0,
     dtype: Any = jnp.float32,
+    pivots: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Draw groups that communicate all with all.
 
@@ -63,19 +65,20 @@ def init_params(
         kernel: The groups' kernel.
         strength: Scale of the coupling; 0 leaves every group alone.
         dtype: Type of the parameters.
+        pivots: Every group's pivots if the gauge is fixed.
 
     Returns:
         The parameters, as described at the top of this module.
 
     Raises:
-        UsageError: If a size is not positive or the kernel does not admit the rank.
+        UsageError: If a size is not positive, the kernel does not admit the rank or the pivots do not fit.
     """
     if groups < 1:
         raise UsageError(f"the dynamics of {groups} groups; expected at least 1 group")
     states_key, transport_key = jax.random.split(key)
 
     def one_group(group_key: PRNGKeyArray) -> dict[str, Any]:
-        return init_states(group_key, kernel, rank, neurons, {MEMBER: neurons}, dtype)
+        return init_states(group_key, kernel, rank, neurons, {MEMBER: neurons}, dtype, pivots=pivots)
 
     width = kernel.signal_width(rank)
     transport_GxHxSxS = jax.random.normal(transport_key, (groups, groups, width, width), dtype)
@@ -85,14 +88,18 @@ def init_params(
     }
 
 
-def signals(params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR) -> Float[Array, "g s"]:
+def signals(
+    params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "g s"]:
     """What every group broadcasts: encode, mapped over the groups."""
-    return jax.vmap(lambda states, h_N: encode(kernel, states, h_N))(params["states"], h)
+    return jax.vmap(lambda states, h_N: encode(kernel, states, h_N, pivots=pivots))(params["states"], h)
 
 
-def drive(params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR) -> Float[Array, "g n"]:
+def drive(
+    params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "g n"]:
     """What every neuron reads of all signals, before the activation: W h, without forming W."""
-    received_GxS = jnp.einsum("ghst,ht->gs", params["transport"], signals(params, h, kernel))
+    received_GxS = jnp.einsum("ghst,ht->gs", params["transport"], signals(params, h, kernel, pivots=pivots))
     return jax.vmap(lambda states, s_S: read(kernel, states, MEMBER, s_S))(params["states"], received_GxS)
 
 
@@ -104,6 +111,7 @@ def step(
     dt: float,
     activation: Activation = jnp.tanh,
     kernel: Kernel = _BILINEAR,
+    pivots: Sequence[int] | None = None,
 ) -> Float[Array, "g n"]:
     """One round of communication.
 
@@ -114,11 +122,12 @@ def step(
         dt: Time step, in units of the neurons' decay time; a stable Euler step of the decay needs dt < 2.
         activation: sigma, elementwise.
         kernel: The groups' kernel.
+        pivots: Every group's pivots if the gauge is fixed.
 
     Returns:
         The activations (G, N) after the round.
     """
-    return h + dt * (-h + activation(drive(params, h, kernel)) + u)
+    return h + dt * (-h + activation(drive(params, h, kernel, pivots=pivots)) + u)
 
 
 def unroll(
@@ -129,6 +138,7 @@ def unroll(
     dt: float,
     activation: Activation = jnp.tanh,
     kernel: Kernel = _BILINEAR,
+    pivots: Sequence[int] | None = None,
 ) -> Float[Array, "t g n"]:
     """The trajectory of as many rounds as there are potentials.
 
@@ -139,19 +149,22 @@ def unroll(
         dt: Time step.
         activation: sigma, elementwise.
         kernel: The groups' kernel.
+        pivots: Every group's pivots if the gauge is fixed.
 
     Returns:
         The activations (T, G, N) after each round; `h0` is not among them.
     """
 
     def round_(h: Array, u_GxN: Array) -> tuple[Array, Array]:
-        h = step(params, h, u_GxN, dt=dt, activation=activation, kernel=kernel)
+        h = step(params, h, u_GxN, dt=dt, activation=activation, kernel=kernel, pivots=pivots)
         return h, h
 
     return jax.lax.scan(round_, h0, u)[1]
 
 
-def coupling(params: Params, kernel: Kernel = _BILINEAR) -> Float[Array, "gn gn"]:
+def coupling(
+    params: Params, kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "gn gn"]:
     """The weights W by which neurons act on neurons through all groups, formed: for tests and study.
 
     Block (g, g') is phi_out_g · T_gg' · M phi_in_g'^T. The Jacobian of `step` is
@@ -162,11 +175,11 @@ def coupling(params: Params, kernel: Kernel = _BILINEAR) -> Float[Array, "gn gn"
     Returns:
         W (G N, G N), neurons ordered group by group.
     """
-    groups, neurons = params["states"]["input_states"].shape[:2]
+    groups, neurons = params["states"]["output_states"][MEMBER].shape[:2]
     identity = jnp.eye(groups * neurons, dtype=params["transport"].dtype)
 
     def column(h: Array) -> Array:
-        return drive(params, h.reshape(groups, neurons), kernel).reshape(-1)
+        return drive(params, h.reshape(groups, neurons), kernel, pivots=pivots).reshape(-1)
 
     with jax.default_matmul_precision("highest"):
         return jax.vmap(column, out_axes=1)(identity)
@@ -184,6 +197,7 @@ class Communication(nn.Module):
         activation: sigma, elementwise.
         strength: Scale of the coupling at the start.
         param_dtype: Type of the parameters.
+        pivots: Every group's pivots if the gauge is fixed.
     """
 
     groups: int
@@ -194,6 +208,7 @@ class Communication(nn.Module):
     activation: Activation = jnp.tanh
     strength: float = 1.0
     param_dtype: Any = jnp.float32
+    pivots: tuple[int, ...] | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -207,14 +222,18 @@ class Communication(nn.Module):
                 kernel=self.kernel,
                 strength=self.strength,
                 dtype=self.param_dtype,
+                pivots=self.pivots,
             )[part]
 
         self._params = {part: self.param(part, init, part) for part in ("states", "transport")}
 
     def __call__(self, h: Float[Array, "g n"], u: Float[Array, "g n"]) -> Float[Array, "g n"]:
         """One round; see `step`."""
-        return step(self._params, h, u, dt=self.dt, activation=self.activation, kernel=self.kernel)
+        return step(self._params, h, u, **self._law())
 
     def unroll(self, h0: Float[Array, "g n"], u: Float[Array, "t g n"]) -> Float[Array, "t g n"]:
         """Many rounds; see `unroll`."""
-        return unroll(self._params, h0, u, dt=self.dt, activation=self.activation, kernel=self.kernel)
+        return unroll(self._params, h0, u, **self._law())
+
+    def _law(self) -> dict[str, Any]:
+        return {"dt": self.dt, "activation": self.activation, "kernel": self.kernel, "pivots": self.pivots}

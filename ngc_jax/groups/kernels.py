@@ -215,7 +215,8 @@ def _check_width(width: int | None, d_in: int) -> None:
 
 def _take(x: Float[Array, "*batch i"], indices: Indices) -> Float[Array, "*batch n"]:
     # Known when the program is made, ascending and each once: the compiler need not guard against anything else.
-    return x.at[..., indices].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+    taken = jnp.asarray(x).at[..., indices]
+    return taken.get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
 
 
 def _features(kernel: Kernel, states: States, q: Float[Array, "n r"]) -> Float[Array, "n s"]:

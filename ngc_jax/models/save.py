@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -118,7 +119,7 @@ def save_model(
         if model.plan is not None:
             details = model.conversion if conversion is None else conversion
             hf_config["ngc"] = {"format": FORMAT_VERSION, **(details or {}), "plan": model.plan.to_json()}
-        _write_text(temporary / "config.json", json.dumps(hf_config, indent=2) + "\n")
+        _write_text(temporary / "config.json", _json(hf_config) + "\n")
         _save_tensors(model, temporary)
         model.load_tokenizer().save(temporary)
         _write_text(
@@ -130,6 +131,13 @@ def save_model(
 def tensor_bytes(directory: Path) -> int:
     """Bytes on disk of a model directory's tensors."""
     return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """Indented, but lists of integers on one line each: a plan can have a hundred thousand pivots."""
+    # No string is taken for a list: in JSON text a string has no line breaks of its own.
+    text = json.dumps(data, indent=2)
+    return re.sub(r"\[\n\s+(-?\d+(?:,\n\s+-?\d+)*)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _save_tensors(model: LanguageModel, directory: Path) -> None:

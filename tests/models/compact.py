@@ -58,6 +58,22 @@ def compact_model(architecture: str = "llama_untied", dtype: str = "float32", **
     return dataclasses.replace(model, plan=plan, params=params)
 
 
+def fixed_gauge_model(architecture: str = "llama_untied", dtype: str = "float32", **changes: Any) -> LanguageModel:
+    """As `compact_model`, but bilinear groups in the fixed gauge, one of them of full rank, with nothing of its input.
+
+    The embedding has 24 dimensions and the MLP 36: `1-qd` has pivots that its narrow member does not reach.
+    """
+    pivots = {"0-qkk": (0, 3, 8, 17, 23), "0-vv": (1, 2, 22), "0-ug": tuple(range(24)), "1-qd": (2, 9, 23, 24, 30, 35)}
+    model = dense_model(architecture, dtype, **changes)
+    groups = tuple(
+        GroupPlan(group.name, group.members, len(pivots[group.name]), pivots=pivots[group.name])
+        for group in compact_plan(model.config).groups
+    )
+    plan = Plan(groups, (model.config.block(0, "o"),))
+    params = random_params(Decoder(model.config, plan, jnp.dtype(dtype)))
+    return dataclasses.replace(model, plan=plan, params=params)
+
+
 def random_params(decoder: Decoder, seed: int = 0) -> Params:
     """Parameters drawn by NumPy, which compiles nothing; no norm, bias or metric is trivial."""
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -67,7 +83,7 @@ def random_params(decoder: Decoder, seed: int = 0) -> Params:
     def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) < 2:
             return (centres.get(path[-1], centres.get(path[-2])) or 0.0) + 0.3 * rng.standard_normal(shape)
-        fan_in = shape[0] if path[-1] == "input_states" else shape[-1]
+        fan_in = max(shape[0], 1) if path[-1] == "input_states" else shape[-1]
         return fan_in**-0.5 * rng.standard_normal(shape)
 
     flat = traverse_util.flatten_dict(shapes)
@@ -84,6 +100,6 @@ def dense_equivalent(model: LanguageModel) -> LanguageModel:
     for group in model.plan.groups:
         for block in group.members:
             _, layer, part, role = block.name.split(".")
-            kernel = weights(group.kernel, states[group.name], block.name, block.d_in)
+            kernel = weights(group.kernel, states[group.name], block.name, block.d_in, pivots=group.pivots)
             params["layers"][layer][part].setdefault(role, {})["kernel"] = kernel
     return dataclasses.replace(model, plan=None, params=params)

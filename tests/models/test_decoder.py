@@ -14,7 +14,7 @@ from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder
 from ngc_jax.models.load import LanguageModel, Params, parameter_shapes
-from tests.models.compact import compact_model, compact_plan, dense_equivalent, dense_model
+from tests.models.compact import compact_model, compact_plan, dense_equivalent, dense_model, fixed_gauge_model
 from tests.models.published import PUBLISHED
 from tests.tiny import HF_CONFIGS
 
@@ -88,9 +88,12 @@ def test_padding_does_not_matter(make: Callable[..., LanguageModel], architectur
     assert np.all(np.isfinite(logits))
 
 
+@pytest.mark.parametrize("make", [compact_model, fixed_gauge_model])
 @pytest.mark.parametrize("architecture", ["llama_untied", "gemma3"])
-def test_compact_model_is_the_dense_model_of_the_weights_it_makes(architecture: str) -> None:
-    model = compact_model(architecture)
+def test_compact_model_is_the_dense_model_of_the_weights_it_makes(
+    make: Callable[..., LanguageModel], architecture: str
+) -> None:
+    model = make(architecture)
     dense = dense_equivalent(model)
     logits, expected = (apply(m.decoder, m.params, some_tokens()) for m in (model, dense))
     np.testing.assert_allclose(logits, expected, atol=5e-5 * np.abs(expected).max())
@@ -172,6 +175,17 @@ def test_a_plan_counts_what_the_model_stores(architecture: str) -> None:
     plan = compact_plan(config)
     dense, compact = (sum(map(np.prod, parameter_shapes(Decoder(config, p)).values())) for p in (None, plan))
     assert dense - compact == plan.dense_parameters() - plan.count_parameters()
+
+
+def test_a_plan_counts_what_the_model_stores_in_the_fixed_gauge() -> None:
+    model, dense = fixed_gauge_model(), dense_model()
+    assert model.plan is not None
+    saved = model.plan.dense_parameters() - model.plan.count_parameters()
+    assert dense.count_parameters() - model.count_parameters() == saved
+    # The group of full rank costs what its members do when dense.
+    square = next(group for group in model.plan.groups if group.rank == group.d_in)
+    assert square.count_parameters() == square.dense_parameters
+    assert model.params["groups"][square.name]["input_states"].shape == (0, square.d_in)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -16,11 +16,14 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
 from ngc_jax.models import save
+from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import check_output, save_model, tensor_bytes
-from tests.models.compact import compact_model, compact_plan, dense_model
+from ngc_jax.models.sources import open_source
+from tests.models.compact import compact_model, compact_plan, dense_model, fixed_gauge_model
 from tests.tiny import random_tokens
 
 
@@ -38,7 +41,7 @@ def left_in(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("make", [dense_model, compact_model])
+@pytest.mark.parametrize("make", [dense_model, compact_model, fixed_gauge_model])
 def test_round_trip(make, architecture: str, dtype: str, tmp_path: Path) -> None:
     model = make(architecture, dtype)
     assert save_model(model, tmp_path / "out") == tmp_path / "out"
@@ -66,7 +69,8 @@ READ = """
 def test_another_process_computes_the_same_logits_bit_for_bit(tmp_path: Path) -> None:
     tokens = random_tokens(22).reshape(2, 11)
     np.save(tmp_path / "tokens.npy", tokens)
-    models = {str(tmp_path / "dense"): dense_model(), str(tmp_path / "compact"): compact_model()}
+    makers = {"dense": dense_model, "compact": compact_model, "fixed": fixed_gauge_model}
+    models = {str(tmp_path / name): make() for name, make in makers.items()}
     for directory, model in models.items():
         save_model(model, directory)
     command = [sys.executable, "-c", textwrap.dedent(READ), str(tmp_path / "tokens.npy"), *models]
@@ -99,6 +103,16 @@ def test_how_a_model_was_made_stays_with_it(tmp_path: Path) -> None:
     assert "ngc" not in first.hf_config
     save_model(first, tmp_path / "second")
     assert load_model(str(tmp_path / "second")).conversion == first.conversion
+
+
+def test_pivots_are_integers_of_the_config_and_no_parameters(tmp_path: Path) -> None:
+    model = fixed_gauge_model()
+    save_model(model, tmp_path / "out")
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert '"pivots": [2, 9, 23, 24, 30, 35]' in text  # on one line: there can be thousands
+    assert Plan.from_json(json.loads(text)["ngc"]["plan"]) == model.plan
+    with open_source(str(tmp_path / "out")) as source:
+        assert inspect_model(source).stored_parameters() == model.plan.count_parameters()
 
 
 def test_tensors_have_hugging_faces_names(tmp_path: Path) -> None:
