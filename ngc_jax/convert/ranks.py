@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
+from ngc_jax.convert.allocate import DENSE, Curve, allocate, rank_curve
+from ngc_jax.convert.candidates import Candidate, Cell
+from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Block, GroupPlan, Plan
-from ngc_jax.groups.topology import expand, parse
-from ngc_jax.models.config import ROLES, DecoderConfig
+from ngc_jax.groups.plan import Block
+
+# Second moments are means over tokens; SVD-LLM V2's losses are sums over its authors' calibration set, 256 x 2048.
+_LOSS_TOKENS = 256 * 2048
 
 
-def check_keep_ratio(keep: float) -> float:
-    """Raises UsageError unless 0 < keep <= 1."""
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
-    return keep
-
-
-def uniform_rank(members: Iterable[Block], keep: float, rounding: Callable[[float], int] = math.floor) -> int:
+def uniform_rank(
+    members: Iterable[Block], keep: float, rounding: Callable[[float], int] = math.floor, gauge: bool = False
+) -> int:
     """The rank at which a bilinear group stores `keep` of its members' weights.
 
-    rank = rounding(keep * sum of d_out * d_in / (sum of d_out + max d_in)), at most the full rank.
+    With M outputs in all, I inputs and S = sum of d_out * d_in: r (M + I) = keep S; in a fixed gauge
+    r (M + I - r) = keep S, of which r is the smaller root. At most the full rank.
 
     Args:
         members: The blocks of the group.
         keep: Stored over dense parameters.
         rounding: How the rank is made whole.
+        gauge: Whether the gauge is fixed.
 
     Raises:
         UsageError: If not even rank 1 fits.
     """
     members = tuple(members)
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
-    rank = rounding(keep * sum(block.d_out * block.d_in for block in members) / (outputs + inputs))
+    wanted, both = keep * sum(block.d_out * block.d_in for block in members), outputs + inputs
+    # A little above, so that a root that is whole is not rounded down.
+    exact = both / 2 - math.sqrt(max(both**2 / 4 - wanted, 0.0)) + 1e-9 if gauge else wanted / both
+    rank = rounding(exact)
     if rank < 1:
         names = ", ".join(block.name for block in members)
         raise UsageError(
@@ -48,20 +55,113 @@ def full_rank(members: Iterable[Block]) -> int:
     return min(sum(block.d_out for block in members), max(block.d_in for block in members))
 
 
-def plan_groups(config: DecoderConfig, topology: str, rank: Callable[[tuple[Block, ...]], int]) -> Plan:
-    """A plan with the groups of a topology.
-
-    Args:
-        config: The decoder.
-        topology: In the topology language, or the name of a family.
-        rank: Gives a group's rank from its members.
+def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
+    """The ranks that are known before anything is fitted; none if they are allocated by losses.
 
     Raises:
-        UsageError: If the topology does not parse or does not fit the decoder.
+        UsageError: If a group is left without a rank.
     """
-    blocks = {block.name: block for block in config.blocks()}
-    groups = []
-    for group in expand(parse(topology), config.num_layers, roles=ROLES):
-        members = tuple(blocks[name] for name in group.members)
-        groups.append(GroupPlan(group.name, members, rank(members)))
-    return Plan(tuple(groups))
+    if recipe.resolved_allocation != "uniform":
+        return {}
+    gauge = recipe.resolved_gauge
+
+    def rank(group: Candidate) -> int:
+        full = full_rank(group.members)
+        if recipe.rank is not None:
+            return full if recipe.rank == "full" else min(recipe.rank, full)
+        return uniform_rank(group.members, recipe.keep, recipe.definition.rounding, gauge)
+
+    return {group.name: rank(group) for group in groups}
+
+
+def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
+    """Refuse a keep ratio that no ranks reach, before anything is measured.
+
+    Raises:
+        UsageError: If a group is left without a rank, or the smallest ranks store too much.
+    """
+    if recipe.resolved_allocation != "loss":
+        for cell in cells:
+            for group in cell[0]:
+                uniform_rank(group.members, recipe.keep, recipe.definition.rounding, recipe.resolved_gauge)
+        return
+    allocate(
+        [[[_curve(recipe, g, np.zeros(full_rank(g.members))) for g in way] for way in cell] for cell in cells],
+        _budget(recipe, cells),
+    )
+
+
+def _budget(recipe: Recipe, cells: Sequence[Cell]) -> int:
+    return math.floor(recipe.keep * sum(group.dense_parameters for cell in cells for group in cell[0]))
+
+
+def _curve(recipe: Recipe, group: Candidate, energies: np.ndarray) -> Curve:
+    return rank_curve(
+        energies,
+        group.outputs,
+        group.inputs,
+        group.dense_parameters,
+        gauge=recipe.resolved_gauge,
+        biases=group.biases,
+        multiple=recipe.rank_multiple,
+    )
+
+
+def choose_ranks(
+    recipe: Recipe, cells: Sequence[Cell], energies_of: Callable[[str], np.ndarray | None]
+) -> dict[str, int]:
+    """The ranks of the groups of the best way of every cell, by the losses that were measured.
+
+    Args:
+        recipe: Its keep ratio is the budget.
+        cells: Ways to group the same blocks.
+        energies_of: Loss that each latent dimension of a group saves, by the group's name.
+
+    Returns:
+        Rank by group name, `DENSE` for a group whose members stay dense.
+
+    Raises:
+        UsageError: If the budget cannot be met, or a method has no energies.
+    """
+
+    def energies(group: Candidate) -> np.ndarray:
+        found = energies_of(group.name)
+        if found is None:
+            raise UsageError(f"method {recipe.method} gives no losses to allocate ranks by; use allocation uniform")
+        return found
+
+    if recipe.resolved_allocation == "svd_llm_v2":
+        groups = [group for ((group,),) in cells]
+        return _share_by_role(recipe, groups, {group.name: energies(group) for group in groups})
+    curves = [[[_curve(recipe, group, energies(group)) for group in way] for way in cell] for cell in cells]
+    ranks = {}
+    choices = allocate(curves, _budget(recipe, cells))
+    for cell, ways, (way, indices) in zip(cells, curves, choices, strict=True):
+        for group, curve, index in zip(cell[way], ways[way], indices, strict=True):
+            ranks[group.name] = int(curve.ranks[index])
+    return ranks
+
+
+def _share_by_role(recipe: Recipe, groups: Sequence[Candidate], energies: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """SVD-LLM V2's heterogeneous compression ratios (arXiv 2503.12340, section 3.1, algorithm 1).
+
+    Among the groups of a type (here: of the same roles), the share of parameters to remove is in proportion to
+    1 / log(loss), the loss being that of truncation at the uniform ratio.
+    """
+    by_type: dict[str, list[Candidate]] = defaultdict(list)
+    for group in groups:
+        by_type[group.name.split("-", 1)[1]].append(group)
+    ranks = {}
+    for members in by_type.values():
+        inverse = []
+        for group in members:
+            rank = uniform_rank(group.members, recipe.keep, gauge=recipe.resolved_gauge)
+            # The authors' losses are Frobenius norms over all calibration tokens, far above e: the floor is theirs
+            # made explicit.
+            loss = math.sqrt(max(float(energies[group.name][rank:].sum()) * _LOSS_TOKENS, 0.0))
+            inverse.append(1.0 / math.log(max(loss, math.e)))
+        for group, share in zip(members, inverse, strict=True):
+            removed = len(members) * (1 - recipe.keep) * share / sum(inverse)
+            kept = min(max(1 - removed, 0.0), 1.0)
+            ranks[group.name] = DENSE if kept >= 1 else uniform_rank(group.members, kept, gauge=recipe.resolved_gauge)
+    return ranks

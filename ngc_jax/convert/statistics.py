@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,24 @@ from ngc_jax.text import split_windows
 
 
 @dataclasses.dataclass(frozen=True)
+class OutputGradients:
+    """What backward passes measured for a block; g is the gradient by its output of the loss summed over tokens.
+
+    Attributes:
+        count: Tokens measured.
+        mean_square: Diagonal of G = E[g g^T], (M,), float64.
+        second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs; None if only the
+            diagonal was asked for.
+        weight_gradient: E[g x^T], (M, I), float64; None unless asked for.
+    """
+
+    count: int
+    mean_square: np.ndarray
+    second_moment: np.ndarray | None = None
+    weight_gradient: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """What calibration measured for a block.
 
@@ -33,12 +51,14 @@ class Statistics:
         absolute_mean: E|x|, (d_in,), float64.
         fisher: Summed over outputs, the mean square gradient of the loss by each column of the weight, (d_in,),
             float64; None unless asked for.
+        gradients: Of the loss by the block's outputs; None unless asked for.
     """
 
     count: int
     second_moment: np.ndarray
     absolute_mean: np.ndarray
     fisher: np.ndarray | None = None
+    gradients: OutputGradients | None = None
 
 
 class Compensated(NamedTuple):
@@ -110,11 +130,20 @@ def _layer_step(
     mask = (positions >= 0).astype(jnp.float32)
     new = {}
     for site, sums in moments.items():
-        value = sown[BLOCK_INPUTS]
-        for part in site.split("."):
-            value = value[part]
-        new[site] = add_tokens(sums, value[0], mask)
+        new[site] = add_tokens(sums, _at_site(sown[BLOCK_INPUTS], site), mask)
     return x, new
+
+
+def sown_input(sown: Mapping[str, Any], role: str) -> Array:
+    """What the block of this role read (B, L, I), from what its layer has sown."""
+    return _at_site(sown, INPUT_SITE[role])
+
+
+def _at_site(sown: Mapping[str, Any], site: str) -> Array:
+    value: Any = sown
+    for part in site.split("."):
+        value = value[part]
+    return value[0]
 
 
 def calibrate(

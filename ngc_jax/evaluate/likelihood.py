@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import Params
@@ -31,24 +34,97 @@ def token_log_likelihoods(
         Log-probabilities (float32; 0 where padded) and the mask, 1 for a scored token.
     """
     hidden_BxLxD, _ = decoder.apply({"params": params}, tokens_BxL, positions_BxL, method="hidden")
-    hidden_BxLxD, targets_BxL = hidden_BxLxD[:, :-1], tokens_BxL[:, 1:]
+    return hidden_log_likelihoods(decoder, params, hidden_BxLxD, tokens_BxL, positions_BxL, chunk=chunk)
+
+
+def hidden_log_likelihoods(
+    decoder: Decoder,
+    params: Params,
+    hidden_BxLxD: Float[Array, "B L D"],
+    tokens_BxL: Int[Array, "B L"],
+    positions_BxL: Int[Array, "B L"],
+    *,
+    chunk: int = 256,
+) -> tuple[Float[Array, "B L-1"], Float[Array, "B L-1"]]:
+    """As `token_log_likelihoods`, from the final hidden states (normed); of the parameters only the unembedding's."""
+    targets_BxL = tokens_BxL[:, 1:]
     mask_BxL = (positions_BxL[:, 1:] >= 0).astype(jnp.float32)
-    batch, length = targets_BxL.shape
+
+    def score(hidden_BxcxD: Array, targets_Bxc: Array) -> Array:
+        logits_BxcxV = _logits(decoder, params, hidden_BxcxD)
+        chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
+
+    return _in_chunks(score, hidden_BxLxD[:, :-1], targets_BxL, chunk=chunk) * mask_BxL, mask_BxL
+
+
+def sample_targets(
+    decoder: Decoder,
+    params: Params,
+    hidden_BxLxD: Float[Array, "B L D"],
+    tokens_BxL: Int[Array, "B L"],
+    key: Key[Array, ""],
+    *,
+    chunk: int = 256,
+) -> Int[Array, "B L"]:
+    """The tokens with each but the first of a row replaced by one drawn from the model's prediction for it."""
+    batch, length = tokens_BxL.shape
+    index_BxL = jnp.arange(batch * length).reshape(batch, length)
+
+    def draw(hidden_BxcxD: Array, index_Bxc: Array) -> Array:
+        keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(index_Bxc)
+        return jax.vmap(jax.vmap(jax.random.categorical))(keys, _logits(decoder, params, hidden_BxcxD))
+
+    drawn = _in_chunks(draw, hidden_BxLxD[:, :-1], index_BxL[:, :-1], chunk=chunk)
+    return jnp.concatenate([tokens_BxL[:, :1], drawn.astype(tokens_BxL.dtype)], axis=1)
+
+
+def hidden_divergences(
+    decoder: Decoder,
+    params: Params,
+    hidden_BxLxD: Float[Array, "B L D"],
+    teacher_BxLxD: Float[Array, "B L D"],
+    positions_BxL: Int[Array, "B L"],
+    *,
+    chunk: int = 256,
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """KL(teacher || student) of the next-token distributions at every token, in nats.
+
+    Args:
+        decoder: Its unembedding serves both.
+        params: Of the parameters only the unembedding's.
+        hidden_BxLxD: The student's final hidden states, normed.
+        teacher_BxLxD: The teacher's.
+        positions_BxL: Positions; -1 marks padding.
+        chunk: Tokens of a row whose logits exist at once.
+
+    Returns:
+        Divergences (float32; 0 where padded) and the mask, 1 for a token.
+    """
+    mask_BxL = (positions_BxL >= 0).astype(jnp.float32)
+
+    def score(hidden_BxcxD: Array, teacher_BxcxD: Array) -> Array:
+        ours = jax.nn.log_softmax(_logits(decoder, params, hidden_BxcxD), axis=-1)
+        theirs = jax.nn.log_softmax(_logits(decoder, params, teacher_BxcxD), axis=-1)
+        return (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+    return _in_chunks(score, hidden_BxLxD, teacher_BxLxD, chunk=chunk) * mask_BxL, mask_BxL
+
+
+def _logits(decoder: Decoder, params: Params, hidden: Array) -> Array:
+    return decoder.bind({"params": params}).logits(hidden)
+
+
+def _in_chunks(score: Callable[[Array, Array], Array], *arrays: Array, chunk: int) -> Array:
+    """Map `score` over pieces of the length axis (the second), keeping no piece's logits for the backward pass."""
+    batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
     count = -(-length // chunk)
     pad = count * chunk - length
-
-    @jax.checkpoint
-    def score(piece: tuple[Array, Array]) -> Array:
-        hidden_BxcxD, targets_Bxc = piece
-        logits_BxcxV = decoder.bind({"params": params}).logits(hidden_BxcxD)
-        chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
 
     def pieces(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
-    scores = jax.lax.map(score, (pieces(hidden_BxLxD), pieces(targets_BxL)))
-    scores_BxL = jnp.moveaxis(scores, 0, 1).reshape(batch, -1)[:, :length]
-    return scores_BxL * mask_BxL, mask_BxL
+    scores = jax.lax.map(jax.checkpoint(lambda piece: score(*piece)), tuple(pieces(x) for x in arrays))
+    return jnp.moveaxis(scores, 0, 1).reshape(batch, -1)[:, :length]

@@ -4,7 +4,8 @@ Legend: B batch, L tokens, D embed, N query heads, K key-value heads, H head dim
 
 Group states live once, at `params["groups"]`, and are handed to the layers; a block that the plan puts into a group has
 no kernel of its own. The block inputs are sown into the collection "block_inputs" (paths: `INPUT_SITE`), which costs
-nothing unless a caller asks for it with `mutable`.
+nothing unless a caller asks for it with `mutable`. Each block's output can be perturbed, by the linen collection
+"perturbations" (entry "output" of the block), which is how its gradient is taken.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Projection(nn.Module):
             y = jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
         if self.block.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype)
-        return y
+        return self.perturb("output", y)
 
 
 def _project(
@@ -298,7 +299,11 @@ class Decoder(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         groups = self.groups() if self.plan is not None and self.plan.groups else {}
         x, cache = self.layers(self.embedded(tokens), positions, cache, groups)
-        return self.norm(x), cache
+        return self.normed(x), cache
+
+    def normed(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The last layer's output as `logits` reads it."""
+        return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""

@@ -160,7 +160,7 @@ BAD_INPUT = {
     "keep 0": (["convert", "{dense}", "--keep", "0"], "outside (0, 1]"),
     "keep 1.5": (["convert", "{dense}", "--keep", "1.5"], "outside (0, 1]"),
     "keep word": (["convert", "{dense}", "--keep", "most"], "keep"),
-    "tiny keep": (["convert", "{dense}", "--keep", "0.001"], "leaves no rank"),
+    "tiny keep": (["convert", "{dense}", "--keep", "0.001"], "the least; raise it"),
     "topology syntax": (["convert", "{dense}", "--topology", "qk--v"], "^"),
     "topology role": (["convert", "{dense}", "--topology", "qxk"], "x"),
     "unknown method": (["convert", "{dense}", "--method", "magic"], "magic"),

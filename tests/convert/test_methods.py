@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -6,8 +7,10 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.methods import METHODS, alternate, best_states, square_root
-from ngc_jax.convert.statistics import Statistics
+from ngc_jax.convert.alternating import alternate, best_outputs
+from ngc_jax.convert.best_states import DAMPING, best_states, square_root
+from ngc_jax.convert.methods import METHODS
+from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.errors import UsageError
 
 
@@ -82,16 +85,43 @@ def test_basis_sharing_pools_the_second_moments():
     np.testing.assert_allclose(ours, published("svd_llm", np.concatenate(ws), pooled, 5), rtol=1e-3, atol=1e-5)
 
 
-@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 5))
-def test_best_states_reach_the_bound_of_eckart_and_young(m, n, rank, seed):
+def gradients(outputs, count=150, seed=5, weight=None, geometry="full"):
+    """What backward passes would measure, from gradients (count, outputs) that are given."""
+    generator = np.random.default_rng(seed)
+    g = generator.standard_normal((count, outputs)) @ generator.standard_normal((outputs, outputs))
+    moment = g.T @ g / count
+    pulled = moment if weight is None or outputs <= weight.shape[1] else weight.T @ moment @ weight
+    return OutputGradients(count, np.diag(moment).copy(), pulled if geometry == "full" else None), moment
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 5), st.booleans())
+def test_best_states_reach_the_bound_of_eckart_and_young(m, n, rank, seed, two_sided):
     rank = min(rank, m, n)
     w, c = weight(m, n, seed), statistics(inputs(n, seed=seed)).second_moment
-    output_states, input_states = best_states(w, c, rank)
-    np.testing.assert_allclose(output_states.T @ output_states, np.eye(rank), atol=1e-8)
-    tail = np.linalg.svd(w @ square_root(c), compute_uv=False)[rank:]
+    measured, g = gradients(m, weight=w) if two_sided else (None, np.eye(m))
+    left = np.linalg.cholesky(g + DAMPING * np.diag(g).mean() * np.eye(m) * two_sided).T
+    states = best_states([w], c, [measured])
+    approximation = states.truncated(rank).weights()[0]
+    values = np.linalg.svd(left @ w @ square_root(c), compute_uv=False)
     # Directions that the loss hardly sees are only resolved to the ridge.
-    slack = 1e-6 * np.trace(w @ c @ w.T)
-    assert loss(output_states @ input_states.T, w, c) == pytest.approx((tail**2).sum(), rel=1e-5, abs=slack)
+    slack = 1e-6 * (values**2).sum()
+    assert loss(left @ approximation, left @ w, c) == pytest.approx((values[rank:] ** 2).sum(), rel=1e-5, abs=slack)
+    np.testing.assert_allclose(states.energies, values**2, rtol=1e-5, atol=slack)
+
+
+@pytest.mark.parametrize("geometry", ["full", "diagonal"])
+def test_members_with_one_input_share_the_best_states_of_their_block_diagonal_metric(geometry):
+    ws, c = [weight(7, 10, 1), weight(12, 10, 2), weight(3, 10, 3)], statistics(inputs(10)).second_moment
+    measured, moments = zip(*[gradients(len(w), seed=len(w), weight=w, geometry=geometry) for w in ws], strict=True)
+    if geometry == "diagonal":
+        moments = [np.diag(np.diag(g)) for g in moments]
+    roots = [np.linalg.cholesky(g + DAMPING * np.diag(g).mean() * np.eye(len(g))).T for g in moments]
+    left = scipy.linalg.block_diag(*roots)
+    states = best_states(ws, c, measured).truncated(4)
+    stacked = np.concatenate(ws)
+    tail = np.linalg.svd(left @ stacked @ square_root(c), compute_uv=False)[4:]
+    found = loss(left @ np.concatenate(states.weights()), left @ stacked, c)
+    assert found == pytest.approx((tail**2).sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
@@ -138,10 +168,39 @@ def test_alternating_least_squares_falls_and_beats_the_pooled_start():
         return sum(loss(a[:, : w.shape[1]], w, s.second_moment) for a, w, s in parts)
 
     moments = [s.second_moment for s in stats]
-    losses = [total(alternate(ws, moments, start, sweeps)) for sweeps in (1, 2, 4, 8)]
+    losses = [total(alternate(ws, moments, start, sweeps)) for sweeps in (0, 1, 2, 4, 8)]
     assert losses[0] < total(start)
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(losses))
-    assert total(METHODS["ngc"].factorise(ws, stats, 4)) == pytest.approx(losses[2])
+    assert total(METHODS["ngc"].factorise(ws, stats, 4)) == pytest.approx(losses[3], rel=0.02)
+
+
+def test_alternating_least_squares_minimises_the_two_sided_loss():
+    ws = [weight(6, 9, 1), weight(11, 9, 2)]
+    stats = [statistics(inputs(9, seed=1)), statistics(inputs(9, seed=2))]
+    measured, moments = zip(*[gradients(len(w), seed=len(w), weight=w) for w in ws], strict=True)
+    stats = [dataclasses.replace(s, gradients=g) for s, g in zip(stats, measured, strict=True)]
+    roots = [np.linalg.cholesky(g + DAMPING * np.diag(g).mean() * np.eye(len(g))).T for g in moments]
+
+    def total(states):
+        parts = zip(states.weights(), ws, stats, roots, strict=True)
+        return sum(loss(root @ a, root @ w, s.second_moment) for a, w, s, root in parts)
+
+    full = METHODS["ngc"].factorise(ws, stats, 9)
+    everything = sum(loss(root @ w, 0 * w, s.second_moment) for w, s, root in zip(ws, stats, roots, strict=True))
+    assert total(full) < 1e-6 * everything
+    for rank in (2, 5):
+        # The energies of the pooled states are those of the true loss.
+        pooled = full.truncated(rank)
+        outputs = [best_outputs(w, s.second_moment, pooled.input_states) for w, s in zip(ws, stats, strict=True)]
+        at_pooled = total(dataclasses.replace(pooled, output_states=tuple(outputs)))
+        assert at_pooled == pytest.approx(everything - full.energies[:rank].sum(), rel=1e-5)
+        fitted = METHODS["ngc"].factorise(ws, stats, rank)
+        assert total(fitted) < at_pooled
+        converged = METHODS["ngc"].factorise(ws, stats, rank, sweeps=200)
+        generator = np.random.default_rng(0)
+        for _ in range(20):
+            moved = converged.input_states + 1e-4 * generator.standard_normal(converged.input_states.shape)
+            assert total(dataclasses.replace(converged, input_states=moved)) >= total(converged) * (1 - 1e-9)
 
 
 def test_square_root_of_an_indefinite_matrix_is_finite():

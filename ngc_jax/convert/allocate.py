@@ -1,0 +1,135 @@
+"""Ranks for many groups at once: one Lagrange multiplier over loss per stored parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ngc_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What one group can do: a choice of rank, its loss and its stored parameters.
+
+    Attributes:
+        ranks: (K,) ascending; a rank of 0 stands for leaving the members dense.
+        losses: (K,) expected increase of the loss at each.
+        parameters: (K,) stored at each.
+    """
+
+    ranks: np.ndarray
+    losses: np.ndarray
+    parameters: np.ndarray
+
+
+DENSE = 0
+# Ways to group the same blocks, each a curve for every group; one is chosen.
+Cell = Sequence[Sequence[Curve]]
+# A cell's way, and an index into the curve of each of that way's groups.
+Choice = tuple[int, tuple[int, ...]]
+
+
+def rank_curve(
+    energies: np.ndarray, outputs: int, inputs: int, dense: int, *, gauge: bool, biases: int = 0, multiple: int = 1
+) -> Curve:
+    """The curve of a group whose loss at rank r is the sum of the energies beyond the first r.
+
+    Args:
+        energies: (R,) loss that each latent dimension saves, most important first.
+        outputs: Output neurons of all members.
+        inputs: Input neurons.
+        dense: Parameters of the members when dense, biases included.
+        gauge: Whether the gauge is fixed: rank r stores r (outputs + inputs - r) instead of r (outputs + inputs).
+        biases: Parameters that are stored at every rank.
+        multiple: Ranks are multiples of this (8 or 128 fill a TPU's tiles); staying dense is always open.
+    """
+    full = len(energies)
+    ranks = np.arange(multiple, full + 1, multiple)
+    tails = np.concatenate([np.cumsum(np.maximum(energies, 0.0)[::-1])[::-1], [0.0]])
+    stored = ranks * (outputs + inputs - (ranks if gauge else 0)) + biases
+    worth = stored < dense
+    return Curve(
+        np.append(ranks[worth], DENSE),
+        np.append(tails[ranks[worth]], 0.0),
+        np.append(stored[worth], dense),
+    )
+
+
+def allocate(cells: Sequence[Cell], budget: int) -> list[Choice]:
+    """The choice of every cell that minimises the sum of losses within a budget of stored parameters.
+
+    At a multiplier every cell takes the choice with the least loss + multiplier * parameters; bisection finds the
+    smallest multiplier that fits. That is the optimum over the convex hulls; what it leaves of the budget is then spent
+    greedily, best ratio of gain to cost first.
+
+    Args:
+        cells: Ways to group the same blocks; a group that has no alternative is a cell of one way and one curve.
+        budget: Parameters that all may store together.
+
+    Returns:
+        For every cell its way and, for each group of that way, an index into its curve.
+
+    Raises:
+        UsageError: If the budget is below what the smallest choices store.
+    """
+
+    def at(multiplier: float) -> list[Choice]:
+        return [_best_way(cell, multiplier) for cell in cells]
+
+    def stored(choices: Sequence[Choice]) -> int:
+        return sum(_parameters(cell, choice) for cell, choice in zip(cells, choices, strict=True))
+
+    low, high = -100.0, 100.0
+    choices = at(math.exp(high))
+    if stored(choices) > budget:
+        raise UsageError(
+            f"the keep ratio leaves {budget:,} parameters, and these groups store {stored(choices):,} at the least; "
+            "raise it, leave blocks out of the topology, or lower the rank multiple"
+        )
+    for _ in range(80):
+        middle = (low + high) / 2
+        candidate = at(math.exp(middle))
+        if stored(candidate) <= budget:
+            high, choices = middle, candidate
+        else:
+            low = middle
+    return _spend(cells, choices, budget - stored(choices))
+
+
+def _best_way(cell: Cell, multiplier: float) -> Choice:
+    ways = []
+    for way in cell:
+        prices = [curve.losses + multiplier * curve.parameters for curve in way]
+        ways.append((sum(float(price.min()) for price in prices), tuple(int(price.argmin()) for price in prices)))
+    best = min(range(len(ways)), key=lambda index: ways[index][0])
+    return best, ways[best][1]
+
+
+def _parameters(cell: Cell, choice: Choice) -> int:
+    way, indices = choice
+    return sum(int(curve.parameters[index]) for curve, index in zip(cell[way], indices, strict=True))
+
+
+def _spend(cells: Sequence[Cell], choices: Sequence[Choice], left: int) -> list[Choice]:
+    """Spend what is left of the budget, one group's step at a time; the way of each cell stays."""
+    curves = [curve for cell, (way, _) in zip(cells, choices, strict=True) for curve in cell[way]]
+    taken = [index for _, indices in choices for index in indices]
+    while True:
+        best, step = 0.0, None
+        for group, (curve, now) in enumerate(zip(curves, taken, strict=True)):
+            cost = curve.parameters - curve.parameters[now]
+            gain = curve.losses[now] - curve.losses
+            ratio = np.where((cost > 0) & (cost <= left) & (gain > 0), gain / np.maximum(cost, 1), 0.0)
+            if ratio.max() > best:
+                best, step = float(ratio.max()), (group, int(ratio.argmax()))
+        if step is None:
+            break
+        group, index = step
+        left -= int(curves[group].parameters[index] - curves[group].parameters[taken[group]])
+        taken[group] = index
+    rest = iter(taken)
+    return [(way, tuple(next(rest) for _ in indices)) for way, indices in choices]

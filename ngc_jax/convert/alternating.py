@@ -1,0 +1,141 @@
+"""States of a group whose members read different inputs: alternating least squares with each member's own geometry.
+
+The loss is the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||_F^2. Given Q_in the best output
+states are Q_out_m = W_m X_m with X_m = C_m Q_in (Q_in^T C_m Q_in)^-1, so that everything but they themselves is said in
+terms of C_m and the pulled metric H_m = W_m^T G_m W_m.
+
+Legend: I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.linalg
+
+from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, square_root
+from ngc_jax.errors import UsageError
+
+
+def pad_square(matrix: np.ndarray, width: int) -> np.ndarray:
+    """A square matrix with zero rows and columns appended."""
+    return np.pad(matrix, ((0, width - len(matrix)),) * 2)
+
+
+def pooled_states(
+    weights: Sequence[np.ndarray], second_moments: Sequence[np.ndarray], pulled: Sequence[np.ndarray]
+) -> States:
+    """Nested input states of the pooled geometry, with each member's own best output states.
+
+    The input states are exact for the sum of the C_m and the sum of the H_m in place of each member's own; then the
+    output states and the energies are those of the true loss.
+
+    Args:
+        weights: (d_out, d_in) of each member; narrow ones count as padded with zeros.
+        second_moments: C of each member, (d_in, d_in).
+        pulled: H of each member, (d_in, d_in).
+
+    Returns:
+        States of rank at most I with the true energies, in the pooled order.
+    """
+    width = max(weight.shape[1] for weight in weights)
+    root = square_root(np.sum([pad_square(c, width) for c in second_moments], axis=0))
+    _, leading = eigenvectors(root.T @ sum(pad_square(h, width) for h in pulled) @ root)
+    rank = min(sum(len(weight) for weight in weights), width)
+    input_states = np.linalg.solve(root.T, leading[:, :rank])
+    energies = np.zeros(rank)
+    outputs = []
+    for weight, moment, metric in zip(weights, second_moments, pulled, strict=True):
+        own = input_states[: weight.shape[1]]
+        triangle = np.linalg.cholesky(_ridged(own.T @ moment @ own))
+        # Orthonormal in C, and nested: the first r columns span what the first r input states span.
+        basis = scipy.linalg.solve_triangular(triangle, own.T, lower=True).T
+        reached = moment @ basis
+        energies += np.einsum("ir,ij,jr->r", reached, metric, reached, optimize=True)
+        outputs.append(weight @ reached @ np.linalg.inv(triangle))
+    return States(input_states, tuple(outputs), energies)
+
+
+def best_outputs(weight: np.ndarray, second_moment: np.ndarray, input_states: np.ndarray) -> np.ndarray:
+    """Output states (d_out, R) that minimise a member's loss for given input states (I, R); the same for every G."""
+    own = input_states[: weight.shape[1]]
+    return weight @ _regression(second_moment, own)
+
+
+def _regression(second_moment: np.ndarray, input_states: np.ndarray) -> np.ndarray:
+    """X = C Q (Q^T C Q)^-1, (I, R)."""
+    reached = second_moment @ input_states
+    return scipy.linalg.solve(_ridged(input_states.T @ reached), reached.T, assume_a="pos").T
+
+
+def _ridged(gram: np.ndarray) -> np.ndarray:
+    size = max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    return gram + RIDGE * size * np.eye(len(gram))
+
+
+def alternate(
+    weights: Sequence[np.ndarray],
+    second_moments: Sequence[np.ndarray],
+    states: States,
+    sweeps: int,
+    pulled: Sequence[np.ndarray] | None = None,
+) -> States:
+    """Alternating least squares on shared input states; the loss falls with every sweep.
+
+    Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m, by conjugate gradients that never
+    form the operator.
+
+    Args:
+        weights: (d_out, d_in) of each member.
+        second_moments: C of each member, (d_in, d_in).
+        states: Where to start.
+        sweeps: Number of alternations.
+        pulled: H of each member, (d_in, d_in); W^T W if None.
+
+    Raises:
+        UsageError: If the statistics are not finite.
+    """
+    width = states.input_states.shape[0]
+    weights = [weight.astype(np.float64) for weight in weights]
+    pulled = [weight.T @ weight for weight in weights] if pulled is None else pulled
+    moments = [pad_square(c, width) for c in second_moments]
+    metrics = [pad_square(h, width) for h in pulled]
+    if not all(np.isfinite(matrix).all() for matrix in (*moments, *metrics)):
+        raise UsageError("the statistics of a shared group are not finite; load the model with --dtype float32")
+    targets = [moment @ metric for moment, metric in zip(moments, metrics, strict=True)]
+    input_states = states.input_states
+    for _ in range(sweeps):
+        # An orthonormal basis of the same latent space keeps the small systems well-conditioned.
+        input_states, _ = np.linalg.qr(input_states)
+        regressions = [_regression(moment, input_states) for moment in moments]
+        grams = [x.T @ metric @ x for x, metric in zip(regressions, metrics, strict=True)]
+        right = sum(target @ x for target, x in zip(targets, regressions, strict=True))
+
+        def operator(x: np.ndarray, grams: Sequence[np.ndarray] = tuple(grams)) -> np.ndarray:
+            return sum(moment @ x @ gram for moment, gram in zip(moments, grams, strict=True))
+
+        input_states = _conjugate_gradients(operator, right, input_states)
+    outputs = [best_outputs(w, c, input_states) for w, c in zip(weights, second_moments, strict=True)]
+    return States(input_states, tuple(outputs))
+
+
+def _conjugate_gradients(
+    operator: Callable[[np.ndarray], np.ndarray], right: np.ndarray, x: np.ndarray, steps: int = 20
+) -> np.ndarray:
+    """Approximately solve operator(x) = right, operator symmetric positive semidefinite on matrices."""
+    residual = right - operator(x)
+    direction, size = residual, np.vdot(residual, residual)
+    target = 1e-20 * np.vdot(right, right)
+    for _ in range(steps):
+        if size <= target:
+            break
+        image = operator(direction)
+        curvature = np.vdot(direction, image)
+        if curvature <= 0:
+            break
+        step = size / curvature
+        x, residual = x + step * direction, residual - step * image
+        size, previous = np.vdot(residual, residual), size
+        direction = residual + (size / previous) * direction
+    return x

@@ -1,0 +1,86 @@
+"""Which groups a conversion fits: those of a topology, or for `auto` every one that might pay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from ngc_jax.convert.recipe import AUTO
+from ngc_jax.groups.plan import Block
+from ngc_jax.groups.topology import expand, parse
+from ngc_jax.models.config import ROLES, DecoderConfig
+
+# For every set of roles, the ways in which two successive layers may share; the first is the private one.
+_WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A group that may become one of the model's, without a rank.
+
+    Attributes:
+        name: As in `topology.TopologyGroup`.
+        members: Its blocks.
+    """
+
+    name: str
+    members: tuple[Block, ...]
+
+    @property
+    def outputs(self) -> int:
+        """Output neurons of all members."""
+        return sum(member.d_out for member in self.members)
+
+    @property
+    def inputs(self) -> int:
+        """Input neurons: the widest member's."""
+        return max(member.d_in for member in self.members)
+
+    @property
+    def biases(self) -> int:
+        """Parameters of the members' biases."""
+        return sum(member.d_out for member in self.members if member.bias)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the members when dense, biases included."""
+        return sum(member.parameters for member in self.members)
+
+
+# Ways to group the same blocks, each a set of groups.
+Cell = tuple[tuple[Candidate, ...], ...]
+
+
+def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
+    """The cells of a topology: one way each, or for `auto` the private, the same-input and the adjacent-layer one.
+
+    Args:
+        config: The decoder.
+        topology: In the topology language, the name of a family, or `auto`.
+
+    Raises:
+        UsageError: If the topology does not parse or does not fit the decoder.
+    """
+    if topology != AUTO:
+        return tuple(((group,),) for group in _candidates(config, topology))
+    cells = []
+    for start in range(0, config.num_layers, 2):
+        stop = min(start + 2, config.num_layers)
+        for ways in _WAYS:
+            cell = [tuple(_candidates(config, f"{start}:{stop}={way}")) for way in ways]
+            # The last of an odd number of layers has no neighbour: two ways may be the same.
+            cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
+    return tuple(cells)
+
+
+def all_candidates(cells: Iterable[Cell]) -> tuple[Candidate, ...]:
+    """Every group of every way, each once."""
+    return tuple(dict.fromkeys(group for cell in cells for way in cell for group in way))
+
+
+def _candidates(config: DecoderConfig, topology: str) -> list[Candidate]:
+    blocks = {block.name: block for block in config.blocks()}
+    return [
+        Candidate(group.name, tuple(blocks[name] for name in group.members))
+        for group in expand(parse(topology), config.num_layers, roles=ROLES)
+    ]

@@ -1,0 +1,248 @@
+"""Second moments of the loss's gradient by every block's output, layer by layer from the top.
+
+With C = E[x x^T] of a block's inputs and G = E[g g^T] of the gradient by its outputs, an error E in its weight raises
+the loss by about tr(G E C E^T) / 2 per token (K-FAC, Martens and Grosse 2015, arXiv 1503.05671, section 3). A block
+with more outputs than inputs only ever needs W^T G W, the second moment of W^T g, so that is what is summed.
+
+Legend: B batch, L tokens, T tokens of a batch in one row, D residual width, M outputs of a block, I its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ngc_jax.convert.statistics import OutputGradients, layer_kind, sown_input
+from ngc_jax.errors import UsageError
+from ngc_jax.evaluate.likelihood import hidden_divergences, hidden_log_likelihoods, sample_targets
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import ROLES, DecoderConfig, block_name
+from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
+from ngc_jax.models.load import Params
+from ngc_jax.text import split_windows
+
+GradientGeometry = Literal["full", "diagonal"]
+Loss = Literal["text", "sampled", "teacher"]
+LayerParams = Callable[[int], Params]
+
+
+def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, weight_gradients: bool) -> dict[str, Array]:
+    sums = {"mean_square": jnp.zeros(d_out)}
+    if geometry == "full":
+        sums["second_moment"] = jnp.zeros((min(d_out, d_in),) * 2)
+    if weight_gradients:
+        sums["weight_gradient"] = jnp.zeros((d_out, d_in))
+    return sums
+
+
+def _add(sums: dict[str, Array], kernel_MxI: Array, x_TxI: Array, g_TxM: Array) -> dict[str, Array]:
+    """Add the tokens of a batch to a block's sums; padded tokens have no gradient."""
+    x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
+    new = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
+    if "second_moment" in sums:
+        d_out, d_in = kernel_MxI.shape
+        z = g_TxM if d_out <= d_in else g_TxM @ kernel_MxI.astype(jnp.float32)
+        new["second_moment"] = sums["second_moment"] + jnp.einsum("ti,tj->ij", z, z, precision="highest")
+    if "weight_gradient" in sums:
+        new["weight_gradient"] = sums["weight_gradient"] + jnp.einsum("tm,ti->mi", g_TxM, x_TxI, precision="highest")
+    return new
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _forward(
+    params: Params, x: Float[Array, "B L D"], positions: Int[Array, "B L"], *, config: Any, kind: int
+) -> Array:
+    return DecoderLayer(config, Plan(), kind, x.dtype).apply({"params": params}, x, positions)[0]
+
+
+@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums", "upstream"))
+def _backward(
+    params: Params,
+    teacher: Params,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    upstream: Float[Array, "B L D"],
+    sums: Mapping[str, dict[str, Array]],
+    *,
+    config: DecoderConfig,
+    kind: int,
+) -> tuple[Array, dict[str, dict[str, Array]]]:
+    """Run a layer, carry the gradient from its output to its input, and add what passes its blocks to the sums.
+
+    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs.
+    """
+    layer = DecoderLayer(config, Plan(), kind, x.dtype)
+    nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
+    for role in ROLES:
+        _, _, part, _ = (block := config.block(kind, role)).name.split(".")
+        nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
+
+    def run(x: Array, moved: Params) -> tuple[Array, Any]:
+        (y, _), sown = layer.apply({"params": params, "perturbations": moved}, x, positions, mutable=[BLOCK_INPUTS])
+        return y, sown[BLOCK_INPUTS]
+
+    _, pull, sown = jax.vjp(run, x, nothing, has_aux=True)
+    downstream, gradients = pull(upstream)
+    new = {}
+    for name, block_sums in sums.items():
+        part, role = name.split(".")
+        gradient = gradients[part][role]["output"]
+        read = sown_input(sown, role)
+        new[name] = _add(
+            block_sums,
+            teacher[part][role]["kernel"],
+            read.reshape(-1, read.shape[-1]),
+            gradient.reshape(-1, gradient.shape[-1]),
+        )
+    return downstream, new
+
+
+@partial(jax.jit, static_argnames=("decoder", "loss"))
+def _loss_gradient(
+    ends: Params,
+    x: Float[Array, "B L D"],
+    teacher: Float[Array, "B L D"] | None,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    key: Key[Array, ""] | None,
+    *,
+    decoder: Decoder,
+    loss: Loss,
+) -> tuple[Array, Array]:
+    """The summed loss and its gradient by the last layer's output."""
+
+    def normed(x: Array) -> Array:
+        y: Any = decoder.apply({"params": ends}, x, method="normed")
+        return y
+
+    if loss == "sampled":
+        assert key is not None
+        tokens = sample_targets(decoder, ends, jax.lax.stop_gradient(normed(x)), tokens, key)
+
+    def total(x: Array) -> Array:
+        if loss == "teacher":
+            assert teacher is not None
+            return hidden_divergences(decoder, ends, normed(x), normed(teacher), positions)[0].sum()
+        return -hidden_log_likelihoods(decoder, ends, normed(x), tokens, positions)[0].sum()
+
+    return jax.value_and_grad(total)(x)
+
+
+def measure_output_gradients(
+    config: DecoderConfig,
+    params: Params,
+    tokens: np.ndarray,
+    *,
+    layer_params: LayerParams | None = None,
+    loss: Loss = "text",
+    geometry: GradientGeometry = "full",
+    weight_gradients: bool = False,
+    layers: Sequence[int] | None = None,
+    key: Key[Array, ""] | None = None,
+    window: int = 1024,
+    batch_size: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, OutputGradients], float]:
+    """Measure the gradients of the loss by the outputs of the blocks of a decoder.
+
+    A batch runs forward keeping only the input of every layer, then backward one layer at a time; one compiled
+    function serves every layer. Memory: the residual stream of a batch times layers, and the sums.
+
+    Args:
+        config: The architecture.
+        params: Dense parameters of the teacher.
+        tokens: (T,), one stream of token ids; cut into windows.
+        layer_params: Dense parameters of each layer of the model measured, by number; the teacher's if None.
+        loss: Cross-entropy with the `text`, with tokens `sampled` from the model (the true Fisher information), or
+            divergence from the `teacher`.
+        geometry: Sum `full` second moments, or only their diagonal.
+        weight_gradients: Also sum the gradient by every weight.
+        layers: Which to measure; all if None. The backward pass stops at the lowest.
+        key: For sampled tokens.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (batches done, in all).
+
+    Returns:
+        By block name, and the mean loss per token in nats.
+
+    Raises:
+        UsageError: If there are fewer than two tokens, or gradients are not finite.
+    """
+    if len(tokens) < 2:
+        raise UsageError("there are too few tokens to take gradients on; give a longer text")
+    if loss == "sampled" and key is None:
+        raise ValueError("sampled tokens need a key")
+    dtype = jax.tree.leaves(params["layers"])[0].dtype
+    decoder = Decoder(config, None, dtype)
+    ends = {name: value for name, value in params.items() if name != "layers"}
+    embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
+    teacher_layers: LayerParams = lambda layer: params["layers"][str(layer)]  # noqa: E731
+    ours = layer_params or teacher_layers
+    chosen = sorted(range(config.num_layers) if layers is None else layers)
+    sums = {
+        layer: {
+            ".".join(block.name.split(".")[2:]): _block_sums(block.d_out, block.d_in, geometry, weight_gradients)
+            for block in (config.block(layer, role) for role in ROLES)
+        }
+        for layer in chosen
+    }
+    batches = split_windows(tokens, window, batch_size)
+    total = 0.0
+    for done, (batch, positions) in enumerate(batches, start=1):
+        kept = [embed({"embed": params["embed"]}, batch)]
+        teacher = kept[0]
+        for layer in range(config.num_layers):
+            kind = layer_kind(config, layer)
+            kept.append(_forward(ours(layer), kept[-1], positions, config=config, kind=kind))
+            if loss == "teacher":
+                teacher = _forward(teacher_layers(layer), teacher, positions, config=config, kind=kind)
+        if key is not None:
+            key, batch_key = jax.random.split(key)
+        value, upstream = _loss_gradient(
+            ends,
+            kept.pop(),
+            teacher if loss == "teacher" else None,
+            batch,
+            positions,
+            batch_key if loss == "sampled" else None,
+            decoder=decoder,
+            loss=loss,
+        )
+        for layer in range(config.num_layers - 1, chosen[0] - 1, -1):
+            kind = layer_kind(config, layer)
+            upstream, new = _backward(
+                ours(layer),
+                teacher_layers(layer),
+                kept.pop(),
+                positions,
+                upstream,
+                sums.get(layer, {}),
+                config=config,
+                kind=kind,
+            )
+            if layer in sums:
+                sums[layer] = new
+        total += float(value)
+        if progress is not None:
+            progress(done, len(batches))
+    if not np.isfinite(total):
+        raise UsageError("the loss on the calibration text is not finite; load the model with --dtype float32")
+    found = {}
+    for layer in chosen:
+        for role in ROLES:
+            block = config.block(layer, role)
+            mean = {
+                name: np.asarray(value, np.float64) / len(tokens)
+                for name, value in sums[layer].pop(".".join(block.name.split(".")[2:])).items()
+            }
+            if not all(np.isfinite(value).all() for value in mean.values()):
+                raise UsageError(f"the gradients of {block.name} are not finite; load the model with --dtype float32")
+            found[block_name(layer, role)] = OutputGradients(len(tokens), **mean)
+    return found, total / len(tokens)

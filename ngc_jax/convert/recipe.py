@@ -1,0 +1,84 @@
+"""What a conversion does, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ngc_jax.convert.methods import METHODS, Method
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.topology import parse
+
+Allocation = Literal["uniform", "svd_llm_v2", "loss"]
+GradientGeometry = Literal["full", "diagonal"]
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A method and its levers; what is None is the method's own.
+
+    Attributes:
+        method: One of `METHODS`.
+        topology: In the topology language, a family's name, or `auto`: the sharing that pays, chosen with the ranks.
+        keep: Keep ratio of the planned blocks.
+        rank: Every group's rank, or "full", instead of a keep ratio.
+        allocation: How ranks are found: `uniform` gives every group the same keep ratio, `svd_llm_v2` shares each
+            role's budget out over its layers by their losses, `loss` minimises the expected loss over all groups.
+        gauge: Whether pivots are chosen, so that rank r stores r (M + I - r) in place of r (M + I).
+        rank_multiple: `loss` only: ranks are multiples of this, or the block stays dense.
+        gradients: How much of the output gradients' second moments is measured, for methods that need them.
+
+    Raises:
+        UsageError: If a value is out of range or levers contradict each other.
+    """
+
+    method: str = "ngc"
+    topology: str | None = None
+    keep: float = 0.8
+    rank: int | Literal["full"] | None = None
+    allocation: Allocation | None = None
+    gauge: bool | None = None
+    rank_multiple: int = 1
+    gradients: GradientGeometry = "full"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"keep ratio {self.keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
+        if self.rank is not None and self.rank != "full" and self.rank < 1:
+            raise UsageError(f"rank {self.rank} is too small; expected at least 1, or full")
+        if self.rank is not None and self.allocation not in (None, "uniform"):
+            raise UsageError(f"a given rank leaves nothing to allocate; leave out rank or allocation {self.allocation}")
+        if self.rank_multiple < 1:
+            raise UsageError(f"rank multiple {self.rank_multiple} is too small; expected at least 1")
+        if self.rank_multiple > 1 and self.resolved_allocation != "loss":
+            raise UsageError("a rank multiple needs allocation 'loss'; leave it out or change the allocation")
+        if self.resolved_topology == AUTO:
+            if self.resolved_allocation != "loss":
+                raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
+        else:
+            parse(self.resolved_topology)
+
+    @property
+    def definition(self) -> Method:
+        """The method itself."""
+        return METHODS[self.method]
+
+    @property
+    def resolved_topology(self) -> str:
+        """The topology, or the method's own."""
+        return self.topology or self.definition.topology
+
+    @property
+    def resolved_allocation(self) -> Allocation:
+        """The allocation, or the method's own."""
+        if self.rank is not None:
+            return "uniform"
+        return self.allocation or self.definition.allocation
+
+    @property
+    def resolved_gauge(self) -> bool:
+        """Whether the gauge is fixed."""
+        return self.definition.gauge if self.gauge is None else self.gauge

@@ -1,0 +1,54 @@
+"""States that wait on disk while the ranks are not known: all groups at full rank take more memory than the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from ngc_jax.convert.best_states import States
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A group's fitted states and the typical size of its inputs.
+
+    Attributes:
+        states: At full rank and nested while ranks are not known.
+        input_scale: (I,) root mean square of every input neuron; None without statistics.
+    """
+
+    states: States
+    input_scale: np.ndarray | None
+
+
+class Spill:
+    """A directory of fitted groups, in float32; energies and sizes stay in memory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._numbers: dict[str, int] = {}
+        self._kept: dict[str, Fitted] = {}
+
+    def put(self, name: str, fitted: Fitted) -> None:
+        """Store a group."""
+        number = self._numbers.setdefault(name, len(self._numbers))
+        states = fitted.states
+        arrays = [states.input_states, *states.output_states]
+        np.savez(self._path(number), *(array.astype(np.float32) for array in arrays))
+        self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies), fitted.input_scale)
+
+    def energies(self, name: str) -> np.ndarray | None:
+        """Loss that each latent dimension of a group saves."""
+        return self._kept[name].states.energies
+
+    def get(self, name: str) -> Fitted:
+        """Read a group back."""
+        with np.load(self._path(self._numbers[name]), allow_pickle=False) as file:
+            arrays = [file[key] for key in file.files]
+        kept = self._kept[name]
+        return Fitted(States(arrays[0], tuple(arrays[1:]), kept.states.energies), kept.input_scale)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number}.npz"
