@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
-from ngc_jax.commands import convert, demo, evaluate, generate, info
+from ngc_jax.commands import compare, convert, demo, evaluate, generate, info
 from ngc_jax.errors import UsageError
 
 COMMANDS = {
@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": generate.GenerateConfig,
     "info": info.InfoConfig,
     "demo": demo.DemoConfig,
+    "compare": compare.CompareConfig,
 }
 
 
@@ -123,8 +124,8 @@ def _command_parser(config: type) -> ArgumentParser:
             parser.add_argument("model", nargs="?", **common)
         elif types[field.name] is bool:
             parser.add_argument(flag, action="store_true", **common)
-        elif types[field.name] == list[str] | None:
-            parser.add_argument(flag, nargs="+", type=str, **common)
+        elif types[field.name] in (list[str] | None, list[float] | None):
+            parser.add_argument(flag, nargs="+", type=str if types[field.name] == list[str] | None else float, **common)
         else:
             parser.add_argument(flag, type=types[field.name], **common)
     return parser

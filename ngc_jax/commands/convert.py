@@ -53,6 +53,8 @@ class ConvertConfig:
         rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
         gradients: How much of the gradients' second moments is measured: full, or their diagonal, which needs far less
             memory.
+        rounds: How often the gradients are measured again, on the converted model, which is then converted anew; the
+            method's own if not given. 0 takes less time and holds the statistics of one layer at a time.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
@@ -77,6 +79,7 @@ class ConvertConfig:
     gauge: bool | None = None
     rank_multiple: int = 1
     gradients: Literal["full", "diagonal"] = "full"
+    rounds: int | None = None
     gradient_tokens: int = 24_576
     layers_per_pass: int | None = None
     text: str = "pydoc:first-half"
@@ -138,7 +141,9 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if tokens is None:
-        tokens = _sampled(dense, config)
+        tokens = calibration_tokens(
+            dense, tokenizer, config.text, config.calibration_tokens, window=config.window, seed=config.seed
+        )
     with progress_bar() as bar:
         compact = convert(
             dense,
@@ -157,6 +162,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         "rank": config.rank,
         "allocation": recipe.resolved_allocation,
         "gauge": recipe.resolved_gauge,
+        "rounds": recipe.resolved_rounds,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
     }
@@ -206,16 +212,30 @@ def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *,
     return tokens
 
 
-def _sampled(model: LanguageModel, config: ConvertConfig) -> np.ndarray:
+def calibration_tokens(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text: str,
+    count: int,
+    *,
+    skip: int = 0,
+    window: int = 1024,
+    seed: int = 0,
+) -> np.ndarray:
+    """Tokens (count,) of a calibration text, or, for the text "sampled", written by the model itself.
+
+    Raises:
+        UsageError: If the text is too short.
+    """
     import jax
 
     from ngc_jax.commands.console import progress_bar
     from ngc_jax.convert.sampled import sample_tokens
 
+    if text != "sampled":
+        return text_tokens(text, tokenizer, skip, count, exact=True)
     with progress_bar("sample") as bar:
-        return sample_tokens(
-            model, config.calibration_tokens, jax.random.key(config.seed), length=config.window, progress=bar
-        )
+        return sample_tokens(model, count, jax.random.key(seed), length=window, progress=bar)
 
 
 def model_card(model: LanguageModel, name: str) -> str:

@@ -22,7 +22,7 @@ from ngc_jax.convert.statistics import OutputGradients
 # directions that calibration never saw by the weight's own energy.
 RIDGE = 1e-9
 # Relative to the mean diagonal of G: output directions that the calibration gradients hardly reach still count.
-DAMPING = 0.01
+DAMPING = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,14 @@ class States:
     Attributes:
         input_states: (I, R).
         output_states: One (d_out, R) for each member.
-        energies: (R,) loss that each latent dimension saves, most important first; None where it is not known. States
-            that have them are nested: their first columns are the best states of a lower rank.
+        energies: (R,) loss that each latent dimension saves, most important first; None where it is not known.
+        nested: Whether the first columns are what the method would find at a lower rank.
     """
 
     input_states: np.ndarray
     output_states: tuple[np.ndarray, ...]
     energies: np.ndarray | None = None
+    nested: bool = False
 
     @property
     def rank(self) -> int:
@@ -52,7 +53,8 @@ class States:
     def truncated(self, rank: int) -> States:
         """The first `rank` latent dimensions."""
         energies = None if self.energies is None else self.energies[:rank]
-        return States(self.input_states[:, :rank], tuple(q[:, :rank] for q in self.output_states), energies)
+        outputs = tuple(q[:, :rank] for q in self.output_states)
+        return States(self.input_states[:, :rank], outputs, energies, self.nested)
 
 
 def best_states(
@@ -107,9 +109,9 @@ def split_members(
     weights: Sequence[np.ndarray],
     energies: np.ndarray | None = None,
 ) -> States:
-    """States from stacked output states (M, R)."""
+    """States from stacked output states (M, R); nested if the energies are known."""
     splits = np.cumsum([len(weight) for weight in weights])[:-1]
-    return States(input_states, tuple(np.split(output_states, splits)), energies)
+    return States(input_states, tuple(np.split(output_states, splits)), energies, nested=energies is not None)
 
 
 def output_metric(gradients: OutputGradients | None, outputs: int, damping: float = DAMPING) -> np.ndarray | None:

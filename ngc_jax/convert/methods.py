@@ -49,6 +49,7 @@ class Method:
         rounding: How a uniform rank is made whole.
         allocation: How its ranks are found, unless the user says otherwise.
         gauge: Whether its gauge is fixed, unless the user says otherwise.
+        rounds: How often its gradients are measured again on the converted model, unless the user says otherwise.
         reference: Where it comes from.
     """
 
@@ -59,6 +60,7 @@ class Method:
     rounding: Callable[[float], int] = math.floor
     allocation: Literal["uniform", "svd_llm_v2", "loss"] = "uniform"
     gauge: bool = False
+    rounds: int = 0
     reference: str = ""
 
 
@@ -195,6 +197,7 @@ METHODS = {
             "gradients",
             allocation="loss",
             gauge=True,
+            rounds=1,
             reference="this library, docs/conversion.md",
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,15 +22,21 @@ from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.ranks import choose_ranks, full_rank, given_ranks
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.spill import Fitted, Spill
-from ngc_jax.convert.statistics import Statistics, calibrate
+from ngc_jax.convert.statistics import OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import fix_gauge
+from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
+from ngc_jax.models.config import ROLES
 from ngc_jax.models.load import LanguageModel, Params
 
 Progress = Callable[[str, int, int], None]
 SMALL_MATRIX = 4096
 GRADIENT_TOKENS = 24_576
+# Gradients of the converted model are taken on one in so many of the tokens that the dense model's are taken on, and
+# count for this share.
+REMEASURED = 3
+MIXED = 0.25
 
 
 def convert(
@@ -43,7 +50,7 @@ def convert(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Convert a dense model to a compact one: `measure`, then `fit_groups`.
+    """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`.
 
     Args:
         model: The dense model.
@@ -58,7 +65,7 @@ def convert(
     Raises:
         UsageError: If the model is compact already, or calibration fails.
     """
-    stream = measure(
+    stream: Iterable[dict[str, Statistics]] = measure(
         model,
         recipe,
         tokens,
@@ -68,7 +75,96 @@ def convert(
         batch_size=batch_size,
         progress=progress,
     )
-    return fit_groups(model, recipe, stream, progress=progress)
+    groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
+    ranks = given_ranks(recipe, groups) or None
+    kept: list[dict[str, Statistics]] = []
+    if recipe.resolved_rounds:
+        stream = _keep(stream, kept)
+    with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+        fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
+        compact = finish(model, recipe, fitted, progress=progress)
+        for _ in range(recipe.resolved_rounds):
+            some = tokens[: max(gradient_tokens // REMEASURED, 2)]
+            kept = remeasure(model, recipe, compact, kept, some, window=window, progress=progress)
+            fitted = fit_groups(model, recipe, kept, directory, ranks=ranks, progress=progress)
+            compact = finish(model, recipe, fitted, progress=progress)
+        return compact
+
+
+def _keep(
+    stream: Iterable[dict[str, Statistics]], kept: list[dict[str, Statistics]]
+) -> Iterator[dict[str, Statistics]]:
+    for statistics in stream:
+        kept.append(statistics)
+        yield statistics
+
+
+def remeasure(
+    model: LanguageModel,
+    recipe: Recipe,
+    compact: LanguageModel,
+    statistics: Sequence[Mapping[str, Statistics]],
+    tokens: np.ndarray,
+    *,
+    window: int = 1024,
+    batch_size: int = 2,
+    progress: Progress | None = None,
+) -> list[dict[str, Statistics]]:
+    """Mix the gradients' second moments of the converted model into those of the dense one.
+
+    The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
+    that way; the dense model's is its beginning. `MIXED` of the sum is the compact model's.
+
+    Args:
+        model: The dense model.
+        recipe: What to measure.
+        compact: The model converted so far.
+        statistics: What it was converted with, layer by layer.
+        tokens: (T,) to take gradients on.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (stage, done, in all).
+    """
+    report = progress or (lambda stage, done, total: None)
+
+    layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
+    again, _ = measure_output_gradients(
+        model.config,
+        model.params,
+        tokens,
+        layer_params=layers.__getitem__,
+        geometry=recipe.gradients,
+        window=window,
+        batch_size=batch_size,
+        progress=lambda *a: report("again", *a),
+    )
+
+    def mixed(before: OutputGradients | None, now: OutputGradients) -> OutputGradients:
+        assert before is not None
+        second = None
+        if before.second_moment is not None and now.second_moment is not None:
+            second = (1 - MIXED) * before.second_moment + MIXED * now.second_moment
+        mean_square = (1 - MIXED) * before.mean_square + MIXED * now.mean_square
+        return OutputGradients(before.count + now.count, mean_square, second)
+
+    return [
+        {n: dataclasses.replace(s, gradients=mixed(s.gradients, again[n])) for n, s in layer.items()}
+        for layer in statistics
+    ]
+
+
+def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Params:
+    """A layer of a compact model with its weights formed: it runs as the dense model's layers do."""
+    assert compact.plan is not None
+    flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
+    for role in ROLES:
+        block = model.config.block(layer, role)
+        group = compact.plan.group_of.get(block.name)
+        if group is not None:
+            states = compact.params["groups"][group.name]
+            formed = weights(group.kernel, states, block.name, block.d_in, pivots=group.pivots)
+            flat[(*block.name.split(".")[2:], "kernel")] = formed.astype(model.dtype)
+    return traverse_util.unflatten_dict(flat)
 
 
 def measure(
@@ -125,22 +221,86 @@ def measure(
         yield statistics
 
 
+class FittedGroups:
+    """All candidate groups of a recipe, fitted; `finish` makes a model of them at any keep ratio.
+
+    Attributes:
+        cells: Ways to group the same blocks.
+        groups: The groups of all ways.
+        spill: Their states.
+        statistics: Of the members of those groups that must be fitted again when their rank is known.
+    """
+
+    def __init__(self, model: LanguageModel, recipe: Recipe, spill: Spill) -> None:
+        self.cells = candidate_cells(model.config, recipe.resolved_topology)
+        self.groups = all_candidates(self.cells)
+        self.spill = spill
+        self.statistics: dict[str, list[Statistics]] = {}
+
+
 def fit_groups(
     model: LanguageModel,
     recipe: Recipe,
     stream: Iterable[Mapping[str, Statistics]],
+    directory: str | Path,
     *,
+    ranks: Mapping[str, int] | None = None,
     progress: Progress | None = None,
-) -> LanguageModel:
-    """The compact model of measured statistics.
+) -> FittedGroups:
+    """Fit every group of a recipe's topology as soon as the last of its members has been measured.
 
-    A group is fitted as soon as the last of its members has been measured, and its statistics are dropped then: a
-    topology within layers holds the statistics of one layer at a time. States wait on disk while ranks are not known.
+    Its statistics are dropped then, so that a topology within layers holds the statistics of one layer at a time; the
+    states wait on disk. Where a shared group's states are not nested, its statistics are kept for `finish`.
 
     Args:
         model: The dense model.
-        recipe: What to do.
+        recipe: What to do; its keep ratio does not matter here.
         stream: Statistics by block name, a few blocks at a time; from `measure`.
+        directory: For the states.
+        ranks: Of every group by name if they are known; else full.
+        progress: Called with (stage, done, in all).
+
+    Raises:
+        UsageError: If weights or statistics are not finite.
+    """
+    report = progress or (lambda stage, done, total: None)
+    fitted = FittedGroups(model, recipe, Spill(directory))
+    measured: dict[str, Statistics] = {}
+    waiting = list(fitted.groups)
+
+    def fit_ready() -> None:
+        for group in list(waiting):
+            statistics = []
+            if recipe.definition.needs != "nothing":
+                if any(member.name not in measured for member in group.members):
+                    continue
+                statistics = [measured[member.name] for member in group.members]
+            rank = None if ranks is None else ranks[group.name]
+            fitted.spill.put(group.name, fit(group, recipe, model.params, statistics, rank))
+            if ranks is None and not fitted.spill.nested(group.name):
+                fitted.statistics[group.name] = statistics
+            waiting.remove(group)
+            report("fit", len(fitted.groups) - len(waiting), len(fitted.groups))
+        needed = {member.name for group in waiting for member in group.members}
+        for name in [name for name in measured if name not in needed]:
+            del measured[name]
+
+    for statistics in stream:
+        measured.update(statistics)
+        fit_ready()
+    fit_ready()
+    return fitted
+
+
+def finish(
+    model: LanguageModel, recipe: Recipe, fitted: FittedGroups, *, progress: Progress | None = None
+) -> LanguageModel:
+    """Choose ranks, fit again what is not nested, fix the gauge, and build the compact model.
+
+    Args:
+        model: The dense model.
+        recipe: That of `fit_groups`, at any keep ratio and with any allocation and gauge.
+        fitted: Its groups.
         progress: Called with (stage, done, in all).
 
     Returns:
@@ -150,44 +310,19 @@ def fit_groups(
         UsageError: If the keep ratio cannot be reached.
     """
     report = progress or (lambda stage, done, total: None)
-    cells = candidate_cells(model.config, recipe.resolved_topology)
-    groups = all_candidates(cells)
-    ranks = given_ranks(recipe, groups)
-    with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
-        spill = Spill(directory)
-        measured: dict[str, Statistics] = {}
-        again: dict[str, list[Statistics]] = {}
-        waiting = list(groups)
+    ranks = given_ranks(recipe, fitted.groups) or choose_ranks(recipe, fitted.cells, fitted.spill.energies)
+    chosen = [group for group in fitted.groups if group.name in ranks]
+    again = [group for group in chosen if group.name in fitted.statistics and ranks[group.name] != DENSE]
+    refitted: dict[str, Fitted] = {}
+    for done, group in enumerate(again, start=1):
+        rank, statistics = ranks[group.name], fitted.statistics[group.name]
+        refitted[group.name] = fit(group, recipe, model.params, statistics, rank)
+        report("refit", done, len(again))
 
-        def fit_ready() -> None:
-            for group in list(waiting):
-                if recipe.definition.needs != "nothing" and any(m.name not in measured for m in group.members):
-                    continue
-                statistics = [measured[member.name] for member in group.members if member.name in measured]
-                if not ranks and not _same_input(statistics):
-                    again[group.name] = statistics  # not nested: fitted again when the rank is known
-                spill.put(group.name, fit(group, recipe, model.params, statistics, ranks.get(group.name)))
-                waiting.remove(group)
-                report("fit", len(groups) - len(waiting), len(groups))
-            needed = {member.name for group in waiting for member in group.members}
-            for name in [name for name in measured if name not in needed]:
-                del measured[name]
+    def states(name: str) -> Fitted:
+        return refitted[name] if name in refitted else fitted.spill.get(name)
 
-        for statistics in stream:
-            measured.update(statistics)
-            fit_ready()
-        fit_ready()
-        if not ranks:
-            ranks = choose_ranks(recipe, cells, spill.energies)
-            for done, group in enumerate(again_groups := [g for g in groups if ranks.get(g.name) and g.name in again]):
-                spill.put(group.name, fit(group, recipe, model.params, again[group.name], ranks[group.name]))
-                report("refine", done + 1, len(again_groups))
-        chosen = [group for group in groups if group.name in ranks]
-        return assemble(model, chosen, ranks, spill, gauge=recipe.resolved_gauge)
-
-
-def _same_input(statistics: Sequence[Statistics]) -> bool:
-    return len({id(entry.second_moment) for entry in statistics}) <= 1
+    return assemble(model, chosen, ranks, states, gauge=recipe.resolved_gauge)
 
 
 def fit(
@@ -205,16 +340,16 @@ def fit(
     Raises:
         UsageError: If weights or statistics are not finite.
     """
-    weights = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
-    for member, weight in zip(group.members, weights, strict=True):
-        if not np.isfinite(weight).all():
+    kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
+    for member, kernel in zip(group.members, kernels, strict=True):
+        if not np.isfinite(kernel).all():
             raise UsageError(f"the weights of {member.name} are not finite; the model is damaged: get it again")
     # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
     # that does anything else besides they cost tens of times more than one.
-    small = max(max(weight.shape) for weight in weights) < SMALL_MATRIX
+    small = max(max(kernel.shape) for kernel in kernels) < SMALL_MATRIX
     rank = full_rank(group.members) if rank in (None, DENSE) else rank
     with threadpool_limits(limits=1 if small else None, user_api="blas"):
-        states = recipe.definition.factorise(weights, statistics, rank)
+        states = recipe.definition.factorise(kernels, statistics, rank)
     scale = None
     if statistics:
         power = np.zeros(group.inputs)
@@ -234,7 +369,12 @@ def kernel_of(params: Params, block: str) -> jax.Array:
 
 
 def assemble(
-    model: LanguageModel, groups: Sequence[Candidate], ranks: Mapping[str, int], spill: Spill, *, gauge: bool
+    model: LanguageModel,
+    groups: Sequence[Candidate],
+    ranks: Mapping[str, int],
+    states_of: Callable[[str], Fitted],
+    *,
+    gauge: bool,
 ) -> LanguageModel:
     """The compact model of fitted states: grouped kernels go, states come; all else is shared.
 
@@ -242,7 +382,7 @@ def assemble(
         model: The dense model.
         groups: The chosen groups.
         ranks: Of each by name; `DENSE` leaves its members dense.
-        spill: Their states, of that rank or nested.
+        states_of: The fitted states of a group by its name, of that rank or nested.
         gauge: Fix the gauge: choose pivots, whose states are not stored.
     """
     plans: list[GroupPlan] = []
@@ -253,7 +393,7 @@ def assemble(
         if rank == DENSE:
             dense += group.members
             continue
-        fitted = spill.get(group.name)
+        fitted = states_of(group.name)
         found, pivots = fitted.states.truncated(rank), None
         if gauge:
             with threadpool_limits(limits=1, user_api="blas"):

@@ -28,6 +28,8 @@ class Recipe:
         gauge: Whether pivots are chosen, so that rank r stores r (M + I - r) in place of r (M + I).
         rank_multiple: `loss` only: ranks are multiples of this, or the block stays dense.
         gradients: How much of the output gradients' second moments is measured, for methods that need them.
+        rounds: How often the gradients are measured again, on the converted model, and mixed in before it is converted
+            anew.
 
     Raises:
         UsageError: If a value is out of range or levers contradict each other.
@@ -41,6 +43,7 @@ class Recipe:
     gauge: bool | None = None
     rank_multiple: int = 1
     gradients: GradientGeometry = "full"
+    rounds: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -55,6 +58,10 @@ class Recipe:
             raise UsageError(f"rank multiple {self.rank_multiple} is too small; expected at least 1")
         if self.rank_multiple > 1 and self.resolved_allocation != "loss":
             raise UsageError("a rank multiple needs allocation 'loss'; leave it out or change the allocation")
+        if self.resolved_rounds < 0:
+            raise UsageError(f"rounds {self.rounds} is below 0; 0 measures the dense model only")
+        if self.resolved_rounds and self.definition.needs != "gradients":
+            raise UsageError(f"method {self.method} uses no gradients; leave out rounds")
         if self.resolved_topology == AUTO:
             if self.resolved_allocation != "loss":
                 raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
@@ -82,3 +89,8 @@ class Recipe:
     def resolved_gauge(self) -> bool:
         """Whether the gauge is fixed."""
         return self.definition.gauge if self.gauge is None else self.gauge
+
+    @property
+    def resolved_rounds(self) -> int:
+        """How often gradients are measured again."""
+        return self.definition.rounds if self.rounds is None else self.rounds

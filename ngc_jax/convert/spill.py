@@ -37,18 +37,22 @@ class Spill:
         states = fitted.states
         arrays = [states.input_states, *states.output_states]
         np.savez(self._path(number), *(array.astype(np.float32) for array in arrays))
-        self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies), fitted.input_scale)
+        self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies, states.nested), fitted.input_scale)
 
     def energies(self, name: str) -> np.ndarray | None:
         """Loss that each latent dimension of a group saves."""
         return self._kept[name].states.energies
+
+    def nested(self, name: str) -> bool:
+        """Whether a group's states can be truncated."""
+        return self._kept[name].states.nested
 
     def get(self, name: str) -> Fitted:
         """Read a group back."""
         with np.load(self._path(self._numbers[name]), allow_pickle=False) as file:
             arrays = [file[key] for key in file.files]
         kept = self._kept[name]
-        return Fitted(States(arrays[0], tuple(arrays[1:]), kept.states.energies), kept.input_scale)
+        return Fitted(States(arrays[0], tuple(arrays[1:]), kept.states.energies, kept.states.nested), kept.input_scale)
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number}.npz"

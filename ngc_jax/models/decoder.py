@@ -37,6 +37,13 @@ INPUT_SITE = {
     "d": "mlp.d_input",
 }
 
+
+def input_site(block: str) -> tuple[str, str]:
+    """Which input a block reads, by its name: its layer and the site; blocks with equal ones read the same numbers."""
+    _, layer, _, role = block.split(".")
+    return layer, INPUT_SITE[role]
+
+
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

