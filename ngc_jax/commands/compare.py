@@ -41,8 +41,8 @@ class CompareConfig:
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
         variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple and
             rounds of convert; keep, a list of keep ratios if not those of --keep; text, a calibration text if not that
-            of --text; section, one of methods, levers, topologies and texts; cost, true to time a conversion in a
-            process of its own.
+            of --text; section, one of methods, levers, topologies and texts; cost, true to measure its
+            decoding speed, and to time its first conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure.
@@ -51,7 +51,7 @@ class CompareConfig:
         skip_tokens: Tokens of it to drop at its beginning.
         max_tokens: Tokens of it to evaluate.
         window: Tokens in a window.
-        decode: Also measure decoding speed, of the variants in section methods.
+        decode: Measure decoding speed, of the dense model and of the variants with cost.
         only: Run these variants only.
         dtype: Of the parameters; float32 on CPU if not given.
         json: Also write the summary to this file.
@@ -87,7 +87,8 @@ class Entry:
         recipe: What is done.
         text: What it is calibrated on.
         section: Where it is shown.
-        cost: Whether a conversion is timed in a process of its own.
+        cost: Whether its decoding speed is measured.
+        own_process: Whether a conversion is timed in a process of its own.
     """
 
     variant: str
@@ -95,6 +96,7 @@ class Entry:
     text: str
     section: str
     cost: bool
+    own_process: bool
 
 
 class Comparison:
@@ -148,8 +150,8 @@ class Comparison:
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
-        needs: set[str] = {entry.recipe.definition.needs for entry in self.entries if entry.text == text}
-        # What was measured is kept beside the entries until all of the text's are done.
+        needs: set[str] = {entry.recipe.definition.needs for entry in entries}
+        # What was measured is kept beside the entries until all that the text serves are done.
         cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
         found = load_statistics(cache)
         if found is None or not needs <= set(found[1]["needs"]):
@@ -189,7 +191,8 @@ class Comparison:
                         f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
                         f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
                     )
-        if all(self._read(entry) is not None for entry in self.entries if entry.text == text):
+        whole = _entries(dataclasses.replace(self.config, only=None))
+        if all(self._read(entry) is not None for entry in whole if entry.text == text):
             shutil.rmtree(cache, ignore_errors=True)
 
     def _measure(
@@ -247,7 +250,7 @@ class Comparison:
             with open_source(str(saved)) as source:
                 summary = inspect_model(source).summary()
             model = load_model(str(saved), dtype=self.config.dtype)
-            row = self._evaluate(model, tokenizer, decode=self.config.decode and entry.section == "methods")
+            row = self._evaluate(model, tokenizer, decode=self.config.decode and entry.cost)
         plan = compact.plan
         return {
             "variant": entry.variant,
@@ -293,7 +296,7 @@ class Comparison:
         from ngc_jax.commands.console import console
 
         row = self._read(entry)
-        if not entry.cost or row is None:
+        if not entry.own_process or row is None:
             return
         recipe, c = entry.recipe, self.config
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
@@ -400,6 +403,6 @@ def _entries(config: CompareConfig) -> list[Entry]:
         for index, keep in enumerate(options.get("keep") or config.keep or [0.8]):
             chosen: dict[str, Any] = {key: value for key, value in options.items() if key in levers}
             recipe = Recipe(**chosen, keep=keep)
-            cost = bool(options.get("cost")) and index == 0
-            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost))
+            cost = bool(options.get("cost"))
+            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost, cost and index == 0))
     return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))

@@ -27,6 +27,9 @@ class Curve:
 
 
 DENSE = 0
+# Of the largest energy: what rounding leaves of an energy that is none. Nothing counts as less, so that budget is spent
+# on directions that calibration never saw before it is left over, and all of it leaves everything dense.
+_ROUNDING = 1e-12
 # Ways to group the same blocks, each a curve for every group; one is chosen.
 Cell = Sequence[Sequence[Curve]]
 # A cell's way, and an index into the curve of each of that way's groups.
@@ -49,7 +52,8 @@ def rank_curve(
     """
     full = len(energies)
     ranks = np.arange(multiple, full + 1, multiple)
-    tails = np.concatenate([np.cumsum(np.maximum(energies, 0.0)[::-1])[::-1], [0.0]])
+    energies = np.maximum(energies, _ROUNDING * max(float(np.max(energies)), 0.0))
+    tails = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]])
     stored = ranks * (outputs + inputs - (ranks if gauge else 0)) + biases
     worth = stored < dense
     return Curve(

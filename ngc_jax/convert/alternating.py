@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.linalg
 
-from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, square_root
+from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, mean_diagonal, square_root
 from ngc_jax.errors import UsageError
+
+# Pivots of a Cholesky factor below this share of the largest are rounding as much as they are numbers.
+_RESOLVED = 1e-6
 
 
 def pad_square(matrix: np.ndarray, width: int) -> np.ndarray:
@@ -40,21 +43,49 @@ def pooled_states(
         States of rank at most I with the true energies, in the pooled order.
     """
     width = max(weight.shape[1] for weight in weights)
-    root = square_root(np.sum([pad_square(c, width) for c in second_moments], axis=0))
+    moments = [positive_definite(c) for c in second_moments]
+    root = square_root(np.sum([pad_square(c, width) for c in moments], axis=0))
     _, leading = eigenvectors(root.T @ sum(pad_square(h, width) for h in pulled) @ root)
     rank = min(sum(len(weight) for weight in weights), width)
     input_states = np.linalg.solve(root.T, leading[:, :rank])
     energies = np.zeros(rank)
     outputs = []
-    for weight, moment, metric in zip(weights, second_moments, pulled, strict=True):
+    for weight, moment, metric in zip(weights, moments, pulled, strict=True):
         own = input_states[: weight.shape[1]]
-        triangle = np.linalg.cholesky(_ridged(own.T @ moment @ own))
+        triangle = _triangle(own, moment)
         # Orthonormal in C, and nested: the first r columns span what the first r input states span.
         basis = scipy.linalg.solve_triangular(triangle, own.T, lower=True).T
         reached = moment @ basis
         energies += np.einsum("ir,ij,jr->r", reached, metric, reached, optimize=True)
         outputs.append(weight @ reached @ np.linalg.inv(triangle))
     return States(input_states, tuple(outputs), energies)
+
+
+def _triangle(input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
+    """A lower triangle T with T T^T = Q^T C Q + ridge."""
+    gram = input_states.T @ second_moment @ input_states
+    ridge = _ridge(gram)
+    try:
+        triangle = np.linalg.cholesky(gram + ridge * np.eye(len(gram)))
+    except np.linalg.LinAlgError:
+        triangle = np.zeros_like(gram)
+    diagonal = np.square(np.diag(triangle))
+    if diagonal.min() > _RESOLVED * diagonal.max():
+        return triangle
+    # A member that never saw what the others saw: the product's rounding hides it, its factor's does not.
+    factor = np.concatenate([square_root(second_moment).T @ input_states, np.sqrt(ridge) * np.eye(len(gram))])
+    return np.linalg.qr(factor, mode="r").T
+
+
+def positive_definite(second_moment: np.ndarray) -> np.ndarray:
+    """C with its ridge; where rounding has made it indefinite (fewer tokens than inputs), without what did."""
+    ridged = second_moment + RIDGE * mean_diagonal(second_moment) * np.eye(len(second_moment))
+    try:
+        np.linalg.cholesky(ridged)
+    except np.linalg.LinAlgError:
+        root = square_root(second_moment)
+        return root @ root.T
+    return ridged
 
 
 def best_outputs(weight: np.ndarray, second_moment: np.ndarray, input_states: np.ndarray) -> np.ndarray:
@@ -66,12 +97,12 @@ def best_outputs(weight: np.ndarray, second_moment: np.ndarray, input_states: np
 def _regression(second_moment: np.ndarray, input_states: np.ndarray) -> np.ndarray:
     """X = C Q (Q^T C Q)^-1, (I, R)."""
     reached = second_moment @ input_states
-    return scipy.linalg.solve(_ridged(input_states.T @ reached), reached.T, assume_a="pos").T
+    gram = input_states.T @ reached
+    return scipy.linalg.solve(gram + _ridge(gram) * np.eye(len(gram)), reached.T, assume_a="pos").T
 
 
-def _ridged(gram: np.ndarray) -> np.ndarray:
-    size = max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
-    return gram + RIDGE * size * np.eye(len(gram))
+def _ridge(gram: np.ndarray) -> float:
+    return RIDGE * mean_diagonal(gram)
 
 
 def alternate(
@@ -99,10 +130,11 @@ def alternate(
     width = states.input_states.shape[0]
     weights = [weight.astype(np.float64) for weight in weights]
     pulled = [weight.T @ weight for weight in weights] if pulled is None else pulled
-    moments = [pad_square(c, width) for c in second_moments]
     metrics = [pad_square(h, width) for h in pulled]
-    if not all(np.isfinite(matrix).all() for matrix in (*moments, *metrics)):
+    if not all(np.isfinite(matrix).all() for matrix in (*second_moments, *metrics)):
         raise UsageError("the statistics of a shared group are not finite; load the model with --dtype float32")
+    second_moments = [positive_definite(c) for c in second_moments]
+    moments = [pad_square(c, width) for c in second_moments]
     targets = [moment @ metric for moment, metric in zip(moments, metrics, strict=True)]
     input_states = states.input_states
     for _ in range(sweeps):

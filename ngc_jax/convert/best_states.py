@@ -138,13 +138,13 @@ def pulled_metric(weight: np.ndarray, gradients: OutputGradients | None, damping
 
 def square_root(second_moment: np.ndarray) -> np.ndarray:
     """L with L L^T = C + RIDGE * mean diagonal; Cholesky, or eigenvectors where rounding has made C indefinite."""
-    ridged = second_moment + RIDGE * mean_diagonal(second_moment) * np.eye(len(second_moment))
+    ridge = RIDGE * mean_diagonal(second_moment)
+    ridged = second_moment + ridge * np.eye(len(second_moment))
     try:
         return np.linalg.cholesky(ridged)
     except np.linalg.LinAlgError:
         values, vectors = scipy.linalg.eigh(ridged)
-        floor = max(values[-1], 1.0) * np.finfo(np.float64).eps
-        return vectors * np.sqrt(np.maximum(values, floor))
+        return vectors * np.sqrt(np.maximum(values, ridge))
 
 
 def mean_diagonal(second_moment: np.ndarray) -> float:

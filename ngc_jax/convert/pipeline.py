@@ -24,8 +24,7 @@ from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.spill import Fitted, Spill
 from ngc_jax.convert.statistics import OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.gauge import fix_gauge
-from ngc_jax.groups.kernels import weights
+from ngc_jax.groups.gauge import fix_gauge, free_gauge
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import ROLES
 from ngc_jax.models.load import LanguageModel, Params
@@ -161,9 +160,13 @@ def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Par
         block = model.config.block(layer, role)
         group = compact.plan.group_of.get(block.name)
         if group is not None:
-            states = compact.params["groups"][group.name]
-            formed = weights(group.kernel, states, block.name, block.d_in, pivots=group.pivots)
-            flat[(*block.name.split(".")[2:], "kernel")] = formed.astype(model.dtype)
+            # On the host: every rank is another shape, which a device would compile anew.
+            states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
+            inputs = states["input_states"]
+            if group.pivots is not None:
+                inputs = free_gauge(group.pivots, inputs, group.d_in)
+            formed = states["output_states"][block.name] @ inputs[: block.d_in].T
+            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
     return traverse_util.unflatten_dict(flat)
 
 
@@ -344,6 +347,9 @@ def fit(
     for member, kernel in zip(group.members, kernels, strict=True):
         if not np.isfinite(kernel).all():
             raise UsageError(f"the weights of {member.name} are not finite; the model is damaged: get it again")
+    for member, entry in zip(group.members, statistics, strict=bool(statistics)):
+        if not _is_finite(entry):
+            raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
     # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
     # that does anything else besides they cost tens of times more than one.
     small = max(max(kernel.shape) for kernel in kernels) < SMALL_MATRIX
@@ -358,6 +364,13 @@ def fit(
             power[: len(diagonal)] += np.maximum(diagonal, 0.0) / len(statistics)
         scale = np.sqrt(power)
     return Fitted(states, scale)
+
+
+def _is_finite(entry: Statistics) -> bool:
+    found = [entry.second_moment, entry.absolute_mean, entry.fisher]
+    if entry.gradients is not None:
+        found += [entry.gradients.mean_square, entry.gradients.second_moment]
+    return all(array is None or bool(np.isfinite(array).all()) for array in found)
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:

@@ -59,11 +59,12 @@ def markdown(results: Mapping[str, Any]) -> str:
             _by_keep(methods, lambda r: f"{r['stored_parameters']:,}"),
         ]
         parts += ["## Seconds: measuring + fitting + finishing", _by_keep(methods, _seconds)]
-        if any(row["decode_tokens_per_second"] for row in methods):
+        decoded = [row for row in methods if row["decode_tokens_per_second"]]
+        if decoded:
             speed = dense["decode_tokens_per_second"]
             parts += [
                 f"## Decoded tokens per second (dense: {speed:.1f})",
-                _by_keep(methods, lambda row: f"{row['decode_tokens_per_second']:.1f}"),
+                _by_keep(decoded, lambda row: f"{row['decode_tokens_per_second']:.1f}"),
             ]
     if cost := [row for row in entries if "cost" in row]:
         lines = [[r["variant"], f"{r['cost']['seconds']:.0f}", f"{r['cost']['peak_bytes'] / 2**30:.2f}"] for r in cost]
