@@ -74,7 +74,7 @@ def _triangle(input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray
         return triangle
     # A member that never saw what the others saw: the product's rounding hides it, its factor's does not.
     factor = np.concatenate([square_root(second_moment).T @ input_states, np.sqrt(ridge) * np.eye(len(gram))])
-    return np.linalg.qr(factor, mode="r").T
+    return np.asarray(np.linalg.qr(factor, mode="r")).T
 
 
 def positive_definite(second_moment: np.ndarray) -> np.ndarray:

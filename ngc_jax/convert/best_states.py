@@ -23,6 +23,9 @@ from ngc_jax.convert.statistics import OutputGradients
 RIDGE = 1e-9
 # Relative to the mean diagonal of G: output directions that the calibration gradients hardly reach still count.
 DAMPING = 0.1
+# The mean square gradient of a block whose output nothing reads: less than that of any other, so that such a block gets
+# what budget is left, and not so little that its states are lost in rounding.
+_NO_GRADIENT = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ def output_metric(gradients: OutputGradients | None, outputs: int, damping: floa
     """G + damping, (M, M), or its diagonal (M,); ones without gradients; None where only W^T G W was measured."""
     if gradients is None:
         return np.ones(outputs)
-    floor = damping * _positive_mean(gradients.mean_square)
+    floor = damping * _gradient_size(gradients)
     if gradients.second_moment is None:
         return gradients.mean_square + floor
     if len(gradients.second_moment) != outputs:
@@ -132,7 +135,7 @@ def pulled_metric(weight: np.ndarray, gradients: OutputGradients | None, damping
     if metric is None:
         assert gradients is not None
         assert gradients.second_moment is not None
-        return gradients.second_moment + damping * _positive_mean(gradients.mean_square) * (weight.T @ weight)
+        return gradients.second_moment + damping * _gradient_size(gradients) * (weight.T @ weight)
     return weight.T @ (metric[:, None] * weight if metric.ndim == 1 else metric @ weight)
 
 
@@ -150,6 +153,10 @@ def square_root(second_moment: np.ndarray) -> np.ndarray:
 def mean_diagonal(second_moment: np.ndarray) -> float:
     """Mean diagonal, 1 for a matrix of zeros."""
     return _positive_mean(np.diag(second_moment))
+
+
+def _gradient_size(gradients: OutputGradients) -> float:
+    return float(gradients.mean_square.mean()) or _NO_GRADIENT
 
 
 def _positive_mean(values: np.ndarray) -> float:
