@@ -150,7 +150,7 @@ class Comparison:
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
-        needs: set[str] = {entry.recipe.definition.needs for entry in entries}
+        needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
         # What was measured is kept beside the entries until all that the text serves are done.
         cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
         found = load_statistics(cache)

@@ -94,12 +94,18 @@ class ConvertConfig:
 
     def run(self) -> dict[str, Any]:
         """Convert and save; returns the summary."""
-        _, _, summary = convert_and_save(self)
+        _, _, summary = convert_and_save(self, donate=True)
         return summary
 
 
-def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageModel, dict[str, Any]]:
+def convert_and_save(
+    config: ConvertConfig, *, donate: bool = False
+) -> tuple[LanguageModel, LanguageModel, dict[str, Any]]:
     """Run a conversion; returns the dense model, the compact model and the summary.
+
+    Args:
+        config: What to do.
+        donate: Give up the dense model for memory: it cannot run afterwards.
 
     Raises:
         UsageError: If any input is at fault; before the weights are read where that can be known.
@@ -144,6 +150,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         tokens = calibration_tokens(
             dense, tokenizer, config.text, config.calibration_tokens, window=config.window, seed=config.seed
         )
+    dense_parameters = dense.count_parameters()
     with progress_bar() as bar:
         compact = convert(
             dense,
@@ -153,6 +160,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
             layers_per_pass=config.layers_per_pass,
             window=config.window,
             batch_size=config.batch_size,
+            donate=donate,
             progress=lambda stage, done, total: bar(done, total, stage),
         )
     details = {
@@ -172,7 +180,7 @@ def convert_and_save(config: ConvertConfig) -> tuple[LanguageModel, LanguageMode
         summary = {
             **details,
             **inspect_model(saved).summary(),
-            "total_dense_parameters": dense.count_parameters(),
+            "total_dense_parameters": dense_parameters,
             "out": config.out,
             "seconds": time.perf_counter() - started,
         }

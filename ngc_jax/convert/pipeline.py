@@ -47,6 +47,7 @@ def convert(
     layers_per_pass: int | None = None,
     window: int = 1024,
     batch_size: int = 4,
+    donate: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`.
@@ -59,6 +60,8 @@ def convert(
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
         window: Tokens in a calibration window.
         batch_size: Windows that run at once.
+        donate: Give up the dense model: a kernel is deleted as soon as its states are made, so that both models never
+            are in memory at once.
         progress: Called with (stage, done, in all).
 
     Raises:
@@ -81,12 +84,13 @@ def convert(
         stream = _keep(stream, kept)
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
-        compact = finish(model, recipe, fitted, progress=progress)
-        for _ in range(recipe.resolved_rounds):
+        rounds = recipe.resolved_rounds
+        compact = finish(model, recipe, fitted, donate=donate and not rounds, progress=progress)
+        for left in reversed(range(rounds)):
             some = tokens[: max(gradient_tokens // REMEASURED, 2)]
             kept = remeasure(model, recipe, compact, kept, some, window=window, progress=progress)
             fitted = fit_groups(model, recipe, kept, directory, ranks=ranks, progress=progress)
-            compact = finish(model, recipe, fitted, progress=progress)
+            compact = finish(model, recipe, fitted, donate=donate and not left, progress=progress)
         return compact
 
 
@@ -296,7 +300,12 @@ def fit_groups(
 
 
 def finish(
-    model: LanguageModel, recipe: Recipe, fitted: FittedGroups, *, progress: Progress | None = None
+    model: LanguageModel,
+    recipe: Recipe,
+    fitted: FittedGroups,
+    *,
+    donate: bool = False,
+    progress: Progress | None = None,
 ) -> LanguageModel:
     """Choose ranks, fit again what is not nested, fix the gauge, and build the compact model.
 
@@ -304,6 +313,7 @@ def finish(
         model: The dense model.
         recipe: That of `fit_groups`, at any keep ratio and with any allocation and gauge.
         fitted: Its groups.
+        donate: Delete the dense kernels that states replace.
         progress: Called with (stage, done, in all).
 
     Returns:
@@ -325,7 +335,7 @@ def finish(
     def states(name: str) -> Fitted:
         return refitted[name] if name in refitted else fitted.spill.get(name)
 
-    return assemble(model, chosen, ranks, states, gauge=recipe.resolved_gauge)
+    return assemble(model, chosen, ranks, states, gauge=recipe.resolved_gauge, donate=donate)
 
 
 def fit(
@@ -388,6 +398,7 @@ def assemble(
     states_of: Callable[[str], Fitted],
     *,
     gauge: bool,
+    donate: bool = False,
 ) -> LanguageModel:
     """The compact model of fitted states: grouped kernels go, states come; all else is shared.
 
@@ -397,6 +408,7 @@ def assemble(
         ranks: Of each by name; `DENSE` leaves its members dense.
         states_of: The fitted states of a group by its name, of that rank or nested.
         gauge: Fix the gauge: choose pivots, whose states are not stored.
+        donate: Delete the dense kernels that states replace.
     """
     plans: list[GroupPlan] = []
     states: dict[str, Any] = {}
@@ -414,6 +426,9 @@ def assemble(
             found = States(rest, tuple(outputs))
         plans.append(GroupPlan(group.name, group.members, rank, pivots=pivots))
         states[group.name] = _group_params(group, found, model.dtype)
+        if donate:
+            for member in group.members:
+                kernel_of(model.params, member.name).delete()
     plan = Plan(tuple(plans), tuple(dense))
     flat = traverse_util.flatten_dict(dict(model.params))
     for block in plan.group_of:

@@ -76,7 +76,9 @@ class Compensated(NamedTuple):
 
     def value(self) -> np.ndarray:
         """The sum in float64 on the host."""
-        return np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
+        value = np.array(self.total, np.float64)
+        value += np.asarray(self.lost)  # in place: these matrices are the largest things a conversion holds
+        return value
 
 
 class Moments(NamedTuple):
@@ -196,7 +198,7 @@ def calibrate(
             if progress is not None:
                 jax.block_until_ready(moments)
                 progress(layer * len(batches) + index + 1, config.num_layers * len(batches))
-        by_site = {site: _statistics(sums, len(tokens)) for site, sums in moments.items()}
+        by_site = {site: _statistics(moments.pop(site), len(tokens)) for site in sites}
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(
@@ -206,5 +208,16 @@ def calibrate(
 
 
 def _statistics(moments: Moments, count: int) -> Statistics:
-    second = moments.second.value() / count
-    return Statistics(count, (second + second.T) / 2, moments.absolute.value() / count)
+    second, absolute = moments.second.value(), moments.absolute.value()
+    second /= count
+    symmetrise(second)
+    return Statistics(count, second, absolute / count)
+
+
+def symmetrise(matrix: np.ndarray, rows: int = 512) -> None:
+    """Replace a square matrix by the mean of it and its transpose, in place, a band of rows at a time."""
+    for start in range(0, len(matrix), rows):
+        band = slice(start, start + rows)
+        mean = (matrix[band, start:] + matrix[start:, band].T) / 2
+        matrix[band, start:] = mean
+        matrix[start:, band] = mean.T

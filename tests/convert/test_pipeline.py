@@ -6,7 +6,8 @@ import pytest
 
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.pipeline import convert, kernel_of
+from ngc_jax.convert.output_gradients import measure_output_gradients
+from ngc_jax.convert.pipeline import MIXED, convert, dense_layer, kernel_of, measure, remeasure
 from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
@@ -46,7 +47,8 @@ def test_every_method_converts_to_what_its_plan_says(method):
     assert result.plan is not None
     stored = sum(leaf.size for leaf in jax.tree.leaves(result.params["groups"]))
     biases = sum(member.d_out for group in result.plan.groups for member in group.members if member.bias)
-    assert result.plan.count_parameters() == stored + biases
+    left_dense = sum(block.parameters for block in result.plan.dense)
+    assert result.plan.count_parameters() == stored + biases + left_dense
     # ngc_paper rounds its ranks to the nearest whole number, as published.
     assert result.plan.keep_ratio() <= (0.53 if method == "ngc_paper" else 0.5)
     for block in result.plan.group_of:
@@ -87,7 +89,7 @@ def test_progress_counts_to_its_end():
     model, seen = tiny_model(), {}
     convert(
         model,
-        Recipe("ngc", rank=2, topology="qkv-o-ug-d"),
+        Recipe("ngc", rank=2, topology="qkv-o-ug-d", rounds=0),
         random_tokens(50),
         window=25,
         progress=lambda s, *a: seen.setdefault(s, []).append(a),
@@ -136,3 +138,37 @@ def test_uniform_rank_is_the_largest_that_fits():
 def test_keep_ratio_outside_its_range(keep):
     with pytest.raises(UsageError, match="outside"):
         Recipe(keep=keep)
+
+
+def test_a_donated_model_is_deleted_as_far_as_it_is_replaced():
+    model, kept = tiny_model(), tiny_model()
+    result = convert(model, Recipe("ngc", keep=0.5, topology="qkv-o"), random_tokens(60), window=30, donate=True)
+    expected = convert(kept, Recipe("ngc", keep=0.5, topology="qkv-o"), random_tokens(60), window=30)
+    tokens = random_tokens(20, seed=4)
+    np.testing.assert_array_equal(logits(result, tokens), logits(expected, tokens))
+    for block in model.config.blocks():
+        grouped = block.name in result.plan.group_of
+        assert kernel_of(model.params, block.name).is_deleted() == grouped
+        assert not kernel_of(kept.params, block.name).is_deleted()
+
+
+def test_the_second_round_measures_the_converted_model():
+    model, tokens = tiny_model(), random_tokens(120)
+    recipe = Recipe("ngc", keep=0.4, topology="q-k-v-o-u-g-d")
+    statistics = list(measure(model, recipe, tokens, window=40))
+    once = convert(model, dataclasses.replace(recipe, rounds=0), tokens, window=40)
+    again = remeasure(model, recipe, once, statistics, tokens[:40], window=40)
+    formed = {layer: dense_layer(model, once, layer) for layer in range(model.config.num_layers)}
+    now, _ = measure_output_gradients(
+        model.config, model.params, tokens[:40], layer_params=formed.__getitem__, window=40
+    )
+    for before, after in zip(statistics, again, strict=True):
+        for name in before:
+            expected = (1 - MIXED) * before[name].gradients.mean_square + MIXED * now[name].mean_square
+            np.testing.assert_allclose(after[name].gradients.mean_square, expected, rtol=1e-5)
+            assert after[name].second_moment is before[name].second_moment
+    # The formed layers compute what the groups compute.
+    whole = {**model.params, "layers": {str(layer): params for layer, params in formed.items()}}
+    np.testing.assert_allclose(
+        logits(dataclasses.replace(model, params=whole), tokens[:20]), logits(once, tokens[:20]), atol=1e-4
+    )
