@@ -210,6 +210,7 @@ def attend(
     q_BxLxNxH: Float[Array, "B L N H"],
     attended: LayerCache,
     positions_BxL: Int[Array, "B L"],
+    starts_BxL: Int[Array, "B L"] | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -221,6 +222,7 @@ def attend(
         q_BxLxNxH: Queries, rotated.
         attended: Keys, values and their positions.
         positions_BxL: Positions of the queries.
+        starts_BxL: Lowest position that each query sees; None for 0.
         scale: Multiplies the logits.
         window: How many tokens a query sees, itself included; None for all before it.
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
@@ -230,6 +232,8 @@ def attend(
     q_BxKxGxLxH = q_BxLxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     query_BxLx1, key_Bx1xS = positions_BxL[:, :, None], attended.positions[:, None, :]
     seen_BxLxS = (key_Bx1xS >= 0) & (key_Bx1xS <= query_BxLx1)
+    if starts_BxL is not None:
+        seen_BxLxS &= key_Bx1xS >= starts_BxL[:, :, None]
     if window is not None:
         seen_BxLxS &= query_BxLx1 - key_Bx1xS < window
 

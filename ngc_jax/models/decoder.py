@@ -4,7 +4,8 @@ Legend: B batch, L tokens, D embed, N query heads, K key-value heads, H head dim
 
 Group states live once, at `params["groups"]`, and are handed to the layers; a block that the plan puts into a group has
 no kernel of its own. The block inputs are sown into the collection "block_inputs" (paths: `INPUT_SITE`), which costs
-nothing unless a caller asks for it with `mutable`. Each block's output can be perturbed, by the linen collection
+nothing unless a caller asks for it with `mutable`; so is the residual stream after every layer, into "residuals" at
+`layers/<layer>/output`. Each block's output can be perturbed, by the linen collection
 "perturbations" (entry "output" of the block), which is how its gradient is taken.
 """
 
@@ -26,6 +27,7 @@ from ngc_jax.models.config import DecoderConfig
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
+RESIDUALS = "residuals"
 # Where in a layer's sown variables the input of each role is; roles with the same site read the same numbers.
 INPUT_SITE = {
     "q": "attn_input",
@@ -128,6 +130,7 @@ class Attention(nn.Module):
         positions: Int[Array, "B L"],
         cache: LayerCache | None,
         groups: GroupStates,
+        starts: Int[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         """Attend; returns the output and the layer's new cache."""
         c = self.config
@@ -145,6 +148,7 @@ class Attention(nn.Module):
             q,
             attended,
             positions,
+            starts,
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
@@ -188,6 +192,7 @@ class DecoderLayer(nn.Module):
         positions: Int[Array, "B L"],
         cache: LayerCache | None = None,
         groups: GroupStates | None = None,
+        starts: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
         """Apply the layer.
 
@@ -196,6 +201,7 @@ class DecoderLayer(nn.Module):
             positions: Token positions; -1 for padding.
             cache: The layer's cache or None.
             groups: States of (at least) the groups that have a member in this layer.
+            starts: Position at which each token's document begins: it attends to nothing before that. None for 0.
 
         Returns:
             The residual stream and the layer's new cache.
@@ -208,12 +214,14 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, name="attn")(attn_in, positions, cache, groups)
+        y, cache = Attention(*module, name="attn")(attn_in, positions, cache, groups, starts)
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
         y = Mlp(*module, name="mlp")(mlp_in, groups)
-        return x + (norm("mlp_post_norm", y) if c.post_norms else y), cache
+        x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
+        self.sow(RESIDUALS, "output", x)
+        return x, cache
 
 
 class Layers(nn.Module):
@@ -226,14 +234,19 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], positions: Int[Array, "B L"], cache: Cache | None, groups: GroupStates
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        cache: Cache | None,
+        groups: GroupStates,
+        starts: Int[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Apply every layer in turn."""
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         for layer in range(self.config.num_layers):
             module = layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
-            x, layer_cache = module(x, positions, None if cache is None else cache[layer], groups)
+            x, layer_cache = module(x, positions, None if cache is None else cache[layer], groups, starts)
             new_cache.append(layer_cache)
         return x, None if cache is None else tuple(new_cache)
 
@@ -281,6 +294,7 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
+        starts: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L V"], Cache | None]:
         """Next-token logits.
 
@@ -288,11 +302,13 @@ class Decoder(nn.Module):
             tokens: Token ids.
             positions: Their positions, 0, 1, 2, ... if None; -1 marks padding.
             cache: From `init_cache` or an earlier call; None to run without one.
+            starts: Position at which each token's document begins, for several documents in a row: a token attends to
+                nothing before that. None for 0.
 
         Returns:
             Logits in float32 and the new cache (None without one).
         """
-        x, cache = self.hidden(tokens, positions, cache)
+        x, cache = self.hidden(tokens, positions, cache, starts)
         return self.logits(x), cache
 
     def hidden(
@@ -300,12 +316,13 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
+        starts: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Final hidden states, normed: what `logits` reads. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         groups = self.groups() if self.plan is not None and self.plan.groups else {}
-        x, cache = self.layers(self.embedded(tokens), positions, cache, groups)
+        x, cache = self.layers(self.embedded(tokens), positions, cache, groups, starts)
         return self.normed(x), cache
 
     def normed(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, RESIDUALS, Decoder
 from ngc_jax.models.load import LanguageModel, Params, parameter_shapes
 from tests.models.compact import compact_model, compact_plan, dense_equivalent, dense_model, fixed_gauge_model
 from tests.models.published import PUBLISHED
@@ -273,3 +273,25 @@ def test_no_program_is_compiled_twice() -> None:
         config = DecoderConfig.from_hf(model.hf_config)
         run(Decoder(config, compact_plan(config)), model.params, some_tokens(seed=seed))
     assert traced == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_documents_in_one_row_are_as_if_alone(architecture: str) -> None:
+    model = dense_model(architecture)
+    tokens = some_tokens()
+    cut = 4
+    starts = jnp.where(jnp.arange(LENGTH) < cut, 0, cut)[None].repeat(2, 0)
+    packed, _ = model.decoder.apply({"params": model.params}, tokens, starts=starts)
+    for part in (tokens[:, :cut], tokens[:, cut:]):
+        alone = apply(model.decoder, model.params, part)
+        begin = 0 if part.shape[1] == cut else cut
+        np.testing.assert_allclose(packed[:, begin : begin + part.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_residuals_are_sown() -> None:
+    model = dense_model("llama")
+    decoder, params, tokens = model.decoder, {"params": model.params}, some_tokens()
+    hidden, sown = decoder.apply(params, tokens, method="hidden", mutable=[RESIDUALS])
+    outputs = [sown[RESIDUALS]["layers"][str(layer)]["output"][0] for layer in range(model.config.num_layers)]
+    np.testing.assert_array_equal(decoder.apply(params, outputs[-1], method="normed"), hidden[0])
+    assert not np.allclose(outputs[0], outputs[1])
