@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def hidden_log_likelihoods(
         chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
 
-    return _in_chunks(score, hidden_BxLxD[:, :-1], targets_BxL, chunk=chunk) * mask_BxL, mask_BxL
+    return in_chunks(score, hidden_BxLxD[:, :-1], targets_BxL, chunk=chunk) * mask_BxL, mask_BxL
 
 
 def sample_targets(
@@ -75,7 +76,7 @@ def sample_targets(
         keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(index_Bxc)
         return jax.vmap(jax.vmap(jax.random.categorical))(keys, _logits(decoder, params, hidden_BxcxD))
 
-    drawn = _in_chunks(draw, hidden_BxLxD[:, :-1], index_BxL[:, :-1], chunk=chunk)
+    drawn = in_chunks(draw, hidden_BxLxD[:, :-1], index_BxL[:, :-1], chunk=chunk)
     return jnp.concatenate([tokens_BxL[:, :1], drawn.astype(tokens_BxL.dtype)], axis=1)
 
 
@@ -108,15 +109,24 @@ def hidden_divergences(
         theirs = jax.nn.log_softmax(_logits(decoder, params, teacher_BxcxD), axis=-1)
         return (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
 
-    return _in_chunks(score, hidden_BxLxD, teacher_BxLxD, chunk=chunk) * mask_BxL, mask_BxL
+    return in_chunks(score, hidden_BxLxD, teacher_BxLxD, chunk=chunk) * mask_BxL, mask_BxL
 
 
 def _logits(decoder: Decoder, params: Params, hidden: Array) -> Array:
     return decoder.bind({"params": params}).logits(hidden)
 
 
-def _in_chunks(score: Callable[[Array, Array], Array], *arrays: Array, chunk: int) -> Array:
-    """Map `score` over pieces of the length axis (the second), keeping no piece's logits for the backward pass."""
+def in_chunks(score: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
+    """Map `score` over pieces of the length axis (the second), keeping no piece's logits for the backward pass.
+
+    Args:
+        score: From pieces (B, c, ...) of the arrays to one array (B, c), or a pytree of such.
+        *arrays: (B, L, ...).
+        chunk: c.
+
+    Returns:
+        As `score`, with (B, L) in place of (B, c).
+    """
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
     count = -(-length // chunk)
@@ -127,4 +137,4 @@ def _in_chunks(score: Callable[[Array, Array], Array], *arrays: Array, chunk: in
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
     scores = jax.lax.map(jax.checkpoint(lambda piece: score(*piece)), tuple(pieces(x) for x in arrays))
-    return jnp.moveaxis(scores, 0, 1).reshape(batch, -1)[:, :length]
+    return jax.tree.map(lambda each: jnp.moveaxis(each, 0, 1).reshape(batch, -1)[:, :length], scores)
