@@ -1,0 +1,55 @@
+"""Which parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from ngc_jax.errors import UsageError
+
+Params = Mapping[str, Any]
+Trainable = Literal["states", "states_and_norms", "all"]
+
+
+def split_params(params: Params, trainable: Trainable) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part parameters into those that train and those that stay.
+
+    Args:
+        params: A decoder's.
+        trainable: The neuron `states` of all groups, `states_and_norms` (the scales of every norm too), or `all`.
+
+    Returns:
+        Trained and frozen, two trees that `merge_params` puts together again. No array is copied.
+
+    Raises:
+        UsageError: If nothing would train.
+    """
+    if trainable not in get_args(Trainable):
+        raise UsageError(f"trainable is {trainable!r}; expected one of {', '.join(get_args(Trainable))}")
+    flat = traverse_util.flatten_dict(dict(params))
+    trained = {path: leaf for path, leaf in flat.items() if _trains(path, trainable)}
+    if not any(path[0] == "groups" for path in trained) and trainable == "states":
+        raise UsageError("the model has no neuron states to train, it is dense; choose trainable: all")
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+def _trains(path: tuple[str, ...], trainable: Trainable) -> bool:
+    if trainable == "all" or path[0] == "groups":
+        return True
+    return trainable == "states_and_norms" and any(part.endswith("norm") for part in path)
+
+
+def merge_params(trained: Params, frozen: Params) -> dict[str, Any]:
+    """The tree of both."""
+    flat = traverse_util.flatten_dict(dict(frozen)) | traverse_util.flatten_dict(dict(trained))
+    return traverse_util.unflatten_dict(flat)
+
+
+def cast_params(params: Any, dtype: jnp.dtype) -> Any:
+    """Floating-point leaves in another type; differentiable."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
