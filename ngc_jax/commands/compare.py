@@ -146,7 +146,7 @@ class Comparison:
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.convert.pipeline import REMEASURED, finish, fit_groups, remeasure
+        from ngc_jax.convert.pipeline import finish, fit_groups, remeasure, tokens_again
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
@@ -173,7 +173,7 @@ class Comparison:
                     compact = finish(dense, entry.recipe, fitted)
                     again = statistics
                     for _ in range(entry.recipe.resolved_rounds):
-                        some = tokens[: max(self.config.gradient_tokens // REMEASURED, 2)]
+                        some = tokens_again(tokens, self.config.gradient_tokens)
                         again = remeasure(dense, entry.recipe, compact, again, some, window=self.config.window)
                         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as round_directory:
                             stream = [restrict(layer, entry.recipe) for layer in again]
@@ -261,6 +261,7 @@ class Comparison:
             "allocation": recipe.resolved_allocation,
             "gauge": recipe.resolved_gauge,
             "rounds": recipe.resolved_rounds,
+            "shrinkage": recipe.resolved_shrinkage,
             "stored_parameters": summary["stored_parameters"],
             "keep_ratio": summary["keep_ratio"],
             "multiply_adds": plan.multiply_adds(input_site),
@@ -304,6 +305,7 @@ class Comparison:
             flags += ["--keep", str(recipe.keep), "--text", entry.text, "--window", str(c.window)]
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
             flags += ["--topology", recipe.resolved_topology, "--allocation", recipe.resolved_allocation]
+            flags += ["--rounds", str(recipe.resolved_rounds), "--shrinkage", str(recipe.resolved_shrinkage)]
             flags += ["--gauge", str(recipe.resolved_gauge).lower(), "--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
                 [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
@@ -331,7 +333,12 @@ class Comparison:
     def _key(self, entry: Entry | None) -> str:
         """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
         settings = {k: v for k, v in self._settings().items() if k != "text"}
-        what = None if entry is None else [entry.variant, entry.section, entry.text, dataclasses.asdict(entry.recipe)]
+        what: list[Any] | None = None
+        if entry is not None:
+            recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}
+            if not recipe["shrinkage"]:
+                del recipe["shrinkage"]
+            what = [entry.variant, entry.section, entry.text, recipe]
         return hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()[:16]
 
     def _file(self, entry: Entry) -> Path:
@@ -369,7 +376,7 @@ def _same_fit(entries: list[Entry]) -> list[list[Entry]]:
     def fit(entry: Entry) -> tuple[Any, ...]:
         recipe = entry.recipe
         kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
-        return entry.section, *kind
+        return entry.section, *kind, recipe.resolved_shrinkage
 
     return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
 
@@ -383,7 +390,7 @@ def _entries(config: CompareConfig) -> list[Entry]:
     from ngc_jax.convert.recipe import Recipe
 
     variants = config.variants or _DEFAULT_VARIANTS
-    levers = {"method", "topology", "allocation", "gauge", "gradients", "rank_multiple", "rounds"}
+    levers = {"method", "topology", "allocation", "gauge", "gradients", "rank_multiple", "rounds", "shrinkage"}
     others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
     unknown = sorted(set(config.only or []) - set(variants))
     if unknown:

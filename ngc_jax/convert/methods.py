@@ -50,6 +50,7 @@ class Method:
         allocation: How its ranks are found, unless the user says otherwise.
         gauge: Whether its gauge is fixed, unless the user says otherwise.
         rounds: How often its gradients are measured again on the converted model, unless the user says otherwise.
+        shrinkage: How far the inputs' second moments are drawn to their diagonals, unless the user says otherwise.
         reference: Where it comes from.
     """
 
@@ -61,6 +62,7 @@ class Method:
     allocation: Literal["uniform", "svd_llm_v2", "loss"] = "uniform"
     gauge: bool = False
     rounds: int = 0
+    shrinkage: float = 0.0
     reference: str = ""
 
 
@@ -198,6 +200,7 @@ METHODS = {
             allocation="loss",
             gauge=True,
             rounds=1,
+            shrinkage=0.03,
             reference="this library, docs/conversion.md",
         ),
     )

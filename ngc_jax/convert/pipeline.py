@@ -32,10 +32,8 @@ from ngc_jax.models.load import LanguageModel, Params
 Progress = Callable[[str, int, int], None]
 SMALL_MATRIX = 4096
 GRADIENT_TOKENS = 24_576
-# Gradients of the converted model are taken on one in so many of the tokens that the dense model's are taken on, and
-# count for this share.
-REMEASURED = 3
-MIXED = 0.25
+# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on.
+REMEASURED = 1 / 3
 
 
 def convert(
@@ -87,11 +85,26 @@ def convert(
         rounds = recipe.resolved_rounds
         compact = finish(model, recipe, fitted, donate=donate and not rounds, progress=progress)
         for left in reversed(range(rounds)):
-            some = tokens[: max(gradient_tokens // REMEASURED, 2)]
+            some = tokens_again(tokens, gradient_tokens)
             kept = remeasure(model, recipe, compact, kept, some, window=window, progress=progress)
             fitted = fit_groups(model, recipe, kept, directory, ranks=ranks, progress=progress)
             compact = finish(model, recipe, fitted, donate=donate and not left, progress=progress)
         return compact
+
+
+def tokens_again(tokens: np.ndarray, gradient_tokens: int) -> np.ndarray:
+    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on."""
+    count = max(round(gradient_tokens * REMEASURED), 2)
+    start = max(min(gradient_tokens, len(tokens) - count), 0)
+    return tokens[start : start + count]
+
+
+def mixed_share(keep_ratio: float) -> float:
+    """The converted model's share in mixed gradient statistics; the longer the way from the dense model, the more.
+
+    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
+    """
+    return 0.2 + 0.4 * (1 - keep_ratio)
 
 
 def _keep(
@@ -116,7 +129,7 @@ def remeasure(
     """Mix the gradients' second moments of the converted model into those of the dense one.
 
     The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
-    that way; the dense model's is its beginning. `MIXED` of the sum is the compact model's.
+    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's.
 
     Args:
         model: The dense model.
@@ -142,12 +155,15 @@ def remeasure(
         progress=lambda *a: report("again", *a),
     )
 
+    assert compact.plan is not None
+    share = mixed_share(compact.plan.keep_ratio())
+
     def mixed(before: OutputGradients | None, now: OutputGradients) -> OutputGradients:
         assert before is not None
         second = None
         if before.second_moment is not None and now.second_moment is not None:
-            second = (1 - MIXED) * before.second_moment + MIXED * now.second_moment
-        mean_square = (1 - MIXED) * before.mean_square + MIXED * now.mean_square
+            second = (1 - share) * before.second_moment + share * now.second_moment
+        mean_square = (1 - share) * before.mean_square + share * now.mean_square
         return OutputGradients(before.count + now.count, mean_square, second)
 
     return [
@@ -360,6 +376,7 @@ def fit(
     for member, entry in zip(group.members, statistics, strict=bool(statistics)):
         if not _is_finite(entry):
             raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
+    statistics = [shrunk(entry, recipe.resolved_shrinkage) for entry in statistics]
     # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
     # that does anything else besides they cost tens of times more than one.
     small = max(max(kernel.shape) for kernel in kernels) < SMALL_MATRIX
@@ -374,6 +391,15 @@ def fit(
             power[: len(diagonal)] += np.maximum(diagonal, 0.0) / len(statistics)
         scale = np.sqrt(power)
     return Fitted(states, scale)
+
+
+def shrunk(statistics: Statistics, shrinkage: float) -> Statistics:
+    """(1 - shrinkage) C + shrinkage diag(C) in place of C (Ledoit and Wolf 2004 shrink to a multiple of I)."""
+    if not shrinkage:
+        return statistics
+    second_moment = (1 - shrinkage) * statistics.second_moment
+    np.fill_diagonal(second_moment, np.diag(statistics.second_moment))
+    return dataclasses.replace(statistics, second_moment=second_moment)
 
 
 def _is_finite(entry: Statistics) -> bool:

@@ -30,6 +30,8 @@ class Recipe:
         gradients: How much of the output gradients' second moments is measured, for methods that need them.
         rounds: How often the gradients are measured again, on the converted model, and mixed in before it is converted
             anew.
+        shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1. Directions that the
+            calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
 
     Raises:
         UsageError: If a value is out of range or levers contradict each other.
@@ -44,6 +46,7 @@ class Recipe:
     rank_multiple: int = 1
     gradients: GradientGeometry = "full"
     rounds: int | None = None
+    shrinkage: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,6 +65,8 @@ class Recipe:
             raise UsageError(f"rounds {self.rounds} is below 0; 0 measures the dense model only")
         if self.resolved_rounds and self.definition.needs != "gradients":
             raise UsageError(f"method {self.method} uses no gradients; leave out rounds")
+        if not 0 <= self.resolved_shrinkage <= 1:
+            raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
         if self.resolved_topology == AUTO:
             if self.resolved_allocation != "loss":
                 raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
@@ -94,3 +99,8 @@ class Recipe:
     def resolved_rounds(self) -> int:
         """How often gradients are measured again."""
         return self.definition.rounds if self.rounds is None else self.rounds
+
+    @property
+    def resolved_shrinkage(self) -> float:
+        """How far second moments are drawn to their diagonals."""
+        return self.definition.shrinkage if self.shrinkage is None else self.shrinkage
