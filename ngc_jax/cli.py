@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
-from ngc_jax.commands import compare, convert, demo, evaluate, generate, info
+from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info
 from ngc_jax.errors import UsageError
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": evaluate.EvaluateConfig,
     "generate": generate.GenerateConfig,
     "info": info.InfoConfig,
+    "distil": distil.DistilConfig,
     "demo": demo.DemoConfig,
     "compare": compare.CompareConfig,
 }

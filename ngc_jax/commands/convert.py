@@ -55,8 +55,8 @@ class ConvertConfig:
             memory.
         rounds: How often the gradients are measured again, on the converted model, which is then converted anew; the
             method's own if not given. 0 takes less time and holds the statistics of one layer at a time.
-        shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not given.
-            More, such as 0.3, makes a model that is good on text unlike the calibration text.
+        shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
+            given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for

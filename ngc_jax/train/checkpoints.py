@@ -1,0 +1,119 @@
+"""Training checkpoints: state, data position and settings, by orbax.
+
+A checkpoint is written beside the others and renamed when it is whole, in the background while training goes on. One
+that was cut short all the same is passed over at restore, and the one before it taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ngc_jax.errors import UsageError
+from ngc_jax.train.step import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last to be written."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 3, keep_period: int | None = None) -> None:
+        """Open or make a directory of checkpoints.
+
+        Args:
+            directory: Where they are.
+            keep: How many of the newest stay.
+            keep_period: Those at multiples of this step stay too.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_period, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_names=("state", "data", "settings")
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Of all checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, state: TrainState, data: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; its step is the state's. Does nothing if there is one of that step.
+
+        Args:
+            state: Copied before this returns, so that it may be donated.
+            data: Position of the data, JSON; the same on every process.
+            settings: What the run was started with, JSON; the same on every process.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                settings=ocp.args.JsonSave(dict(settings)),
+            ),
+            force=True,
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]] | None:
+        """The newest checkpoint that is whole, on whatever mesh `like` asks for.
+
+        Args:
+            like: Shapes, types and shardings of the state wanted; arrays or jax.ShapeDtypeStruct.
+
+        Returns:
+            State, data position and settings; None if there is no checkpoint.
+
+        Raises:
+            UsageError: If there are checkpoints and none can be read as such a state.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        reasons = []
+        for step in self.steps:
+            try:
+                found = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract),
+                        data=ocp.args.JsonRestore(),
+                        settings=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reasons.append(f"step {step}: {reason}")
+                _log.warning(
+                    "checkpoint %s of %s cannot be read (%s); trying the one before", step, self._directory, reason
+                )
+                continue
+            return found["state"], found["data"], found["settings"]
+        if reasons:
+            raise UsageError(
+                f"no checkpoint in {self._directory} can be read ({'; '.join(reasons)}); was the run made with another "
+                "model or other settings? Choose another --out, or remove the directory"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        self._manager.wait_until_finished()
