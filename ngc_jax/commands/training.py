@@ -1,0 +1,354 @@
+"""What `ngc-jax distil` and `ngc-jax train` share: their options, and a run from a loaded model to a saved one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ngc_jax.models.load import LanguageModel
+    from ngc_jax.train.losses import Objective
+    from ngc_jax.train.trainable import Trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a training run.
+
+    Args:
+        out: Directory of the run; the model is in OUT/model.
+        text: Training text: a file, pydoc:first-half (needs no network), or hub:NAME:CONFIG:SPLIT.
+        skip_tokens: Tokens to drop at the beginning of the text.
+        tokens: Tokens of the text to train on, over and over; all if not given.
+        evaluation_text: Text on which perplexity is measured.
+        evaluation_skip_tokens: Tokens to drop at its beginning.
+        evaluation_tokens: Tokens to score; 0 for no evaluation.
+        evaluate_every: Steps between evaluations; 0 for only before and after.
+        steps: Steps in all.
+        batch_size: Rows of a step, over all devices.
+        sequence_length: Tokens of a row.
+        microbatches: Parts that a step's rows are cut into to save memory; the result is the same.
+        learning_rate: At its highest.
+        warmup_steps: Steps in which the learning rate rises.
+        schedule: How it falls then: cosine or linear; or constant.
+        final_fraction: Of the learning rate, at the end.
+        optimizer: Any of optax's by name.
+        optimizer_options: Its further options, for example "{b2: 0.99}".
+        clip_norm: Greatest global norm of a gradient.
+        learning_rate_scales: Factors of the learning rate by regular expressions of parameter paths.
+        compute_dtype: Type that the models run in; the trained parameters are kept in float32. float32 on CPU and
+            bfloat16 elsewhere if not given.
+        remat: Recompute each layer in the backward pass to save memory.
+        parallel: jit over a mesh, or pmap (data parallel only).
+        data: Devices along the mesh's axis data; -1 for all that are left.
+        fsdp: Devices along fsdp, which split batch and parameters.
+        tensor: Devices along tensor, which split heads and MLP neurons.
+        save_every: Steps between checkpoints; 0 for only at the end or when stopped.
+        keep_checkpoints: How many stay.
+        seed: Of the rows' order.
+        dry_run: Compile, print memory and shardings, train nothing.
+        profile: Directory for a profile of three steps.
+        coordinator: Address host:port of process 0, for several processes; or "auto" where the cluster tells.
+        process_count: Processes in all, with a coordinator's address.
+        process_index: Which this is.
+        json: Also write the summary to this file.
+    """
+
+    out: str | None = None
+    text: str = "pydoc:first-half"
+    skip_tokens: int = 0
+    tokens: int | None = None
+    evaluation_text: str = "pydoc:second-half"
+    evaluation_skip_tokens: int = 0
+    evaluation_tokens: int = 16_384
+    evaluate_every: int = 0
+    steps: int = 50
+    batch_size: int = 4
+    sequence_length: int = 512
+    microbatches: int = 1
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: float = 0.1
+    optimizer: str = "adamw"
+    optimizer_options: dict[str, Any] | None = None
+    clip_norm: float | None = 1.0
+    learning_rate_scales: dict[str, float] | None = None
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    remat: bool = False
+    parallel: Literal["jit", "pmap"] = "jit"
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    save_every: int = 0
+    keep_checkpoints: int = 3
+    seed: int = 0
+    dry_run: bool = False
+    profile: str | None = None
+    coordinator: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
+    json: str | None = None
+
+    def start(self) -> None:
+        """Join the other processes if there are any; before anything else asks for a device."""
+        from ngc_jax.train.distributed import start_processes
+
+        start_processes(self.coordinator, self.process_count, self.process_index)
+
+    def check(self) -> None:
+        """Raises UsageError for what can be known before a model is loaded."""
+        from ngc_jax.train import sharding
+
+        if self.out is None:
+            raise UsageError("no output directory is given; add --out DIR")
+        self.make_optimizer()
+        self.loop()
+        sharding.make_mesh(self.data, self.fsdp, self.tensor)
+
+    def resolved_dtype(self, backend: str) -> str:
+        """What the models compute in."""
+        return self.compute_dtype or ("float32" if backend == "cpu" else "bfloat16")
+
+    def make_optimizer(self) -> Any:
+        """The optimiser."""
+        from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
+
+        return make_optimizer(
+            OptimizerConfig(
+                self.optimizer,
+                self.learning_rate,
+                self.optimizer_options or {},
+                self.schedule,
+                self.warmup_steps,
+                self.steps,
+                self.final_fraction,
+                self.clip_norm,
+                self.learning_rate_scales or {},
+            )
+        )
+
+    def loop(self) -> Any:
+        """The loop's part of the options."""
+        from ngc_jax.train.loop import LoopConfig
+
+        return LoopConfig(
+            self.steps,
+            evaluate_every=self.evaluate_every,
+            save_every=self.save_every,
+            keep=self.keep_checkpoints,
+            parallel=self.parallel,
+            profile=self.profile,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one before: all that changes what the steps compute."""
+        settings = dataclasses.asdict(self)
+        return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
+
+    def train(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        *,
+        teacher: LanguageModel | None = None,
+        trainable: Trainable = "all",
+    ) -> dict[str, Any]:
+        """Train a loaded model, save it in OUT/model, and return the summary.
+
+        Args:
+            model: In float32.
+            objective: What is minimised.
+            teacher: Whom it is compared with.
+            trainable: Which of its parameters train.
+
+        Raises:
+            UsageError: If the texts are too short, or the loss is not finite.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.commands.convert import text_tokens
+        from ngc_jax.models.save import save_model
+        from ngc_jax.train import sharding
+        from ngc_jax.train.loop import Placed, train
+        from ngc_jax.train.metrics import MetricsWriter
+        from ngc_jax.train.step import Constants, Program
+        from ngc_jax.train.stream import StreamBatches
+        from ngc_jax.train.trainable import cast_params, merge_params, split_params
+
+        started = time.perf_counter()
+        dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
+        mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
+        tokenizer = model.load_tokenizer()
+        batches = StreamBatches(
+            text_tokens(self.text, tokenizer, self.skip_tokens, self.tokens, exact=True),
+            length=self.sequence_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        trained, frozen = split_params(model.params, trainable)
+        decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
+        of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
+        program = Program(decoder, objective, self.make_optimizer(), of_teacher[0], self.microbatches)
+        constants = Constants(cast_params(frozen, dtype), of_teacher[1])
+        if self.dry_run:
+            return _dry_run(Placed(program, trained, constants, mesh, self.parallel), batches)
+        evaluate = None
+        if self.evaluation_tokens:
+            held_out = text_tokens(
+                self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens, exact=True
+            )
+            evaluate = _evaluation(decoder, constants.frozen, held_out, mesh)
+        assert self.out is not None
+        directory = Path(self.out)
+        with MetricsWriter(directory) as writer, progress_bar("train") as bar:
+
+            def on_metrics(metrics: dict[str, float]) -> None:
+                writer.write(metrics)
+                step = int(metrics["step"])
+                if "loss" in metrics:
+                    rate = metrics["tokens"] / metrics["seconds"]
+                    bar(step, self.steps, f"train, loss {metrics['loss']:.3f}, {rate:,.0f} tokens/s")
+                if "perplexity" in metrics:
+                    console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
+
+            result = train(
+                program,
+                trained,
+                constants,
+                batches,
+                self.loop(),
+                mesh=mesh,
+                directory=directory / "checkpoints",
+                settings=self.settings(),
+                evaluate=evaluate,
+                on_metrics=on_metrics,
+            )
+        history = result.history
+        summary: dict[str, Any] = {
+            **self.settings(),
+            "out": self.out,
+            "step": result.step,
+            "interrupted": result.interrupted,
+            "parameters": model.count_parameters(),
+            "tokens_seen": result.step * self.batch_size * self.sequence_length,
+            "perplexities": {int(m["step"]): m["perplexity"] for m in history if "perplexity" in m},
+            "losses": [m["loss"] for m in history if "loss" in m],
+            "step_seconds": _median([m["seconds"] for m in history if "loss" in m][2:]),
+            "seconds": time.perf_counter() - started,
+        }
+        if result.interrupted:
+            console.print(f"stopped after step {result.step} of {self.steps}; the same command goes on")
+            return summary
+        if jax.process_index() == 0:
+            params = merge_params(jax.tree.map(jnp.asarray, result.params), frozen)
+            final = dataclasses.replace(model, params=params)
+            if model.plan is not None:
+                trained_on = {"text": Path(self.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
+                final = dataclasses.replace(final, conversion={**(model.conversion or {}), "training": trained_on})
+            save_model(final, str(directory / "model"), overwrite=True, card=_card(final, self, summary, trainable))
+        console.print(f"{directory / 'model'}: {summary['tokens_seen']:,} tokens in {summary['seconds']:.0f} s")
+        return summary
+
+
+# Options that say where and how a run is done, not what its steps compute.
+_FREE = {"out", "json", "dry_run", "profile", "coordinator", "process_count", "process_index", "save_every"}
+_FREE |= {"keep_checkpoints", "evaluate_every", "parallel", "data", "fsdp", "tensor", "microbatches", "remat"}
+_FREE |= {"evaluation_text", "evaluation_tokens", "evaluation_skip_tokens"}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any], trainable: str) -> str:
+    from ngc_jax.commands.convert import model_card
+
+    name = Path(options.out or "").name
+    converted = model.plan is not None and "calibration" in (model.conversion or {})
+    return f"""{model_card(model, name) if converted else f"# {name}"}
+
+Trained on {summary["tokens_seen"]:,} tokens of {Path(options.text).name} ({options.steps} steps of
+{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training
+{trainable}).
+"""
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _evaluation(decoder: Any, frozen: Any, tokens: np.ndarray, mesh: Any) -> Any:
+    """A function from trained parameters to perplexity on the tokens, in windows of 1,024."""
+    import jax
+    import numpy as np
+
+    from ngc_jax.evaluate.likelihood import token_log_likelihoods
+    from ngc_jax.text import split_windows
+    from ngc_jax.train import sharding
+    from ngc_jax.train.trainable import cast_params, merge_params
+
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    placed = sharding.put(frozen, sharding.params_shardings(frozen, mesh))
+    windows = split_windows(tokens, 1024, max(4 // split, 1) * split)
+
+    @jax.jit
+    def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        params = merge_params(cast_params(trained, decoder.param_dtype), frozen)
+        likelihoods, mask = token_log_likelihoods(decoder, params, batch["tokens"], batch["positions"])
+        return likelihoods.sum(), mask.sum()
+
+    def evaluate(trained: Any) -> dict[str, float]:
+        total = count = 0.0
+        for rows, positions in windows:
+            whole = {"tokens": rows, "positions": positions}
+            share = len(rows) // jax.process_count()
+            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+            batch = sharding.put_batch({name: x[mine] for name, x in whole.items()}, mesh)
+            likelihood, scored = score(trained, placed, batch)
+            total += float(np.asarray(likelihood.addressable_data(0)))
+            count += float(np.asarray(scored.addressable_data(0)))
+        return {"perplexity": math.exp(min(-total / count, 700.0))}
+
+    return evaluate
+
+
+def _dry_run(placed: Any, batches: Any) -> dict[str, Any]:
+    """Compile a step; print where the state is and what memory the step takes."""
+    import jax
+
+    from ngc_jax.commands.console import console, table
+
+    batch = placed.batch(next(batches))
+    started = time.perf_counter()
+    compiled = placed.step.lower(placed.state, placed.constants, batch).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    bytes_of = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs not in the arguments' place": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    rows = [[name, f"{value / 2**20:,.1f}"] for name, value in bytes_of.items()]
+    console.print(table("MiB on each device", ["", "MiB"], rows))
+    kinds: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed.state.params):
+        spec = getattr(leaf.sharding, "spec", leaf.sharding)
+        name = str(path[-1].key) if "output_states" not in str(path) else f"output_states {path[-1].key.split('.')[-1]}"
+        kinds[f"{name}: {spec}"] = kinds.get(f"{name}: {spec}", 0) + leaf.size
+    for kind, size in sorted(kinds.items()):
+        console.print(f"  {kind}, {size:,} parameters")
+    console.print(f"compiled in {seconds:.0f} s; nothing was trained")
+    return {"dry_run": True, "bytes_per_device": bytes_of, "compile_seconds": seconds}
