@@ -28,7 +28,8 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "heads": "tensor",
     "kv": "tensor",
     "mlp": "tensor",
-    "latent": None,
+    "latent": "tensor",
+    "latent_of_hidden": "fsdp",
 }
 # Path of a parameter joined with "/", a regular expression -> logical axes. The first that matches holds.
 RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
@@ -43,18 +44,18 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"mlp/[ug]/bias$", ("mlp",)),
     (r"attn/o/bias$|mlp/d/bias$", ("embed",)),
     (r"scale$", (None,)),
-    # A group's members share its input side: residual stream, heads or MLP neurons. Every state is split along its
-    # neurons, so that a signal is a partial sum over devices and what is added between them is of the size of the rank.
-    (r"output_states/[^/]*attn\.q$", ("heads", "latent")),
-    (r"output_states/[^/]*attn\.[kv]$", ("kv", "latent")),
-    (r"output_states/[^/]*mlp\.[ug]$", ("mlp", "latent")),
+    # States are split both ways, as kernels are. A signal is split along the latent space over `tensor` when it is made
+    # and gathered where it is read: what passes between devices is of the size of the rank.
+    (r"output_states/[^/]*attn\.q$", ("heads", "latent_of_hidden")),
+    (r"output_states/[^/]*attn\.[kv]$", ("kv", "latent_of_hidden")),
+    (r"output_states/[^/]*mlp\.[ug]$", ("mlp", "latent_of_hidden")),
     (r"output_states/[^/]*(attn\.o|mlp\.d)$", ("embed", "latent")),
     (r"input_states$", ("embed", "latent")),
-    (r"metric/log_diagonal$", ("latent",)),
-    (r"metric/factor$", ("latent", None)),
+    (r"metric/log_diagonal$", (None,)),
+    (r"metric/factor$", (None, None)),
     (r"gain$", ()),
     (r"amplitude/", (None,)),
-    (r"groups/.*lift$", ("latent", None)),
+    (r"groups/.*lift$", (None, None)),
 )
 
 
