@@ -142,7 +142,7 @@ def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, f
     right = sum(text.endswith(f"#{problem.answer}\n") for text, problem in zip(said, problems, strict=True))
     tokens, weights = make_rows(rng, 64, settings.length, settings.chain)
     positions = np.broadcast_to(np.arange(settings.length, dtype=np.int32), tokens.shape)
-    batch = {"tokens": tokens, "positions": positions, "starts": np.zeros_like(tokens), "weights": weights}
+    batch: Any = {"tokens": tokens, "positions": positions, "starts": np.zeros_like(tokens), "weights": weights}
     total, count, _ = jax.jit(lambda params: objective_sums(Objective(), model.decoder, params, batch))(model.params)
     return {"right": right, "problems": len(problems), "perplexity": math.exp(float(total) / float(count))}
 
