@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ngc_jax.models.load import LanguageModel
+    from ngc_jax.models.tokenizer import Tokenizer
+    from ngc_jax.train.data import PipelineIterator
     from ngc_jax.train.losses import Objective
     from ngc_jax.train.trainable import Trainable
 
@@ -24,7 +26,9 @@ class TrainingOptions:
 
     Args:
         out: Directory of the run; the model is in OUT/model.
-        text: Training text: a file, pydoc:first-half (needs no network), or hub:NAME:CONFIG:SPLIT.
+        text: Training text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, reasoning-gym:TASK, or
+            "sampled" for what the teacher writes; see docs/data.md.
+        data_options: How text becomes rows, for example "{packing: pack}"; with "sources", several in place of text.
         skip_tokens: Tokens to drop at the beginning of the text.
         tokens: Tokens of the text to train on, over and over; all if not given.
         evaluation_text: Text on which perplexity is measured.
@@ -63,6 +67,7 @@ class TrainingOptions:
 
     out: str | None = None
     text: str = "pydoc:first-half"
+    data_options: dict[str, Any] | None = None
     skip_tokens: int = 0
     tokens: int | None = None
     evaluation_text: str = "pydoc:second-half"
@@ -148,6 +153,42 @@ class TrainingOptions:
             profile=self.profile,
         )
 
+    def batches(self, tokenizer: Tokenizer, teacher: LanguageModel | None = None) -> PipelineIterator:
+        """This process's rows, without end.
+
+        Raises:
+            UsageError: If a source cannot be used, or is too small for a batch.
+        """
+        import jax
+
+        from ngc_jax.train.data import DataConfig, make_pipeline
+        from ngc_jax.train.sources import SourceConfig, sampled_source
+
+        options = dict(self.data_options or {})
+        sources = options.pop("sources", None)
+        if sources is None:
+            sources = [{"name": self.text, "skip_tokens": self.skip_tokens, "max_tokens": self.tokens}]
+        try:
+            data = DataConfig(
+                sources=tuple(SourceConfig(**source) if isinstance(source, dict) else source for source in sources),
+                sequence_length=self.sequence_length,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                **options,
+            )
+        except TypeError as error:
+            raise UsageError(f"data_options does not fit ({error}); see docs/data.md") from error
+        given = {}
+        if any(source.label == "sampled" for source in data.opened):
+            if teacher is None:
+                raise UsageError("text sampled from the teacher needs a teacher; give another text")
+            count = self.tokens or self.steps * self.batch_size * self.sequence_length
+            given["sampled"] = sampled_source(teacher, count, jax.random.key(self.seed), length=self.sequence_length)
+        pipeline = make_pipeline(
+            data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count(), given=given
+        )
+        return iter(pipeline)
+
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before: all that changes what the steps compute."""
         settings = dataclasses.asdict(self)
@@ -182,21 +223,13 @@ class TrainingOptions:
         from ngc_jax.train.loop import Placed, train
         from ngc_jax.train.metrics import MetricsWriter
         from ngc_jax.train.step import Constants, Program
-        from ngc_jax.train.stream import StreamBatches
         from ngc_jax.train.trainable import cast_params, merge_params, split_params
 
         started = time.perf_counter()
         dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
-        batches = StreamBatches(
-            text_tokens(self.text, tokenizer, self.skip_tokens, self.tokens, exact=True),
-            length=self.sequence_length,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
+        batches = self.batches(tokenizer, teacher)
         trained, frozen = split_params(model.params, trainable)
         decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)

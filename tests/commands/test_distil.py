@@ -96,7 +96,9 @@ def test_a_dry_run_trains_nothing(place, capsys):
     [
         (["--divergence", "0"], "no loss has a weight"),
         (["--batch-size", "3"], "cannot be split over 8 devices"),
-        (["--tokens", "99999999"], "too short"),
+        (["--sequence-length", "4096"], "a batch needs"),
+        (["--data-options", "{packing: folded}"], "packing"),
+        (["--data-options", "{paking: pack}"], "data_options does not fit"),
         (["--optimizer", "adamm"], "no optimiser"),
         (["--process-count", "2"], "coordinator"),
         (["--learning-rate", "1e30", "--clip-norm", "1e30", "--schedule", "constant"], "not finite at step"),
