@@ -90,7 +90,8 @@ def main() -> None:
     print(f"{jax.device_count()} {jax.devices()[0].platform} device(s), jax {jax.__version__}, {arguments}")
     ratios = [b / a for a, b in pairs]
     print(
-        f"dense {statistics.median(a for a, _ in pairs):.2f} s, grouped {statistics.median(b for _, b in pairs):.2f} s; "
+        f"dense {statistics.median(a for a, _ in pairs):.2f} s, "
+        f"grouped {statistics.median(b for _, b in pairs):.2f} s; "
         f"ratio {statistics.median(ratios):.3f}, the median of {len(pairs)} pairs, {min(ratios):.3f} to "
         f"{max(ratios):.3f}; keep ratio {plan.keep_ratio():.4f}"
     )
