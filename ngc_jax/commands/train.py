@@ -40,6 +40,7 @@ class TrainConfig(TrainingOptions):
         kernel: How two states make a weight: bilinear, riemannian or lifted.
         metric_rank: For riemannian: rank of the metric's part beside the diagonal.
         lift: For lifted: number of lifted features.
+        iterations: How often all layers are applied: above 1 the depth is unrolled communication of the same groups.
         rank_multiple: Ranks are multiples of this, for example 128 for a TPU's tiles.
     """
 
@@ -51,6 +52,7 @@ class TrainConfig(TrainingOptions):
     kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
     metric_rank: int = 0
     lift: int = 0
+    iterations: int = 1
     rank_multiple: int = 1
 
     def run(self) -> dict[str, Any]:
@@ -84,5 +86,7 @@ class TrainConfig(TrainingOptions):
             )
 
         hf_config = {"vocab_size": tokenizer.vocab_size, **_ARCHITECTURE, **(self.architecture or {})}
+        if self.iterations != 1:
+            hf_config["ngc_iterations"] = self.iterations
         model = fresh_model(hf_config, lambda: tokenizer, jax.random.key(self.seed), plan_of=plan_of)
         return self.train(model, Objective())

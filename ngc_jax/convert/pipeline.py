@@ -208,6 +208,8 @@ def measure(
     """
     if model.plan is not None:
         raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
+    if model.config.iterations > 1:
+        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")
     report = progress or (lambda stage, done, total: None)
     needs, config = recipe.definition.needs, model.config
     if needs == "nothing":

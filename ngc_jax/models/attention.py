@@ -39,7 +39,7 @@ Cache = tuple[LayerCache, ...]
 
 
 def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache, one entry per layer.
+    """An empty cache, one entry per layer and iteration.
 
     Args:
         config: The decoder.
@@ -58,7 +58,7 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtyp
             jnp.full((batch, slots), -1, jnp.int32),
         )
 
-    return tuple(layer(window) for window in config.windows)
+    return tuple(layer(window) for window in config.windows * config.iterations)
 
 
 @partial(jax.jit, static_argnames=("config", "capacity"))
@@ -93,7 +93,7 @@ def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
             jnp.maximum(position_BxS, -1),
         )
 
-    return tuple(layer(window, cache) for window, cache in zip(config.windows, prompts, strict=True))
+    return tuple(layer(*both) for both in zip(config.windows * config.iterations, prompts, strict=True))
 
 
 def write_cache(

@@ -67,6 +67,9 @@ class DecoderConfig:
         attention_scale: Multiplies the attention logits.
         attention_soft_cap: Bounds the attention logits by tanh; None for no bound.
         logit_soft_cap: Bounds the output logits by tanh; None for no bound.
+        iterations: How often all layers are applied, one round after the other: above 1 the depth is unrolled
+            communication of the same groups, weights tied between rounds. `ngc_iterations` in config.json, which
+            transformers does not know.
 
     Raises:
         UsageError: If sizes are not positive or do not fit each other.
@@ -96,6 +99,7 @@ class DecoderConfig:
     attention_scale: float = 1.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         for field in (
@@ -106,6 +110,7 @@ class DecoderConfig:
             "num_kv_heads",
             "head_dim",
             "mlp_dim",
+            "iterations",
         ):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} is {getattr(self, field)}; expected a positive whole number")
@@ -165,6 +170,7 @@ class DecoderConfig:
             qkv_bias=attention_bias or architecture == "qwen2",
             o_bias=attention_bias and architecture != "qwen2",
             mlp_bias=bool(hf.get("mlp_bias", False)) and architecture == "llama",
+            iterations=_number(hf, "ngc_iterations", int, 1),
             qk_norm=architecture in ("qwen3", "gemma3_text"),
             unit_offset_norm=gemma,
             post_norms=gemma,

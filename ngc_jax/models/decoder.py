@@ -241,12 +241,15 @@ class Layers(nn.Module):
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Apply every layer in turn."""
+        """Apply every layer in turn, as often as the model iterates."""
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
-        for layer in range(self.config.num_layers):
-            module = layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
-            x, layer_cache = module(x, positions, None if cache is None else cache[layer], groups, starts)
+        modules = [
+            layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
+            for layer in range(self.config.num_layers)
+        ]
+        for number, module in enumerate(modules * self.config.iterations):
+            x, layer_cache = module(x, positions, None if cache is None else cache[number], groups, starts)
             new_cache.append(layer_cache)
         return x, None if cache is None else tuple(new_cache)
 

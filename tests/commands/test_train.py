@@ -44,8 +44,9 @@ def run(place, out, *flags):
         ["--topology", "qkv-o-ug-d", "--keep", "0.6"],
         ["--topology", "qq-kk-vv-o-uu-gg-d", "--rank", "8", "--kernel", "lifted", "--lift", "16"],
         ["--topology", "qkv-o-ug-d", "--keep", "0.7", "--kernel", "riemannian", "--metric-rank", "2"],
+        ["--topology", "qkv-o-ug-d", "--keep", "0.6", "--iterations", "3"],
     ],
-    ids=["dense", "bilinear", "lifted", "riemannian"],
+    ids=["dense", "bilinear", "lifted", "riemannian", "unrolled"],
 )
 def test_models_learn_from_scratch(place, flags, monkeypatch):
     monkeypatch.setattr(sharding, "LOGICAL_AXES", {**sharding.LOGICAL_AXES, "vocab": None})
@@ -57,6 +58,7 @@ def test_models_learn_from_scratch(place, flags, monkeypatch):
     assert 150 < start < 700
     assert end < 25
     model = load_model(str(place / name / "model"))
+    assert model.config.iterations == (3 if "--iterations" in flags else 1)
     assert (model.plan is None) == (not flags)
     if "--keep" in flags:
         assert 0.5 < model.plan.keep_ratio() <= float(flags[flags.index("--keep") + 1])

@@ -13,6 +13,7 @@ from flax import traverse_util
 from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, RESIDUALS, Decoder
+from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, Params, parameter_shapes
 from tests.models.compact import compact_model, compact_plan, dense_equivalent, dense_model, fixed_gauge_model
 from tests.models.published import PUBLISHED
@@ -295,3 +296,30 @@ def test_residuals_are_sown() -> None:
     outputs = [sown[RESIDUALS]["layers"][str(layer)]["output"][0] for layer in range(model.config.num_layers)]
     np.testing.assert_array_equal(decoder.apply(params, outputs[-1], method="normed"), hidden[0])
     assert not np.allclose(outputs[0], outputs[1])
+
+
+def test_unrolled_layers_are_the_same_layers_again() -> None:
+    model = dense_model("gemma3")
+    once = model.config.num_layers
+    tied = dataclasses.replace(model.config, iterations=2)
+    written_out = dataclasses.replace(
+        model.config, num_layers=2 * once, windows=2 * model.config.windows, ropes=2 * model.config.ropes
+    )
+    layers = model.params["layers"]
+    both = {**layers, **{str(once + layer): layers[str(layer)] for layer in range(once)}}
+    tokens = some_tokens()
+    found = apply(Decoder(tied), model.params, tokens)
+    np.testing.assert_allclose(found, apply(Decoder(written_out), {**model.params, "layers": both}, tokens), atol=1e-5)
+    assert parameter_shapes(Decoder(tied)) == parameter_shapes(Decoder(model.config))
+
+
+def test_unrolled_layers_have_a_cache_for_every_iteration() -> None:
+    model = dense_model("gemma3")
+    unrolled = dataclasses.replace(model, config=dataclasses.replace(model.config, iterations=2))
+    prompt = np.arange(1, 8, dtype=np.int32)
+    (continued,) = generate(unrolled, [prompt], max_new_tokens=6)
+    tokens = prompt
+    for _ in range(6):
+        logits = apply(Decoder(unrolled.config), unrolled.params, jnp.asarray(tokens)[None])
+        tokens = np.append(tokens, np.argmax(logits[0, -1])).astype(np.int32)
+    np.testing.assert_array_equal(continued, tokens[len(prompt) :])
