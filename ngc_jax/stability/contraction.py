@@ -6,8 +6,8 @@ negative number all over a region (convex, and not left), all trajectories in it
 Slotine 1998, Automatica 34:683, theorem 2, and its form for maps). Along one trajectory it is a statement about its
 neighbourhood alone.
 
-The rate is never below the local exponent of the step, whatever the metric; the best metric is the one in which the two
-come closest.
+In the long run the mean rate along a trajectory is never below its largest Lyapunov exponent, whatever the metric; the
+best metric is the one in which they come closest.
 
 Legend: N numbers in a state, T steps.
 """

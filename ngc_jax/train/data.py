@@ -28,6 +28,7 @@ from ngc_jax.train.sources import Document, SourceConfig, Stream, open_source
 Position = dict[str, Any]
 Gather = Callable[[Position], Sequence[Position]]
 _ENDLESS = sys.maxsize
+_FREE = ("epochs", "prefetch")  # may change while a run goes on
 
 
 @dataclass(frozen=True)
@@ -197,21 +198,21 @@ def make_pipeline(
             f"process {process_index} of {process_count} cannot have a share of batches of {config.batch_size} rows; "
             "expected a number of processes that divides batch_size"
         )
-    opened = [(given or {}).get(source.label) or open_source(source) for source in config.opened]
-    identity: dict[str, Any] = {
-        name: getattr(config, name) for name in ("sequence_length", "batch_size", "packing", "shuffle", "seed")
-    }
+    made = given or {}
+    opened = [made[source.label] if source.label in made else open_source(source) for source in config.opened]
+    identity = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _FREE}
     reports, tables, parts = [], {}, config.batch_size
     identity["sources"] = []
     for number, (source, documents) in enumerate(zip(config.opened, opened, strict=True)):
         if isinstance(documents, Stream):
             parts = gcd(parts, documents.shards)
-            identity["sources"].append(source.label)
+            identity["sources"].append(f"{source.weight} of a stream of {documents.shards} files")
             continue
         corpus, layout, report = _table(documents, tokenizer, config, source)
         reports.append(report)
         tables[number] = _ordered(_Rows(corpus, layout, config.sequence_length, tokenizer.pad), config, number)
-        identity["sources"].append(f"{layout.rows} rows, {zlib.crc32(corpus.tokens.tobytes()):08x}")
+        check = zlib.crc32(corpus.predicted.tobytes(), zlib.crc32(corpus.tokens.tobytes()))
+        identity["sources"].append(f"{source.weight} of {layout.rows} rows, {check:08x}")
     weights = [source.weight for source in config.opened]
     share = config.batch_size // process_count
     mine = range(process_index * share, (process_index + 1) * share)

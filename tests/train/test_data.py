@@ -300,6 +300,13 @@ def test_a_position_in_other_data_is_refused():
         start(seed=1).set_state(state)
     with pytest.raises(UsageError, match="sources differ"):
         start(given=numbered(40)).set_state(state)
+    with pytest.raises(UsageError, match="packing, sources differ"):
+        start(packing="pack", sequence_length=500, batch_size=1).set_state(
+            start(sequence_length=500, batch_size=1).get_state()
+        )
+    with pytest.raises(UsageError, match="sources differ"):
+        start(given=numbered(41), sources=(SourceConfig("numbers", weight=2.0),)).set_state(state)
+    start(prefetch=0, epochs=5).set_state(state)
     with pytest.raises(UsageError, match="position is one in other data"):
         start().set_state({"batches": 3})
 
