@@ -122,6 +122,7 @@ class Attention(nn.Module):
     plan: Plan
     layer: int
     param_dtype: jnp.dtype
+    hold_others: bool
 
     @nn.compact
     def __call__(
@@ -143,12 +144,18 @@ class Attention(nn.Module):
             q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")(k)
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-        attended, cache = extend(cache, k, v, positions)
+        own = None
+        if self.hold_others:
+            assert cache is not None, "what is held must be given"
+            attended, (own, _) = cache, extend(None, k, v, positions)
+        else:
+            attended, cache = extend(cache, k, v, positions)
         y = attend(
             q,
             attended,
             positions,
             starts,
+            own,
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
@@ -178,12 +185,22 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer: attention and MLP, each added to the residual stream."""
+    """One layer: attention and MLP, each added to the residual stream.
+
+    Attributes:
+        config: The architecture.
+        plan: Which blocks form which group.
+        layer: Which layer, from 0.
+        param_dtype: Of parameters and activations.
+        hold_others: Whether the cache has the keys and values of the tokens themselves, which each is to take for those
+            of all others; see `attention.attend`.
+    """
 
     config: DecoderConfig
     plan: Plan
     layer: int
     param_dtype: jnp.dtype = jnp.float32
+    hold_others: bool = False
 
     @nn.compact
     def __call__(
@@ -214,7 +231,7 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, name="attn")(attn_in, positions, cache, groups, starts)
+        y, cache = Attention(*module, self.hold_others, name="attn")(attn_in, positions, cache, groups, starts)
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)

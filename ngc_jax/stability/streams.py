@@ -1,0 +1,174 @@
+"""A language model as a dynamics of its residual stream: one layer applied, a pass recorded, one token's maps.
+
+The state of token t after l layers is its residual stream x_l[t]; layer l takes it to x_(l+1)[t].
+
+Legend: B prompts, L tokens with padding, D embed, n layers times iterations (the depth).
+Prompts are padded on the right; their tokens have the positions 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.attention import Cache, LayerCache, init_cache
+from ngc_jax.models.decoder import Decoder, DecoderLayer
+from ngc_jax.models.decoding import Params
+from ngc_jax.stability.flat import working_type
+
+
+class Recording(NamedTuple):
+    """What a forward pass of one prompt left behind.
+
+    Attributes:
+        streams: (n+1, L, D) the residual stream before the first layer and after every one.
+        cache: Keys, values and positions of every layer, of one sequence; slot t is token t's.
+        positions: (L,) 0, 1, 2, ..., then -1 for padding.
+    """
+
+    streams: Float[Array, "m L D"]
+    cache: Cache
+    positions: Int[Array, " L"]
+
+
+def depth_of(decoder: Decoder) -> int:
+    """Layers that a token passes: those of the model times its iterations."""
+    return decoder.config.num_layers * decoder.config.iterations
+
+
+def apply_layer(
+    decoder: Decoder,
+    params: Params,
+    number: int,
+    x_LxD: Float[Array, "L D"],
+    positions_L: Int[Array, " L"],
+    cache: LayerCache | None = None,
+    *,
+    alone: bool = False,
+) -> tuple[Float[Array, "L D"], LayerCache | None]:
+    """One layer of the decoder, applied to one sequence.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        number: Which layer, from 0; counted on through the iterations.
+        x_LxD: Residual stream.
+        positions_L: Positions; -1 for padding.
+        cache: Of this layer, or None.
+        alone: Whether every token attends to itself only.
+
+    Returns:
+        The residual stream after the layer, and the layer's new cache (None without one).
+    """
+    layer = number % decoder.config.num_layers
+    module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype)
+    variables = {"params": params["layers"][str(layer)]}
+    starts_1xL = positions_L[None] if alone else None
+    given = (x_LxD[None], positions_L[None], cache, params.get("groups", {}), starts_1xL)
+    y_1xLxD, after = cast(Any, module.apply(variables, *given))
+    return y_1xLxD[0], after
+
+
+def record(
+    decoder: Decoder, params: Params, tokens_L: Int[Array, " L"], length: Int[Array, ""] | int | None = None
+) -> Recording:
+    """Run one prompt and keep its residual streams and caches.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        tokens_L: The prompt, padded on the right with any token.
+        length: How many of them are its own; all if None.
+
+    Returns:
+        (n+1) · L · D numbers of streams, and the cache.
+    """
+    index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
+    positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
+    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
+    empty = init_cache(decoder.config, 1, 0, decoder.param_dtype)
+    streams: list[Array] = [x_LxD]
+    caches: list[Any] = []
+    for number in range(depth_of(decoder)):
+        x_LxD, cache = apply_layer(decoder, params, number, x_LxD, positions_L, empty[number])
+        streams.append(x_LxD)
+        caches.append(cache)
+    return Recording(jnp.stack(streams), tuple(caches), positions_L)
+
+
+def token_maps(
+    decoder: Decoder, params: Params, recording: Recording, position: Int[Array, ""]
+) -> list[Callable[[Array], Array]]:
+    """The layers as maps of ONE token's stream, the streams of all other tokens held as they were recorded.
+
+    Token t's own key and value change with it; those of the others are in the recorded cache. A map costs one token,
+    not a sequence, and its Jacobian is the block d x_(l+1)[t] / d x_l[t] of the whole stream's.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        recording: Of the prompt.
+        position: t. (Of padding, -1, the maps are defined and mean nothing.)
+
+    Returns:
+        n maps (D,) -> (D,).
+    """
+    position_1 = jnp.asarray(position, jnp.int32)[None]
+
+    def of_layer(number: int) -> Callable[[Array], Array]:
+        # The token is written into its own slot, t mod L, over what was recorded there.
+        def advance(x_D: Array) -> Array:
+            return apply_layer(decoder, params, number, x_D[None], position_1, recording.cache[number])[0][0]
+
+        return advance
+
+    return [of_layer(number) for number in range(depth_of(decoder))]
+
+
+def check_prompts(
+    decoder: Decoder, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"] | None
+) -> Int[Array, " B"]:
+    """The lengths of a batch of prompts.
+
+    Raises:
+        UsageError: If the tokens are not a batch of at least one, or there is not one length for each row.
+    """
+    if jnp.ndim(tokens_BxL) != 2 or not jnp.size(tokens_BxL) or not jnp.issubdtype(tokens_BxL.dtype, jnp.integer):
+        raise UsageError(
+            f"tokens of shape {jnp.shape(tokens_BxL)} and type {tokens_BxL.dtype}; expected whole numbers (B, L), "
+            "at least one"
+        )
+    if decoder.remat:
+        raise UsageError("the decoder recomputes its layers (remat); take LanguageModel.decoder")
+    if lengths_B is None:
+        return jnp.full(tokens_BxL.shape[0], tokens_BxL.shape[1], jnp.int32)
+    if jnp.shape(lengths_B) != tokens_BxL.shape[:1]:
+        raise UsageError(
+            f"lengths of shape {jnp.shape(lengths_B)} for {tokens_BxL.shape[0]} prompts; expected one each"
+        )
+    return jnp.asarray(lengths_B, jnp.int32)
+
+
+def without_padding(result: Any, positions_L: Int[Array, " L"], instead: float) -> Any:
+    """A pytree whose leaves have a leading axis L, with `instead` where there is padding."""
+
+    def fill(leaf: Array) -> Array:
+        return jnp.where((positions_L >= 0).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, instead)
+
+    return jax.tree.map(fill, result)
+
+
+def widened(tree: Any) -> Any:
+    """Every leaf in float32 at least: differences of streams in a narrower type are mostly rounding."""
+    return jax.tree.map(lambda leaf: leaf.astype(working_type(leaf)), tree)
+
+
+def log_length(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """Logarithm of the Euclidean length over the last axis."""
+    return 0.5 * jnp.log(jnp.sum(jnp.square(widened(vectors)), axis=-1))

@@ -1,0 +1,279 @@
+"""Stability of decoders against Jacobians formed one token at a time, finite differences and invariances."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernels import encode
+from ngc_jax.models.attention import init_cache
+from ngc_jax.stability.depth import depth_stability
+from ngc_jax.stability.driving import alignment, mean_motion, potential_over_alone, potential_over_mean
+from ngc_jax.stability.sequence import responses, sequence_stability
+from ngc_jax.stability.streams import record, token_maps
+from tests.models.compact import compact_model, dense_equivalent
+from tests.tiny import random_tokens, tiny_model
+
+KEY = jax.random.key(5)
+LENGTH = 14
+
+
+def prompt(length=LENGTH, seed=0):
+    return jnp.asarray(random_tokens(length, seed))
+
+
+def padded(*prompts):
+    width = max(map(len, prompts)) + 2
+    rows = [jnp.pad(one, (0, width - len(one)), constant_values=7) for one in prompts]
+    return jnp.stack(rows), jnp.asarray([len(one) for one in prompts], jnp.int32)
+
+
+def depth(model, tokens, lengths=None, **options):
+    return depth_stability(model.decoder, model.params, tokens, lengths, key=KEY, **options)
+
+
+def sequence(model, tokens, lengths=None, **options):
+    return sequence_stability(model.decoder, model.params, tokens, lengths, key=KEY, **options)
+
+
+@pytest.mark.parametrize("make", [partial(tiny_model, "gemma3"), tiny_model, compact_model])
+def test_depth_agrees_with_the_jacobians_of_one_token(make):
+    """With as many directions as dimensions nothing is random: the metric is that of the Frobenius norm."""
+    model = make()
+    tokens, embed_dim = prompt(), model.config.embed_dim
+    recording = record(model.decoder, model.params, tokens)
+    found = depth(model, tokens[None], directions=embed_dim)
+    n = model.config.num_layers
+
+    @jax.jit
+    def jacobians(position):
+        maps = token_maps(model.decoder, model.params, recording, position)
+        return jnp.stack([jax.jacfwd(f)(x[position]) for f, x in zip(maps, recording.streams, strict=False)])
+
+    for t in (0, 5, LENGTH - 1):
+        whole = np.eye(embed_dim)
+        lengths = np.linalg.norm(np.asarray(recording.streams, np.float64)[:, t], axis=-1)
+        for number, one in enumerate(np.asarray(jacobians(jnp.int32(t)), np.float64), start=1):
+            whole = one @ whole
+            grown = 0.5 * np.log(np.sum(whole**2) / embed_dim) - np.log(lengths[number] / lengths[0])
+            np.testing.assert_allclose(found.growth[0, t, number], grown, atol=2e-4)
+        np.testing.assert_allclose(found.metric[0, t], grown / n, atol=1e-4)
+        # All exponents together are the growth of volume, whatever the frame.
+        np.testing.assert_allclose(found.exponents[0, t].sum() * n, np.linalg.slogdet(whole)[1], atol=5e-3)
+
+
+def test_a_few_directions_estimate_the_metric_and_say_how_well():
+    model = tiny_model()
+    tokens = jnp.stack([prompt(24, seed) for seed in range(8)])
+    exact = depth(model, tokens, directions=24).metric
+    few = depth(model, tokens, directions=6)
+    z = (few.metric - exact) / few.error
+    assert 0.3 < np.sqrt(np.mean(np.square(z))) < 2.0
+    assert np.all(np.isnan(depth(model, tokens[:1], directions=1).error))
+
+
+def test_a_groups_part_is_the_growth_into_its_signal():
+    model = compact_model()
+    embed_dim, tokens = model.config.embed_dim, prompt()
+    found = depth(model, tokens[None], directions=embed_dim)
+    group = next(group for group in model.plan.groups if group.name == "0-vv")
+    scale = model.params["layers"]["0"]["attn_norm"]["scale"]
+    states = model.params["groups"]["0-vv"]
+    stream = record(model.decoder, model.params, tokens).streams[:, 4]
+
+    def signal(x, scale=scale):
+        normed = x / jnp.sqrt(jnp.mean(x**2) + model.config.norm_eps) * scale
+        return encode(group.kernel, states, normed)
+
+    # The group is heard in both layers; in the second the perturbation has come through the first.
+    recording = record(model.decoder, model.params, tokens)
+    first_map = token_maps(model.decoder, model.params, recording, jnp.int32(4))[0]
+    second = partial(signal, scale=model.params["layers"]["1"]["attn_norm"]["scale"])
+
+    def gain(f, x, before):
+        return np.log(
+            np.linalg.norm(jax.jacfwd(f)(x) @ before) / np.linalg.norm(f(x)) / np.sqrt(embed_dim) * np.linalg.norm(x)
+        )
+
+    first_jacobian = jax.jit(jax.jacfwd(first_map))(stream[0])
+    grown = np.log(np.linalg.norm(first_jacobian) / np.sqrt(embed_dim))
+    expected = [gain(signal, stream[0], np.eye(embed_dim)), gain(second, stream[1], first_jacobian) - grown]
+    np.testing.assert_allclose(found.signals["0-vv"][0, 4], np.mean(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("measure", [depth, partial(sequence, memory=4)])
+def test_a_compact_model_is_as_stable_as_the_dense_one_it_makes(measure):
+    model = compact_model()
+    tokens = jnp.stack([prompt(), prompt(seed=1)])
+    found, expected = measure(model, tokens), measure(dense_equivalent(model), tokens)
+    np.testing.assert_allclose(found.metric, expected.metric, atol=1e-3)
+    np.testing.assert_allclose(found.growth, expected.growth, atol=3e-3)
+
+
+def test_padding_and_company_change_nothing_along_depth():
+    model = tiny_model()
+    one, other = prompt(), prompt(9, seed=1)
+    found = depth(model, *padded(one, other), keep_frames=True)
+    for row, tokens in enumerate((one, other)):
+        alone = depth(model, tokens[None], keep_frames=True)
+        for name in ("metric", "error", "exponents", "growth", "frames"):
+            values = getattr(found, name)[row]
+            np.testing.assert_allclose(values[: len(tokens)], getattr(alone, name)[0], atol=2e-4)
+            assert np.all(np.isnan(values[len(tokens) :]))
+
+
+def test_padding_and_company_change_nothing_along_the_sequence():
+    model = tiny_model()
+    one, other = prompt(), prompt(9, seed=1)
+    found = sequence(model, *padded(one, other), memory=3)
+    for row, tokens in enumerate((one, other)):
+        alone = sequence(model, tokens[None], memory=3)
+        for name in ("metric", "error"):
+            np.testing.assert_allclose(getattr(found, name)[row], getattr(alone, name)[0], atol=2e-4)
+        for name in ("segments", "exponents", "growth", "layers"):
+            values, expected = getattr(found, name)[row], getattr(alone, name)[0]
+            np.testing.assert_allclose(values[: len(expected)], expected, atol=5e-4)
+            assert np.all(np.isnan(values[len(expected) :]))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architecture):
+    """With as many directions as the memory has numbers the metric is that of the Frobenius norm."""
+    model, memory, steps = tiny_model(architecture), 2, 4
+    tokens = prompt(memory + steps)
+    config = model.config
+    size = config.num_layers * 2 * memory * config.num_kv_heads * config.head_dim
+    found = sequence(model, tokens[None], memory=memory, directions=size)
+
+    recording = record(model.decoder, model.params, tokens)
+    kept = [(np.asarray(layer.keys)[0], np.asarray(layer.values)[0].swapaxes(1, 2)) for layer in recording.cache]
+    units = np.array([[np.sqrt(np.mean(part**2)) for part in layer] for layer in kept])
+    actual = np.array(kept) / units[:, :, None, None, None]  # (n, 2, heads, H, tokens)
+    run = jax.jit(
+        lambda cache, token, position: model.decoder.apply(
+            {"params": model.params}, token[None, None], position[None, None], cache, method="hidden"
+        )[1]
+    )
+
+    def new_activations(recent, t):
+        """Keys and values of token t of those of the tokens before it, the last `memory` of them as given."""
+        cache = init_cache(config, 1, len(tokens), jnp.float32)
+        past = jnp.concatenate([jnp.asarray(actual[..., : t - memory]), recent], axis=-1)
+        past = past * units[:, :, None, None, None]
+        filled = []
+        for layer, (keys, values) in zip(cache, past, strict=True):
+            slots = layer.positions.shape[1]
+            at = np.arange(t) % slots
+            filled.append(
+                layer._replace(
+                    keys=layer.keys.at[0, :, :, at].set(jnp.moveaxis(keys, -1, 0)),
+                    values=layer.values.at[0, :, at].set(jnp.moveaxis(values, -1, 0)),
+                    positions=layer.positions.at[0, at].set(np.arange(t)),
+                )
+            )
+        after = run(tuple(filled), tokens[t], jnp.int32(t))
+        slots = [t % layer.positions.shape[1] for layer in after]
+        new = [(layer.keys[0, :, :, s], layer.values[0, :, s]) for layer, s in zip(after, slots, strict=True)]
+        return jnp.array([[*layer] for layer in new]) / units[:, :, None, None]
+
+    for segment, start in enumerate(range(memory, memory + steps, memory)):
+        tangent = np.eye(size).reshape(size, config.num_layers, 2, config.num_kv_heads, config.head_dim, memory)
+        for t in range(start, start + memory):
+            recent = jnp.asarray(actual[..., t - memory : t])
+            jacobian = np.asarray(jax.jacfwd(partial(new_activations, t=t))(recent))
+            new = np.tensordot(tangent, jacobian, (range(1, 6), range(4, 9)))
+            tangent = np.concatenate([tangent[..., 1:], new[..., None]], axis=-1)
+            grown = 0.5 * np.log(np.sum(tangent**2) / size)
+            np.testing.assert_allclose(found.growth[0, segment, t - start], grown, atol=1e-3)
+        np.testing.assert_allclose(found.segments[0, segment], grown / memory, atol=1e-3)
+        by_layer = np.sum(tangent**2, axis=(0, 2, 3, 4, 5))
+        np.testing.assert_allclose(found.layers[0, segment], by_layer / by_layer.sum(), atol=1e-3)
+    assert found.ends.tolist() == [3, 5]
+
+
+def test_responses_are_causal_and_those_of_finite_differences():
+    model = tiny_model()
+    tokens, sources = prompt(), jnp.array([0, 4])
+    found = np.asarray(responses(model.decoder, model.params, tokens, sources, key=KEY))
+    np.testing.assert_allclose(found[[0, 1], 0, [0, 4]], 1.0, rtol=1e-5)
+    assert np.all(found[1, :, :4] == 0)
+    assert np.all(found[:, 0].sum(axis=1) < 1 + 1e-5)
+    assert np.all(found[0, 1:] > 0)
+
+    # One more road: the same direction added to one row of the embeddings of a text in which that token occurs once.
+    tokens = jnp.asarray(np.random.default_rng(0).permutation(200)[:LENGTH], jnp.int32)
+    found = np.asarray(responses(model.decoder, model.params, tokens, sources[1:], key=KEY))[0]
+    before = np.asarray(record(model.decoder, model.params, tokens).streams)
+    table = model.params["embed"]["embedding"]
+    (key,) = jax.random.split(KEY, 1)
+    direction = jax.random.normal(key, (24,))
+    direction *= 1e-3 * np.linalg.norm(table[tokens[4]]) / jnp.linalg.norm(direction)
+    runs = []
+    for sign in (1, -1):
+        moved = {**model.params, "embed": {"embedding": table.at[tokens[4]].add(sign * direction)}}
+        runs.append(np.asarray(record(model.decoder, moved, tokens).streams, np.float64))
+    difference = np.linalg.norm(runs[0] - runs[1], axis=-1) / 2e-3 / np.linalg.norm(before, axis=-1)
+    np.testing.assert_allclose(found, difference, rtol=0.02, atol=2e-3)
+
+
+def test_potentials_and_undriven_motions_add_up_to_the_motion():
+    model = tiny_model()
+    tokens, lengths = padded(prompt(), prompt(9, seed=1))
+    over_alone = potential_over_alone(model.decoder, model.params, tokens, lengths)
+    motion = mean_motion(model.decoder, model.params, tokens, lengths)
+    over_mean = potential_over_mean(model.decoder, model.params, motion, tokens, lengths)
+    for row, count in enumerate(lengths.tolist()):
+        streams = record(model.decoder, model.params, tokens[row], count).streams
+        expected = np.diff(np.asarray(streams), axis=0).swapaxes(0, 1)[:count]
+        for drive in (over_alone, over_mean):
+            np.testing.assert_allclose((drive.potential + drive.undriven)[row, :count], expected, atol=1e-4)
+            assert np.all(np.asarray(drive.potential)[row, count:] == 0)
+    # Nothing drives the first token, and on average nothing drives the mean field.
+    assert np.abs(over_alone.potential[:, 0]).max() < 1e-5 < np.abs(over_alone.potential[:, 1]).max()
+    assert np.abs(over_mean.potential.sum(axis=(0, 1))).max() < 1e-3
+
+    # What a token does alone it does alone in a prompt of its own.
+    single = record(model.decoder, model.params, tokens[0, :1]).streams[:, 0]
+    np.testing.assert_allclose(over_alone.undriven[0, 0], np.diff(single, axis=0), atol=1e-5)
+    frames = depth(model, tokens, lengths, directions=24, keep_frames=True).frames
+    share = np.asarray(alignment(over_alone, frames))[0, 1:LENGTH]
+    np.testing.assert_allclose(share[..., -1], 1, atol=1e-3)
+    assert np.all(np.diff(share, axis=-1) > -1e-6)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: depth(model, prompt()),
+        lambda model: depth(model, prompt()[None], directions=25),
+        lambda model: depth(model, prompt()[None].astype(float)),
+        lambda model: depth(model, prompt()[None], jnp.array([3, 4])),
+        lambda model: sequence(model, prompt()[None]),
+        lambda model: sequence(model, prompt()[None], memory=0),
+        lambda model: potential_over_mean(model.decoder, model.params, jnp.zeros((2, 24)), prompt()[None]),
+    ],
+)
+def test_what_does_not_fit_is_refused(measure):
+    with pytest.raises(UsageError, match="expected"):
+        measure(tiny_model())
+
+
+def test_gradients_reach_the_parameters():
+    """A regulariser on the metric can be trained: its derivative is that of finite differences."""
+    model, tokens = tiny_model(), prompt(8)[None]
+
+    def total(kernel):
+        layers = model.params["layers"]
+        first = {**layers["0"], "mlp": {**layers["0"]["mlp"], "d": {"kernel": kernel}}}
+        params = {**model.params, "layers": {**layers, "0": first}}
+        return depth_stability(model.decoder, params, tokens, key=KEY, directions=3).metric.mean()
+
+    kernel = model.params["layers"]["0"]["mlp"]["d"]["kernel"]
+    slope = jax.jit(jax.grad(total))(kernel)
+    direction = slope / jnp.linalg.norm(slope)
+    step = 3e-3
+    difference = (total(kernel + step * direction) - total(kernel - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jnp.sum(slope * direction), difference, rtol=0.02)
