@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
-from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info, plan_memory, train
+from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info, plan_memory, stability, train
 from ngc_jax.errors import UsageError
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "distil": distil.DistilConfig,
     "train": train.TrainConfig,
     "plan-memory": plan_memory.PlanMemoryConfig,
+    "stability": stability.StabilityConfig,
     "demo": demo.DemoConfig,
     "compare": compare.CompareConfig,
 }

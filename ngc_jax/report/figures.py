@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 # Perplexities above this multiple of the dense one are off the picture: the model is broken there.
 _CEILING = 20.0
 _OURS, _GRAY = "#c1121f", "#8d99ae"
-_COLOURS = ("#1d3557", "#457b9d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#6b705c", "#b56576", "#118ab2", "#8d99ae")
+COLOURS = ("#1d3557", "#457b9d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#6b705c", "#b56576", "#118ab2", "#8d99ae")
 _MARKERS = "osv^DPX<>"
 
 
@@ -35,21 +35,23 @@ def draw_comparison(results: Mapping[str, Any], directory: Path) -> list[Path]:
     ranked = next((r for r in sorted(methods, key=lambda r: abs(r["keep"] - 0.6)) if r["allocation"] == "loss"), None)
     drawn = []
     if methods:
-        drawn.append(_save(pareto(methods, dense), directory / "pareto.png"))
+        drawn.append(save_figure(pareto(methods, dense), directory / "pareto.png"))
     if levers:
-        drawn.append(_save(bars(levers, dense), directory / "levers.png"))
+        drawn.append(save_figure(bars(levers, dense), directory / "levers.png"))
     if ranked is not None and ranked["topology"] == "q-k-v-o-u-g-d":
-        drawn.append(_save(rank_map(ranked), directory / "ranks.png"))
+        drawn.append(save_figure(rank_map(ranked), directory / "ranks.png"))
     return drawn
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn to files only."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, file: Path) -> Path:
+def save_figure(figure: Figure, file: Path) -> Path:
+    """Write a picture (PNG) whole or not at all; returns the file."""
     temporary = file.with_name(f".{file.name}")
     figure.savefig(temporary, format="png")
     temporary.replace(file)
@@ -58,7 +60,7 @@ def _save(figure: Figure, file: Path) -> Path:
 
 def pareto(rows: Rows, dense: Mapping[str, Any]) -> Figure:
     """Perplexity over stored parameters, one line for each method; broken models are left out and named."""
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     names = list(dict.fromkeys(row["variant"] for row in rows))
     others = [name for name in names if name != "ngc"]
@@ -76,7 +78,7 @@ def pareto(rows: Rows, dense: Mapping[str, Any]) -> Figure:
         place = 0 if ours else others.index(name)
         axes.plot(
             *zip(*points, strict=True),
-            color=_OURS if ours else _COLOURS[place % len(_COLOURS)],
+            color=_OURS if ours else COLOURS[place % len(COLOURS)],
             marker="*" if ours else _MARKERS[place % len(_MARKERS)],
             markersize=11 if ours else 5,
             linewidth=2.4 if ours else 1.2,
@@ -113,7 +115,7 @@ def bars(rows: Rows, dense: Mapping[str, Any]) -> Figure:
     """Excess log-perplexity of every variant, one panel for each keep ratio."""
     keeps = sorted({row["keep"] for row in rows}, reverse=True)
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure = _figure(8.0, 0.34 * len(names) + 1.3)
+    figure = new_figure(8.0, 0.34 * len(names) + 1.3)
     panels = np.atleast_1d(figure.subplots(1, len(keeps), sharey=True))
     for axes, keep in zip(panels, keeps, strict=True):
         found = {r["variant"]: math.log(r["perplexity"] / dense["perplexity"]) for r in rows if r["keep"] == keep}
@@ -122,7 +124,7 @@ def bars(rows: Rows, dense: Mapping[str, Any]) -> Figure:
             if name not in found:
                 continue
             value = found[name]
-            axes.barh(place, min(value, ceiling), color=_OURS if name.startswith("ngc") else _COLOURS[1], height=0.7)
+            axes.barh(place, min(value, ceiling), color=_OURS if name.startswith("ngc") else COLOURS[1], height=0.7)
             text = f"{value:.2f}" if value < ceiling else "> broken"
             axes.annotate(
                 text, (min(value, ceiling), place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
@@ -146,7 +148,7 @@ def rank_map(row: Mapping[str, Any]) -> Figure:
     for name, rank in row["ranks"].items():
         layer, role = name[1:].split("-")
         grid[roles.index(role), int(layer)] = rank / full.get(name, rank)
-    figure = _figure(8.0, 2.6)
+    figure = new_figure(8.0, 2.6)
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(roles)), ["q", "k", "v", "o", "up", "gate", "down"])

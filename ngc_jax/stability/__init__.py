@@ -1,6 +1,7 @@
 """How stable a dynamics is: Jacobians, Lyapunov exponents, contraction, fixed points, the driving potential.
 
-Everything takes a pure step function of a state, any pytree, and knows nothing of models.
+Everything that is exported here takes a pure step function of a state, any pytree, and knows nothing of models. The
+modules `depth`, `sequence` and `driving` apply it to decoders.
 """
 
 from ngc_jax.stability.contraction import (
