@@ -43,7 +43,10 @@ def run(place, out, *flags):
         [],
         ["--topology", "qkv-o-ug-d", "--keep", "0.6"],
         ["--topology", "qq-kk-vv-o-uu-gg-d", "--rank", "8", "--kernel", "lifted", "--lift", "16"],
-        ["--topology", "qkv-o-ug-d", "--keep", "0.7", "--kernel", "riemannian", "--metric-rank", "2"],
+        pytest.param(
+            ["--topology", "qkv-o-ug-d", "--keep", "0.7", "--kernel", "riemannian", "--metric-rank", "2"],
+            marks=pytest.mark.slow,
+        ),
         ["--topology", "qkv-o-ug-d", "--keep", "0.6", "--iterations", "3"],
     ],
     ids=["dense", "bilinear", "lifted", "riemannian", "unrolled"],

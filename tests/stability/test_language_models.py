@@ -104,7 +104,7 @@ def test_a_groups_part_is_the_growth_into_its_signal():
     np.testing.assert_allclose(found.signals["0-vv"][0, 4], np.mean(expected), atol=1e-3)
 
 
-@pytest.mark.parametrize("measure", [depth, partial(sequence, memory=4)])
+@pytest.mark.parametrize("measure", [depth, pytest.param(partial(sequence, memory=4), marks=pytest.mark.slow)])
 def test_a_compact_model_is_as_stable_as_the_dense_one_it_makes(measure):
     model = compact_model()
     tokens = jnp.stack([prompt(), prompt(seed=1)])
@@ -125,6 +125,7 @@ def test_padding_and_company_change_nothing_along_depth():
             assert np.all(np.isnan(values[len(tokens) :]))
 
 
+@pytest.mark.slow
 def test_padding_and_company_change_nothing_along_the_sequence():
     model = tiny_model()
     one, other = prompt(), prompt(9, seed=1)
@@ -139,7 +140,7 @@ def test_padding_and_company_change_nothing_along_the_sequence():
             assert np.all(np.isnan(values[len(expected) :]))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architecture):
     """With as many directions as the memory has numbers the metric is that of the Frobenius norm."""
     model, memory, steps = tiny_model(architecture), 2, 4

@@ -224,9 +224,8 @@ def ends_of(processes):
     return ends
 
 
-@pytest.mark.parametrize(
-    ("parallel", "mesh"), [("jit", "[2, 2, 2]"), pytest.param("pmap", "[8, 1, 1]", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "mesh"), [("jit", "[2, 2, 2]"), ("pmap", "[8, 1, 1]")])
 def test_two_processes_train_as_one(seven, tmp_path, parallel, mesh):
     with two_processes(tmp_path / "run", 7, parallel, mesh) as processes:
         ends = ends_of(processes)
