@@ -17,7 +17,19 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
-from ngc_jax.commands import compare, convert, demo, distil, evaluate, generate, info, plan_memory, stability, train
+from ngc_jax.commands import (
+    compare,
+    convert,
+    demo,
+    distil,
+    evaluate,
+    generate,
+    info,
+    plan_memory,
+    report,
+    stability,
+    train,
+)
 from ngc_jax.errors import UsageError
 
 COMMANDS = {
@@ -29,6 +41,7 @@ COMMANDS = {
     "train": train.TrainConfig,
     "plan-memory": plan_memory.PlanMemoryConfig,
     "stability": stability.StabilityConfig,
+    "report": report.ReportConfig,
     "demo": demo.DemoConfig,
     "compare": compare.CompareConfig,
 }
@@ -112,7 +125,7 @@ def _parser() -> ArgumentParser:
 
 
 def _command_parser(config: type) -> ArgumentParser:
-    """Options from a config's fields, their help from its docstring. A first field named `model` is positional."""
+    """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional."""
     docstring = parse_docstring(config.__doc__ or "")
     helps = {
         parameter.arg_name: parameter.description
@@ -130,6 +143,8 @@ def _command_parser(config: type) -> ArgumentParser:
         flag = f"--{field.name.replace('_', '-')}"
         if field.name == "model":
             parser.add_argument("model", nargs="?", **common)
+        elif field.name == "sources":
+            parser.add_argument("sources", nargs="*", type=str, **common)
         elif types[field.name] is bool:
             parser.add_argument(flag, action="store_true", **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
