@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,10 +81,7 @@ class ReportConfig:
         errors, samples = self._errors(inputs), self._samples(inputs)
         tiles, sections = make_sections(inputs, errors=errors, samples=samples, **options)  # type: ignore[arg-type]
         sections.append(made_by(command_line(self), versions(), inputs))
-        labels = [one.label for one in (*inputs.models, *inputs.comparisons, *inputs.stabilities, *inputs.trainings)]
-        names = list(dict.fromkeys(labels))
-        title = self.title or ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        size = write_page(render(title, _lead(inputs), tiles, sections), file)
+        size = write_page(render(self.title or _title(inputs), _lead(inputs), tiles, sections), file)
         console.print(f"{file}: {size / 1e6:.2f} MB, {', '.join(section.title for section in sections)}")
         return {"report": self.out, "bytes": size, "sections": [section.key for section in sections]}
 
@@ -111,9 +109,7 @@ class ReportConfig:
         with open_source(self.dense) as dense, progress_bar() as bar:
             for model in compact:
                 with open_source(model.path) as source:
-                    found[model.path] = block_errors(
-                        source, dense, progress=lambda done, total, label=model.label: bar(done, total, label)
-                    )
+                    found[model.path] = block_errors(source, dense, progress=partial(bar, stage=model.label))
         return found
 
     def _samples(self, inputs: Inputs) -> Sequence[Sample]:
@@ -181,6 +177,13 @@ def versions() -> list[tuple[str, str]]:
         ("system", f"{platform.system()} {platform.machine()}, {jax.default_backend()}"),
         ("made", f"{now:%Y-%m-%d %H:%M} UTC"),
     ]
+
+
+def _title(inputs: Inputs) -> str:
+    """The models' names, or those of all else where there is none."""
+    others = [one.label for kind in (inputs.comparisons, inputs.stabilities, inputs.trainings) for one in kind]
+    names = list(dict.fromkeys([model.label for model in inputs.models] or others))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _lead(inputs: Inputs) -> str:

@@ -64,7 +64,7 @@ def kept_map(config: DecoderConfig, plan: Plan, name: str) -> BlockMap:
         if not place.planned:
             return None, "", "not planned, left as it was"
         if place.group is None:
-            return 1.0, "dense", "left dense"
+            return 1.0, "100", "left dense"
         return place.kept, f"{100 * place.kept:.0f}", f"keeps {percent(place.kept)}"
 
     places = _places(config, plan)

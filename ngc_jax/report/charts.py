@@ -62,7 +62,8 @@ class Lines:
         x_label: What x is, with its unit.
         y_label: What y is, with its unit.
         series: The lines.
-        log_y: Whether y is logarithmic.
+        y_scale: How y is laid out; asinh is linear near 0 and logarithmic far from it, on both sides.
+        y_range: The lowest and highest y, for pictures that are compared; what the lines need if None.
         rules: Labelled horizontal lines.
         marks: Labelled vertical lines.
         note: What is left out of the picture, if anything.
@@ -74,7 +75,8 @@ class Lines:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    log_y: bool = False
+    y_scale: Literal["linear", "log", "asinh"] = "linear"
+    y_range: tuple[float, float] | None = None
     rules: tuple[tuple[float, str], ...] = ()
     marks: tuple[tuple[float, str], ...] = ()
     note: str = ""
@@ -219,6 +221,7 @@ class Text:
         pieces: The tokens or stretches.
         told: For each, its numbers in words.
         measures: What can colour them.
+        bars: Whether each piece has a bar of its own above the text.
         head: Column names of the table.
         rows: The table.
     """
@@ -228,12 +231,24 @@ class Text:
     pieces: tuple[str, ...]
     told: tuple[str, ...]
     measures: tuple[Measure, ...]
+    bars: bool
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def table(self) -> Table:
         """A row for each piece."""
         return Table(self.head, self.rows)
+
+
+# The asinh scale is linear up to about here.
+ASINH_WIDTH = 0.05
+
+
+def scaled(value: float, scale: str) -> float:
+    """Where a value lies on an axis, up to the axis's own shift and stretch."""
+    if scale == "log":
+        return math.log(value)
+    return math.asinh(value / ASINH_WIDTH) if scale == "asinh" else value
 
 
 def number(value: Number, digits: int = 4) -> str:
@@ -270,7 +285,7 @@ def shorten(text: str, most: int = 48) -> str:
 def nice_limit(values: Sequence[float]) -> float:
     """A round number that few of the sizes exceed: their 95th percentile, rounded up to two digits at most."""
     sizes = sorted(abs(value) for value in values if math.isfinite(value))
-    found = sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.0
+    found = sizes[math.ceil(0.95 * (len(sizes) - 1))] if sizes else 0.0
     if found == 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(found))

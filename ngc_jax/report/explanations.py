@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+# The heading of each section, and the same for the list of sections.
 TITLES = {
-    "groups": "The model as groups",
-    "losses": "How much each block lost",
-    "pareto": "Size against quality",
-    "depth": "Stability through the layers, over the text",
-    "sequence": "Stability from token to token, over the text",
-    "training": "Training",
-    "samples": "What they write",
-    "made": "How this was made",
+    "groups": ("The model as groups", "Groups"),
+    "losses": ("How much each block lost", "Losses"),
+    "pareto": ("Size against quality", "Size and quality"),
+    "depth": ("Stability through the layers, over the text", "Through the layers"),
+    "sequence": ("Stability from token to token, over the text", "Token to token"),
+    "training": ("Training", "Training"),
+    "samples": ("What they write", "Samples"),
+    "made": ("How this was made", "How it was made"),
 }
 
 _HOW = {
@@ -47,8 +48,8 @@ counted.
 """,
     "sequence": """
 Disturb what the model remembers of some tokens a little: how much of that is in its memory of the tokens that follow?
-Each coloured stretch is one such experiment; its rate per token is below 0 (blue) where the disturbance fades. The first
-stretch is only disturbed, and what is left at the end is too short to measure.
+Each coloured stretch is one such experiment; its rate per token is below 0 (blue) where the disturbance fades. The
+first stretch is only disturbed, and what is left at the end is too short to measure.
 """,
     "training": """
 What training did, step by step. The loss is measured on the text that is trained on and is noisy from step to step;

@@ -67,12 +67,14 @@ class Section:
     Attributes:
         key: Its anchor.
         title: Its heading.
+        short: The same for the list of sections.
         how: How to read it, for somebody who has not seen one before; a paragraph each.
         parts: What is in it.
     """
 
     key: str
     title: str
+    short: str
     how: tuple[str, ...]
     parts: tuple[Part, ...]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ngc_jax.models.inspect import Inspection
 from ngc_jax.report import blocks, texts, views
-from ngc_jax.report.charts import Lines, number, percent, signed
+from ngc_jax.report.charts import Bars, Lines, number, percent, signed
 from ngc_jax.report.explanations import TITLES, how
 from ngc_jax.report.inputs import Found, Inputs, readable
 from ngc_jax.report.page import Part, Sample, Section, Tile, settings_rows
@@ -108,7 +109,7 @@ def _pareto(inputs: Inputs, tiles: list[Tile]) -> Section | None:
             dense, settings = one.data["dense"], one.data["settings"]
             chart = views.pareto(one.data, marks)
             front = views.front(one.data)
-            charts = (*([chart] if chart.series else []), *views.other_variants(one.data))
+            charts: list[Lines | Bars] = [*([chart] if chart.series else []), *views.other_variants(one.data)]
             lead = (
                 f"Dense model: perplexity {dense['perplexity']:.2f} on {dense['tokens']:,} tokens of "
                 f"{settings['evaluation_text']}; calibrated on {settings['calibration_tokens']:,} tokens. "
@@ -123,7 +124,7 @@ def _pareto(inputs: Inputs, tiles: list[Tile]) -> Section | None:
                     one.label,
                 )
             )
-        parts.append(Part(one.label, lead, charts))
+        parts.append(Part(one.label, lead, tuple(charts)))
     return _section("pareto", parts)
 
 
@@ -132,31 +133,32 @@ def _stability(inputs: Inputs, most: int, tiles: list[Tile]) -> list[Section | N
     sections: list[Section | None] = []
     for along in ("depth", "sequence"):
         chosen = [one for one in every if one.data["along"] == along]
-        limit = 1.0
         parts: list[Part] = []
         for one in chosen:
             with readable(one.path, "stability.json", "stability"):
-                limit = texts.rate_limit([other.data for other in chosen])
-                parts += _stability_parts(one, limit, most, tiles)
+                limits = texts.colour_limits([other.data for other in chosen])
+                parts += _stability_parts(one, limits, most, tiles)
         sections.append(_section(along, parts))
     return sections
 
 
-def _stability_parts(one: Found[Mapping[str, Any]], limit: float, most: int, tiles: list[Tile]) -> list[Part]:
+def _stability_parts(
+    one: Found[Mapping[str, Any]], limits: tuple[float, float], most: int, tiles: list[Tile]
+) -> list[Part]:
     data, along = one.data, one.data["along"]
     prompts = data["prompts"]
     mean = sum(prompt["metric"] for prompt in prompts) / len(prompts)
     unit = data["unit"].replace("1 / ", "per ")
     way = "fade" if mean < 0 else "grow"
-    tiles.append(Tile(signed(mean), f"{unit}: small perturbations {way} along {along}", one.label))
+    tiles.append(Tile(signed(mean), f"{unit}: small perturbations {way} along {along}", _subject(one)))
     lead = f"{data['model']}, {data['exponents']} directions, mean over {len(prompts)} prompts {signed(mean)} {unit}."
     left_out = len(prompts) - most
     notes = (f"{left_out} more prompts are not shown here; --texts shows more.",) if left_out > 0 else ()
-    shown = tuple(texts.texts({**data, "prompts": prompts[:most]}, limit))
+    shown = tuple(texts.texts({**data, "prompts": prompts[:most]}, limits))
     charts: tuple[Lines, ...] = (views.growth(data),)
     if along == "depth":
         charts += (views.potential_by_layer(data),)
-    parts = [Part(one.label, lead, texts=shown, notes=notes), Part(f"{one.label}: growth", charts=charts)]
+    parts = [Part(_subject(one), lead, texts=shown, notes=notes), Part(f"{one.label}: growth", charts=charts)]
     if along == "depth":
         spectra = (
             "Each small picture is a prompt. Above 0 a layer stretches perturbations in that direction; below 0 it "
@@ -164,6 +166,11 @@ def _stability_parts(one: Found[Mapping[str, Any]], limit: float, most: int, til
         spectra += "shrinks them. The strongest line is the most expanding direction."
         parts.append(Part(f"{one.label}: exponent spectra by depth", spectra, tuple(views.spectra(data))))
     return parts
+
+
+def _subject(one: Found[Mapping[str, Any]]) -> str:
+    """Which model was measured, and where that is kept."""
+    return f"{Path(str(one.data['model'])).name} ({one.label})"
 
 
 def _training(inputs: Inputs, tiles: list[Tile]) -> Section | None:
@@ -204,12 +211,12 @@ def made_by(command: str, versions: Sequence[tuple[str, str]], inputs: Inputs) -
     for run in inputs.trainings:
         rows = settings_rows({"path": run.path, "lines of metrics": len(run.data)})
         parts.append(Part(f"Settings of {run.label}", settings=rows))
-    return Section("made", TITLES["made"], how("made"), tuple(parts))
+    return Section("made", *TITLES["made"], how("made"), tuple(parts))
 
 
 def _section(key: str, parts: Sequence[Part]) -> Section | None:
     """A section with its explanation; None if there is nothing to show."""
-    return Section(key, TITLES[key], how(key), tuple(parts)) if parts else None
+    return Section(key, *TITLES[key], how(key), tuple(parts)) if parts else None
 
 
 def _model_settings(model: Found[Inspection]) -> tuple[tuple[str, str], ...]:

@@ -6,11 +6,11 @@ Coordinates are in pixels of the picture's natural size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from ngc_jax.report.charts import Bars, Lines, Measure, Series, number
+from ngc_jax.report.charts import ASINH_WIDTH, Bars, Lines, Measure, Series, number, scaled
 from ngc_jax.report.colours import colour_bin
 
 _WIDTH, _HEIGHT = 500, 300
@@ -24,19 +24,17 @@ def lines(chart: Lines, key: str) -> Markup:
     x_low, x_high = _range([x for one in chart.series for x in one.x] + [x for x, _ in chart.marks], 0.0)
     edges = [value for one in chart.series for part in (one.y, one.low or (), one.high or ()) for value in part]
     values = [value for value in edges if value is not None and math.isfinite(value)]
-    values += [value for value, _ in chart.rules]
-    if chart.log_y:
-        values = [math.log(value) for value in values]
-    y_low, y_high = _range(values, 0.06)
+    values = [*(chart.y_range or values), *(value for value, _ in chart.rules)]
+    y_low, y_high = _range([scaled(value, chart.y_scale) for value in values], 0.06)
 
     def place_x(x: float) -> float:
         return round(_LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def place_y(y: float) -> float:
-        y = math.log(y) if chart.log_y else y
+        y = min(max(scaled(y, chart.y_scale), y_low), y_high)
         return round(_HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    y_ticks = _log_ticks(math.exp(y_low), math.exp(y_high)) if chart.log_y else _ticks(y_low, y_high)
+    y_ticks = _scale_ticks(chart.y_scale, y_low, y_high)
     parts = [_axes(chart, [(place_x(t), t) for t in _ticks(x_low, x_high, 7)], [(place_y(t), t) for t in y_ticks])]
     for x, label in chart.marks:
         parts.append(_line(place_x(x), _TOP, place_x(x), _HEIGHT - _BOTTOM, "mark"))
@@ -51,7 +49,7 @@ def lines(chart: Lines, key: str) -> Markup:
     for one in sorted(chart.series, key=lambda one: (one.style == -1, one.strength)):
         points = [(place_x(x), place_y(y)) for x, y in zip(one.x, one.y, strict=True) if y is not None]
         parts.append(_band(one, place_x, place_y))
-        parts.append(_path(points, one))
+        parts.append(_path(points, one, dashed=len({other.style for other in chart.series}) > 1))
         if one.markers:
             parts += [marker(x, y, one.style) for x, y in points]
     parts.append(_strips(chart, place_x))
@@ -173,9 +171,8 @@ def _axes(chart: Lines, x_ticks: list[tuple[float, float]], y_ticks: list[tuple[
     return Markup("").join(parts)
 
 
-def _strips(chart: Lines, place_x: object) -> Markup:
+def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
     """Invisible columns that tell a pointer all values at an x."""
-    assert callable(place_x)
     places = sorted({x for one in chart.series for x in one.x})
     if len(places) > 400 or not places:
         return Markup("")
@@ -197,21 +194,19 @@ def _strips(chart: Lines, place_x: object) -> Markup:
     return Markup("").join(parts)
 
 
-def _band(one: Series, place_x: object, place_y: object) -> Markup:
+def _band(one: Series, place_x: Callable[[float], float], place_y: Callable[[float], float]) -> Markup:
     if one.low is None or one.high is None:
         return Markup("")
-    assert callable(place_x)
-    assert callable(place_y)
     there = [f"{place_x(x)} {place_y(y)}" for x, y in zip(one.x, one.high, strict=True)]
     back = [f"{place_x(x)} {place_y(y)}" for x, y in zip(one.x, one.low, strict=True)]
     return Markup('<path class="band {}" d="M{}z"/>').format(_style(one.style), "L".join([*there, *back[::-1]]))
 
 
-def _path(points: Sequence[tuple[float, float]], one: Series) -> Markup:
+def _path(points: Sequence[tuple[float, float]], one: Series, *, dashed: bool = True) -> Markup:
     if len(points) < 2:
         return Markup("")
     faint = Markup(' stroke-opacity="{}"').format(round(one.strength, 2)) if one.strength < 1 else Markup("")
-    dash = "" if one.style < 0 or one.markers or one.strength < 1 else _DASHES[one.style % len(_DASHES)]
+    dash = "" if one.style < 0 or one.markers or not dashed else _DASHES[one.style % len(_DASHES)]
     dashes = Markup(' stroke-dasharray="{}"').format(dash) if dash else Markup("")
     return Markup('<path class="line {}"{}{} d="M{}"/>').format(
         _style(one.style), faint, dashes, "L".join(f"{x} {y}" for x, y in points)
@@ -253,6 +248,19 @@ def _ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
     first = math.ceil(low / step - 1e-9)
     return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _scale_ticks(scale: str, low: float, high: float) -> list[float]:
+    """Round numbers on an axis from `low` to `high` in its own scale."""
+    if scale == "log":
+        return _log_ticks(math.exp(low), math.exp(high))
+    if scale == "asinh":
+        ends = ASINH_WIDTH * math.sinh(low), ASINH_WIDTH * math.sinh(high)
+        sizes = [0.1 * factor for factor in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)]
+        # Every other one, where there would be many.
+        sizes = sizes[1::2] if max(high, -low) > 5 else sizes
+        return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if ends[0] <= tick <= ends[1]]
+    return _ticks(low, high)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -70,7 +70,7 @@ def _map_cell(chart: BlockMap, index: int, corner: tuple[int, int], width: int, 
     cell = chart.cells[index]
     place = colour_bin(chart.ramp, cell.value, 0.0, chart.highest)
     colour = "none" if place is None else f"{chart.ramp}-{place}"
-    kinds = [colour, "dense" if cell.group is None else "", "shared" if cell.shared > 1 else ""]
+    kinds = [colour, "dense" if cell.group is None else "", "shared" if cell.shared > 1 and chart.links else ""]
     x, y = corner
     label = Markup("")
     room = 6.2 * len(cell.short)
@@ -93,6 +93,9 @@ def _layer_bars(chart: BlockMap, left: int, top: int, width: int, gap: int) -> M
     parts = [text(left, 11, f"{chart.margin} by layer", "axis", "start")]
     for layer, value in enumerate(chart.by_layer):
         size = 0 if value is None else round(value / highest * room, 1)
+        if value is not None:
+            whole = Markup('<rect class="track" x="{}" y="{}" width="{}" height="{}"/>')
+            parts.append(whole.format(left + layer * width, top - 6 - room, width - gap, room))
         parts.append(
             Markup('<rect class="margin" x="{}" y="{}" width="{}" height="{}"/>').format(
                 left + layer * width, top - 6 - size, width - gap, size

@@ -13,21 +13,23 @@ from ngc_jax.report.charts import Measure, Number, Text, nice_limit, number, per
 from ngc_jax.report.views import prompt_label
 
 
-def texts(results: Mapping[str, Any], limit: float) -> list[Text]:
+def texts(results: Mapping[str, Any], limits: tuple[float, float]) -> list[Text]:
     """Every prompt with its numbers, token by token (depth) or segment by segment (sequence).
 
     Args:
         results: As `ngc-jax stability` returns them.
-        limit: The rate of the last colour; see `rate_limit`.
+        limits: The rate and the share of the last colours; see `colour_limits`.
     """
     one = _tokens if results["along"] == "depth" else _segments
-    return [one(place, prompt, results, limit) for place, prompt in enumerate(results["prompts"])]
+    return [one(place, prompt, results, limits) for place, prompt in enumerate(results["prompts"])]
 
 
-def rate_limit(many: Sequence[Mapping[str, Any]]) -> float:
-    """One scale for the rates of several results, so that their colours can be compared."""
-    rates = [rate for results in many for prompt in results["prompts"] for rate in _rates(prompt)]
-    return nice_limit(rates)
+def colour_limits(many: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """One scale for the rates, and one for the potential's shares, of several results: their colours compare."""
+    prompts = [prompt for results in many for prompt in results["prompts"]]
+    rates = [rate for prompt in prompts for rate in _rates(prompt)]
+    shares = [share for prompt in prompts for share in prompt.get("tokens_potential_share", [0.0, 1.0])[1:]]
+    return nice_limit(rates), min(nice_limit(shares), 1.0)
 
 
 def _rates(prompt: Mapping[str, Any]) -> Sequence[float]:
@@ -35,7 +37,7 @@ def _rates(prompt: Mapping[str, Any]) -> Sequence[float]:
     return prompt["tokens_metric"][1:] if "tokens_metric" in prompt else prompt["segments"]
 
 
-def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limit: float) -> Text:
+def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limits: tuple[float, float]) -> Text:
     pieces, unit = prompt["tokens"], results["unit"].replace("1 / ", "per ")
     rates: list[Number] = list(prompt["tokens_metric"])
     shares: list[Number] = list(prompt["tokens_potential_share"])
@@ -49,15 +51,15 @@ def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], l
         rows.append((visible(piece), str(index), signed(rate), number(error, 2), percent(share)))
     # The first token's numbers are in the table, but it gets no colour: it is not like the others.
     measures = (
-        Measure("stability", "stability", unit, (None, *rates[1:]), -limit, limit),
-        Measure("potential", "share of the potential", "", (None, *shares[1:]), 0.0, 1.0),
+        Measure("stability", "stability", unit, (None, *rates[1:]), -limits[0], limits[0]),
+        Measure("potential", "share of the potential", "", (None, *shares[1:]), 0.0, limits[1]),
     )
     summary = f"{_mean(prompt)} {unit}; potential {percent(prompt['potential_share'])} of the motion"
     head = ("token", "place", f"stability {unit}", "± its error", "potential")
-    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, head, tuple(rows))
+    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, True, head, tuple(rows))
 
 
-def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limit: float) -> Text:
+def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limits: tuple[float, float]) -> Text:
     tokens, memory = prompt["tokens"], int(results["memory"])
     unit = results["unit"].replace("1 / ", "per ")
     # What comes before the first segment is perturbed only, and what is left after the last is not read.
@@ -77,10 +79,10 @@ def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any],
     if rest := "".join(tokens[prompt["ends"][-1] + 1 :]):
         pieces, rates = [*pieces, rest], [*rates, None]
         told.append(f"the last {len(tokens) - 1 - prompt['ends'][-1]} tokens; too few for a segment")
-    measures = (Measure("stability", "stability", unit, tuple(rates), -limit, limit),)
+    measures = (Measure("stability", "stability", unit, tuple(rates), -limits[0], limits[0]),)
     head = ("segment", "tokens", f"stability {unit}", "text")
     summary = f"{_mean(prompt)} {unit}"
-    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, head, tuple(rows))
+    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, False, head, tuple(rows))
 
 
 def _mean(prompt: Mapping[str, Any]) -> str:

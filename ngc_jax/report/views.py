@@ -38,7 +38,8 @@ def pareto(results: Mapping[str, Any], marks: Sequence[tuple[float, str]] = ()) 
         broken += [f"{name} at {keep:g}" for keep in lost]
         if points:
             style = -1 if name == OURS else others.index(name)
-            series.append(Series(name, *zip(*points, strict=True), style=style, markers=True))
+            x, y = zip(*points, strict=True)
+            series.append(Series(name, x, y, style=style, markers=True))
     note = f"Left out, because perplexity is above {CEILING:g} times the dense model's: {', '.join(broken)}."
     return Lines(
         title="Perplexity over stored parameters",
@@ -47,7 +48,7 @@ def pareto(results: Mapping[str, Any], marks: Sequence[tuple[float, str]] = ()) 
         x_label="stored / dense parameters of the converted blocks",
         y_label="perplexity (log)",
         series=tuple(series),
-        log_y=True,
+        y_scale="log",
         rules=((float(dense["perplexity"]), f"dense {dense['perplexity']:.2f}"),),
         marks=tuple(marks),
         note=note if broken else "",
@@ -120,8 +121,8 @@ def growth(results: Mapping[str, Any]) -> Lines:
             curves = np.pad(curves, ((0, 0), (1, 0)))
             low, middle, high = curves.min(axis=0), curves.mean(axis=0), curves.max(axis=0)
         x = tuple(map(float, range(len(middle))))
-        band = (tuple(low.tolist()), tuple(high.tolist()))
-        series.append(Series(prompt_label(place, prompt), x, tuple(middle.tolist()), *band, style=place))
+        edges = tuple(low.tolist()), tuple(high.tolist())
+        series.append(Series(prompt_label(place, prompt), x, tuple(middle.tolist()), *edges, style=place))
     return Lines(
         title="Growth of small perturbations" + (" over the layers" if depth else " over a segment"),
         description="Where a line falls, perturbations fade. "
@@ -138,6 +139,8 @@ def spectra(results: Mapping[str, Any]) -> list[Lines]:
     """Exponent spectra by depth: for every prompt the growth in each layer along each direction, mean over tokens."""
     charts = []
     prompts = results["prompts"][:MOST_LINES]
+    values = [value for prompt in prompts for row in prompt["layer_exponents"] for value in row if value is not None]
+    span = (min([*values, 0.0]), max([*values, 0.0]))
     for place, prompt in enumerate(prompts):
         rows = prompt["layer_exponents"]
         count = len(rows[0])
@@ -160,6 +163,8 @@ def spectra(results: Mapping[str, Any]) -> list[Lines]:
                 x_label="layer",
                 y_label="exponent per layer",
                 series=series,
+                y_scale="asinh",
+                y_range=span,
                 rules=((0.0, ""),),
                 legend=False,
             )
@@ -235,7 +240,8 @@ def training(rows: Sequence[Mapping[str, float]]) -> list[Lines]:
 
 def _curve(ordered: Sequence[tuple[int, Mapping[str, float]]], name: str, place: int, markers: bool = False) -> Series:
     points = [(float(step), row[name]) for step, row in ordered if name in row]
-    return Series(name.replace("_", " "), *zip(*points, strict=True), style=place, markers=markers)
+    x, y = zip(*points, strict=True)
+    return Series(name.replace("_", " "), x, y, style=place, markers=markers)
 
 
 def _more(results: Mapping[str, Any]) -> str:

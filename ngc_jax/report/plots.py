@@ -1,0 +1,204 @@
+"""The charts of a report with matplotlib, for notebooks: `draw(chart)` gives a figure.
+
+    from ngc_jax.report.plots import draw
+    from ngc_jax.report.views import growth
+    draw(growth(json.load(open("runs/stability/stability.json"))))
+
+The charts come from `views.py`, `texts.py` and `blocks.py`, as those of a page do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any
+
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ngc_jax.report.charts import ASINH_WIDTH, Bars, BlockMap, Lines, Text
+from ngc_jax.report.colours import INKS, SERIES, colour_bin, ramp, text_on
+from ngc_jax.report.figures import new_figure
+
+_DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
+_MARKERS = "osv^D"
+_INK = INKS["light"]
+_ROLES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
+
+
+@singledispatch
+def draw(chart: Lines | Bars | BlockMap | Text) -> Figure:
+    """A figure of a chart, with its title and description.
+
+    Raises:
+        TypeError: If it is no chart.
+    """
+    raise TypeError(f"{type(chart).__name__} is no chart; expected Lines, Bars, BlockMap or Text")
+
+
+@draw.register
+def _(chart: Lines) -> Figure:
+    figure = new_figure(7.0, 4.2)
+    axes = figure.subplots()
+    dashed = len({one.style for one in chart.series}) > 1
+    for one in chart.series:
+        colour = _colour(one.style)
+        plain = one.markers or not dashed or one.style < 0
+        axes.plot(
+            one.x,
+            [float("nan") if y is None else y for y in one.y],
+            color=colour,
+            alpha=one.strength,
+            linestyle="-" if plain else _DASHES[one.style % len(_DASHES)],
+            linewidth=2.4 if one.style < 0 else 1.5,
+            marker=None if not one.markers else "*" if one.style < 0 else _MARKERS[one.style % len(_MARKERS)],
+            markersize=11 if one.style < 0 else 5,
+            zorder=3 if one.style < 0 else 2,
+            label=_plain(one.name),
+        )
+        if one.low is not None and one.high is not None:
+            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.13, linewidth=0)
+    for y, label in chart.rules:
+        axes.axhline(y, color=_INK["muted"], linewidth=1, linestyle="--" if label else "-")
+        axes.annotate(label, (1, y), (-2, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
+    for x, label in chart.marks:
+        axes.axvline(x, color=_INK["muted"], linewidth=1, linestyle="--")
+        axes.annotate(_plain(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
+    if chart.y_scale == "log":
+        axes.set_yscale("log")
+    elif chart.y_scale == "asinh":
+        axes.set_yscale("asinh", linear_width=ASINH_WIDTH)
+    if chart.y_range is not None and chart.y_range[0] < chart.y_range[1]:
+        axes.set_ylim(*chart.y_range)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    if chart.legend and len(chart.series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _titled(figure, axes, chart.title)
+
+
+@draw.register
+def _(chart: Bars) -> Figure:
+    figure = new_figure(2.2 + 2.8 * len(chart.panels), 0.32 * len(chart.names) + 1.3)
+    panels = figure.subplots(1, len(chart.panels), sharey=True, squeeze=False)[0]
+    for axes, (title, values) in zip(panels, chart.panels, strict=True):
+        for row, value in enumerate(values):
+            if value is None:
+                continue
+            length = min(value, chart.highest)
+            axes.barh(row, length, color=_colour(chart.styles[row]), height=0.7)
+            told = f"{value:.3g}" if value <= chart.highest else "broken"
+            axes.annotate(told, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel(chart.x_label, fontsize=8)
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(chart.names)), [_plain(name) for name in chart.names])
+    panels[0].invert_yaxis()
+    figure.suptitle(_plain(chart.title), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+@draw.register
+def _(chart: BlockMap) -> Figure:
+    roles = [role for role in "qkvougd" if any(cell.role == role for cell in chart.cells)]
+    figure = new_figure(max(5.0, min(0.3 * chart.layers + 2.2, 14.0)), 0.34 * len(roles) + 1.2)
+    axes = figure.subplots()
+    colours = ramp(chart.ramp, "light")
+    for cell in chart.cells:
+        x, y = cell.layer, roles.index(cell.role)
+        place = colour_bin(chart.ramp, cell.value, 0.0, chart.highest)
+        face = "none" if place is None else colours[place]
+        edge = _INK["ink"] if cell.shared > 1 and chart.links else _INK["rule"] if place is None else "none"
+        dashes = ":" if cell.group is None else "-"
+        axes.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, facecolor=face, edgecolor=edge, linestyle=dashes))
+        if place is not None and chart.layers <= 40:
+            axes.text(x, y, cell.short, ha="center", va="center", fontsize=6, color=text_on(face))
+    for one, other in chart.links:
+        (x1, y1), (x2, y2) = ((chart.cells[at].layer, roles.index(chart.cells[at].role)) for at in (one, other))
+        beside = abs(x1 - x2) + abs(y1 - y2) == 1
+        axes.annotate(
+            "",
+            (x2, y2),
+            (x1, y1),
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _INK["ink"],
+                "linewidth": 2.5 if beside else 1.2,
+                "connectionstyle": "arc3,rad=0" if beside else "arc3,rad=0.25",
+            },
+            zorder=0 if beside else 3,
+        )
+    axes.set_xlim(-0.6, chart.layers - 0.4)
+    axes.set_ylim(len(roles) - 0.4, -0.6)
+    axes.set_yticks(range(len(roles)), [_ROLES[role] for role in roles])
+    axes.set_xticks(range(0, chart.layers, 1 if chart.layers <= 40 else 5))
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_xlabel("layer")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(_mappable(chart.ramp, 0.0, chart.highest), ax=axes, pad=0.01, aspect=12)
+    bar.ax.tick_params(labelsize=7)
+    return _titled(figure, axes, chart.title)
+
+
+@draw.register
+def _(chart: Text) -> Figure:
+    """The text in lines, one panel for each measure."""
+    lines, widest = _wrapped(chart.pieces, 96)
+    count = lines[-1][1] + 1 if lines else 1
+    figure = new_figure(9.0, len(chart.measures) * (0.26 * count + 0.75))
+    panels = figure.subplots(len(chart.measures), 1, squeeze=False)[:, 0]
+    for axes, measure in zip(panels, chart.measures, strict=True):
+        colours = ramp(measure.key, "light")
+        for place, line, start, piece in lines:
+            bin_ = colour_bin(measure.key, measure.values[place], measure.lowest, measure.highest)
+            face = "none" if bin_ is None else colours[bin_]
+            axes.add_patch(Rectangle((start, line), max(len(piece), 1), 0.86, facecolor=face, edgecolor="none"))
+            axes.text(start, line + 0.46, _plain(piece), family="monospace", fontsize=7, va="center", clip_on=True)
+        axes.set_xlim(0, widest)
+        axes.set_ylim(count, 0)
+        axes.set_axis_off()
+        axes.set_title(_plain(f"{chart.title}: {measure.name} {measure.unit}".strip()), fontsize=9, loc="left")
+        mappable = _mappable(measure.key, measure.lowest, measure.highest)
+        figure.colorbar(mappable, ax=axes, pad=0.01, aspect=10).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _wrapped(pieces: Sequence[str], width: int) -> tuple[list[tuple[int, int, int, str]], int]:
+    """Where each part of a piece stands: (the piece's place, line, first column, text); and the columns used."""
+    found, line, column = [], 0, 0
+    for place, piece in enumerate(pieces):
+        left = piece.replace("\n", "↵") or "␣"
+        while left:
+            if column >= width or (column and column + len(left) > width and len(left) <= width):
+                line, column = line + 1, 0
+            part, left = left[: width - column], left[width - column :]
+            found.append((place, line, column, part))
+            column += len(part)
+        if piece.endswith("\n"):
+            line, column = line + 1, 0
+    return found, width
+
+
+def _mappable(name: str, lowest: float, highest: float) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(lowest, highest), ListedColormap(list(ramp(name, "light"))))
+
+
+def _titled(figure: Figure, axes: Any, title: str) -> Figure:
+    axes.set_title(_plain(title), fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _colour(style: int) -> str:
+    return _INK["ours"] if style < 0 else SERIES["light"][style % len(SERIES["light"])]
+
+
+def _plain(text: str) -> str:
+    """No picture may read a dollar sign as mathematics."""
+    return text.replace("$", r"\$")
