@@ -240,17 +240,6 @@ class Text:
         return Table(self.head, self.rows)
 
 
-# The asinh scale is linear up to about here.
-ASINH_WIDTH = 0.05
-
-
-def scaled(value: float, scale: str) -> float:
-    """Where a value lies on an axis, up to the axis's own shift and stretch."""
-    if scale == "log":
-        return math.log(value)
-    return math.asinh(value / ASINH_WIDTH) if scale == "asinh" else value
-
-
 def number(value: Number, digits: int = 4) -> str:
     """A number for people: significant digits, thousands apart, a true minus sign; a dash for none."""
     if value is None or math.isnan(value):

@@ -17,9 +17,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ngc_jax.report.charts import ASINH_WIDTH, Bars, BlockMap, Lines, Text
+from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
 from ngc_jax.report.colours import INKS, SERIES, colour_bin, ramp, text_on
 from ngc_jax.report.figures import new_figure
+from ngc_jax.report.scales import ASINH_WIDTH, scale_ticks, scaled
 
 _DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
 _MARKERS = "osv^D"
@@ -65,12 +66,15 @@ def _(chart: Lines) -> Figure:
     for x, label in chart.marks:
         axes.axvline(x, color=_INK["muted"], linewidth=1, linestyle="--")
         axes.annotate(_plain(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
-    if chart.y_scale == "log":
-        axes.set_yscale("log")
-    elif chart.y_scale == "asinh":
-        axes.set_yscale("asinh", linear_width=ASINH_WIDTH)
+    if chart.y_scale != "linear":
+        axes.set_yscale(chart.y_scale, **({"linear_width": ASINH_WIDTH} if chart.y_scale == "asinh" else {}))
     if chart.y_range is not None and chart.y_range[0] < chart.y_range[1]:
         axes.set_ylim(*chart.y_range)
+    if chart.y_scale != "linear":
+        ends = [scaled(value, chart.y_scale) for value in axes.get_ylim()]
+        at = scale_ticks(chart.y_scale, *ends)
+        axes.set_yticks(at, [number(value) for value in at])
+        axes.minorticks_off()
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from ngc_jax.report.charts import ASINH_WIDTH, Bars, Lines, Measure, Series, number, scaled
+from ngc_jax.report.charts import Bars, Lines, Measure, Series, number
 from ngc_jax.report.colours import colour_bin
+from ngc_jax.report.scales import padded_range, scale_ticks, scaled, ticks
 
 _WIDTH, _HEIGHT = 500, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 18, 46
@@ -21,11 +22,14 @@ _MARKERS = 5
 
 def lines(chart: Lines, key: str) -> Markup:
     """A line chart; `key` is unique on the page."""
-    x_low, x_high = _range([x for one in chart.series for x in one.x] + [x for x, _ in chart.marks], 0.0)
+    marked = any(one.markers for one in chart.series)
+    x_low, x_high = padded_range(
+        [x for one in chart.series for x in one.x] + [x for x, _ in chart.marks], 0.04 if marked else 0.0
+    )
     edges = [value for one in chart.series for part in (one.y, one.low or (), one.high or ()) for value in part]
     values = [value for value in edges if value is not None and math.isfinite(value)]
     values = [*(chart.y_range or values), *(value for value, _ in chart.rules)]
-    y_low, y_high = _range([scaled(value, chart.y_scale) for value in values], 0.06)
+    y_low, y_high = padded_range([scaled(value, chart.y_scale) for value in values], 0.06)
 
     def place_x(x: float) -> float:
         return round(_LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT), 1)
@@ -34,8 +38,8 @@ def lines(chart: Lines, key: str) -> Markup:
         y = min(max(scaled(y, chart.y_scale), y_low), y_high)
         return round(_HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    y_ticks = _scale_ticks(chart.y_scale, y_low, y_high)
-    parts = [_axes(chart, [(place_x(t), t) for t in _ticks(x_low, x_high, 7)], [(place_y(t), t) for t in y_ticks])]
+    y_ticks = scale_ticks(chart.y_scale, y_low, y_high)
+    parts = [_axes(chart, [(place_x(t), t) for t in ticks(x_low, x_high, 7)], [(place_y(t), t) for t in y_ticks])]
     for x, label in chart.marks:
         parts.append(_line(place_x(x), _TOP, place_x(x), _HEIGHT - _BOTTOM, "mark"))
         end = place_x(x) > _WIDTH * 0.7
@@ -230,44 +234,3 @@ def text(x: float, y: float, content: str, kind: str, anchor: str) -> Markup:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """From the lowest to the highest, with some air; never empty."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high == low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    air = margin * (high - low)
-    return low - air, high + air
-
-
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers, 2 to `most` of them."""
-    rough = (high - low) / most
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _scale_ticks(scale: str, low: float, high: float) -> list[float]:
-    """Round numbers on an axis from `low` to `high` in its own scale."""
-    if scale == "log":
-        return _log_ticks(math.exp(low), math.exp(high))
-    if scale == "asinh":
-        ends = ASINH_WIDTH * math.sinh(low), ASINH_WIDTH * math.sinh(high)
-        sizes = [0.1 * factor for factor in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)]
-        # Every other one, where there would be many.
-        sizes = sizes[1::2] if max(high, -low) > 5 else sizes
-        return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if ends[0] <= tick <= ends[1]]
-    return _ticks(low, high)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers at which a logarithmic axis is labelled."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 8), (1, 2, 5), (1,)):
-        found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
-        if len(found) <= 8:
-            return found
-    return found

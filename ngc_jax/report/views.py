@@ -66,12 +66,12 @@ def pareto_points(
 
 
 def front(results: Mapping[str, Any]) -> list[str]:
-    """Methods with at least one model that no other is as good as at its size or below."""
+    """Methods with at least one model that no other betters at its size (give or take 1 %) or below."""
     rows = [row for row in results["entries"] if row["section"] == "methods"]
 
     def beaten(row: Mapping[str, Any]) -> bool:
         return any(
-            other["stored_parameters"] <= row["stored_parameters"] and other["perplexity"] < row["perplexity"]
+            other["stored_parameters"] <= 1.01 * row["stored_parameters"] and other["perplexity"] < row["perplexity"]
             for other in rows
             if other["variant"] != row["variant"]
         )

@@ -63,7 +63,11 @@
     if (element) { show(element); mark(element); } else hide();
   });
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, { passive: true, capture: true });
+  // What has the focus keeps its numbers beside it.
+  document.addEventListener("scroll", () => {
+    const element = tipped({ target: document.activeElement });
+    if (element) show(element); else hide();
+  }, { passive: true, capture: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
   // One tab stop for each text and each map; arrow keys move within.
