@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import typing
+from argparse import Action
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _command_parser(config: type) -> ArgumentParser:
         if field.name == "model":
             parser.add_argument("model", nargs="?", **common)
         elif field.name == "sources":
-            parser.add_argument("sources", nargs="*", type=str, **common)
+            parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
         elif types[field.name] is bool:
             parser.add_argument(flag, action="store_true", **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
@@ -152,6 +153,14 @@ def _command_parser(config: type) -> ArgumentParser:
         else:
             parser.add_argument(flag, type=types[field.name], **common)
     return parser
+
+
+class _KeepUnlessGiven(Action):
+    """Stores a positional list; an empty one does not override that of a --config file."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values:
+            setattr(namespace, self.dest, values)
 
 
 def _summary(config: type) -> str:

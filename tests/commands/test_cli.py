@@ -237,7 +237,7 @@ def test_help_answers_at_once_and_describes_every_option(command):
         assert f"| {heavy}\n" not in run.stderr.replace("  ", "")
     if command:
         for field in dataclasses.fields(cli.COMMANDS[command[0]]):
-            assert field.name == "model" or f"--{field.name.replace('_', '-')}" in run.stdout
+            assert field.name in ("model", "sources") or f"--{field.name.replace('_', '-')}" in run.stdout
 
 
 def test_every_file_in_configs_is_valid():
