@@ -15,9 +15,13 @@ REQUIREMENTS := pyproject.toml constraints.txt
 TEST_STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
 PARITY_STAMP := $(VENV)/.installed-parity
+BROWSER_STAMP := $(VENV)/.installed-browser
+
+# The Chromium of the browser tests; playwright's own is not downloaded.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity test-slow test-all lint format typecheck clean
+.PHONY: help setup demo test parity test-browser test-slow test-all lint format typecheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -36,7 +40,11 @@ parity: $(PARITY_STAMP) ## compare with transformers' own models (installs torch
 test-slow: $(TEST_STAMP) ## the tests marked slow or real_model (downloads a small model); none is no failure
 	@$(PYTEST) -m 'slow or real_model' --ignore=tests/parity $(ARGS) || [ $$? -eq 5 ]
 
-test-all: test parity test-slow ## every test
+test-browser: $(BROWSER_STAMP) ## open the report in a headless Chromium (CHROMIUM chooses which)
+	@"$(CHROMIUM)" --version >/dev/null 2>&1 || { echo "There is no Chromium ('$(CHROMIUM)'): install one, on Debian with 'apt-get install chromium', or name one with CHROMIUM=/path/to/it." >&2; exit 1; }
+	@CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser $(or $(ARGS),tests/browser)
+
+test-all: test parity test-browser test-slow ## every test
 
 lint: $(DEV_STAMP) ## check style and format
 	@$(BIN)/ruff check .
@@ -68,4 +76,9 @@ $(DEV_STAMP): $(TEST_STAMP)
 $(PARITY_STAMP): $(TEST_STAMP)
 	@echo "Installing torch into $(VENV), for the parity tests only ..."
 	@$(PIP_INSTALL) -e '.[parity]'
+	@touch $@
+
+$(BROWSER_STAMP): $(TEST_STAMP)
+	@echo "Installing playwright into $(VENV), for the browser tests only ..."
+	@$(PIP_INSTALL) -e '.[browser]'
 	@touch $@

@@ -120,7 +120,7 @@ class Bars:
     def table(self) -> Table:
         """A row for each name, a column for each panel."""
         rows = ((name, *(number(values[place]) for _, values in self.panels)) for place, name in enumerate(self.names))
-        return Table(("", *(title for title, _ in self.panels)), tuple(rows))
+        return Table(("variant", *(title for title, _ in self.panels)), tuple(rows))
 
 
 @dataclasses.dataclass(frozen=True)

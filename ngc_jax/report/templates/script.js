@@ -65,6 +65,7 @@
   document.addEventListener("focusout", hide);
   // What has the focus keeps its numbers beside it.
   document.addEventListener("scroll", () => {
+    if (tip.hidden) return;
     const element = tipped({ target: document.activeElement });
     if (element) show(element); else hide();
   }, { passive: true, capture: true });
