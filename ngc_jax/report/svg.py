@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard
 
 from markupsafe import Markup
 
-from ngc_jax.report.charts import Bars, Lines, Measure, Series, number
+from ngc_jax.report.charts import Bars, Lines, Measure, Number, Series, number
 from ngc_jax.report.colours import colour_bin
 from ngc_jax.report.scales import padded_range, scale_ticks, scaled, ticks
 
@@ -51,7 +52,7 @@ def lines(chart: Lines, key: str) -> Markup:
             parts.append(text(_WIDTH - _RIGHT, place_y(y) - 5, label, "label", "end"))
     # The strongest, and the one that is set off, come last and lie on top.
     for one in sorted(chart.series, key=lambda one: (one.style == -1, one.strength)):
-        points = [(place_x(x), place_y(y)) for x, y in zip(one.x, one.y, strict=True) if y is not None]
+        points = [(place_x(x), place_y(y)) for x, y in zip(one.x, one.y, strict=True) if _drawable(y)]
         parts.append(_band(one, place_x, place_y))
         parts.append(_path(points, one, dashed=len({other.style for other in chart.series}) > 1))
         if one.markers:
@@ -201,8 +202,11 @@ def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
 def _band(one: Series, place_x: Callable[[float], float], place_y: Callable[[float], float]) -> Markup:
     if one.low is None or one.high is None:
         return Markup("")
-    there = [f"{place_x(x)} {place_y(y)}" for x, y in zip(one.x, one.high, strict=True)]
-    back = [f"{place_x(x)} {place_y(y)}" for x, y in zip(one.x, one.low, strict=True)]
+    edges = [edge for edge in zip(one.x, one.low, one.high, strict=True) if all(map(math.isfinite, edge))]
+    if not edges:
+        return Markup("")
+    there = [f"{place_x(x)} {place_y(high)}" for x, _, high in edges]
+    back = [f"{place_x(x)} {place_y(low)}" for x, low, _ in edges]
     return Markup('<path class="band {}" d="M{}z"/>').format(_style(one.style), "L".join([*there, *back[::-1]]))
 
 
@@ -215,6 +219,11 @@ def _path(points: Sequence[tuple[float, float]], one: Series, *, dashed: bool = 
     return Markup('<path class="line {}"{}{} d="M{}"/>').format(
         _style(one.style), faint, dashes, "L".join(f"{x} {y}" for x, y in points)
     )
+
+
+def _drawable(y: Number) -> TypeGuard[float]:
+    """Whether there is a number at all, and not an infinite one (a direction that was lost)."""
+    return y is not None and math.isfinite(y)
 
 
 def _style(place: int) -> str:

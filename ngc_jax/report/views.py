@@ -140,7 +140,8 @@ def spectra(results: Mapping[str, Any]) -> list[Lines]:
     charts = []
     prompts = results["prompts"][:MOST_LINES]
     values = [value for prompt in prompts for row in prompt["layer_exponents"] for value in row if value is not None]
-    span = (min([*values, 0.0]), max([*values, 0.0]))
+    values = [0.0, *filter(math.isfinite, values)]
+    span = (min(values), max(values))
     for place, prompt in enumerate(prompts):
         rows = prompt["layer_exponents"]
         count = len(rows[0])

@@ -159,6 +159,20 @@ def test_eighty_layers_fit():
     assert len(page) < 1_000_000
 
 
+def test_what_has_no_number_is_left_out_of_pictures():
+    results = stability()
+    prompt = results["prompts"][0]
+    prompt["growth"][1][2] = float("-inf")
+    prompt["tokens_metric"][2], prompt["tokens_metric"][3] = float("-inf"), float("nan")
+    prompt["layer_exponents"] = [[None, None], [float("nan"), 1.0], [0.5, None]]
+    charts = (views.growth(results), *views.spectra(results))
+    part = Part("odd", charts=charts, texts=tuple(texts.texts(results, texts.colour_limits([results]))))
+    page = render("odd", "", [], [Section("one", "One", "One", (), (part,))])
+    for _, attrs in Reader(page).elements:
+        for name in ("d", "x", "y", "height", "width", "transform"):
+            assert not re.search("nan|inf", attrs.get(name, "")), attrs
+
+
 def test_settings_are_flattened():
     rows = settings_rows({"a": {"b": 1, "c": None}, "d": [1, 2], "e": True})
     assert rows == (("a.b", "1"), ("a.c", "–"), ("d", "1, 2"), ("e", "True"))
