@@ -34,7 +34,7 @@ def make_sections(
     tiles: list[Tile] = []
     found: list[Section | None] = [
         _groups(inputs, dense, tiles),
-        _losses(inputs, errors, dense, tiles),
+        _losses(inputs, errors, dense),
         _pareto(inputs, tiles),
         *_stability(inputs, most_texts, tiles),
         _training(inputs, tiles),
@@ -79,7 +79,7 @@ def _groups(inputs: Inputs, dense: str | None, tiles: list[Tile]) -> Section | N
     return _section("groups", parts)
 
 
-def _losses(inputs: Inputs, errors: Errors, dense: str | None, tiles: list[Tile]) -> Section | None:
+def _losses(inputs: Inputs, errors: Errors, dense: str | None) -> Section | None:
     parts = []
     for model in inputs.models:
         own = errors.get(model.path)
@@ -87,13 +87,12 @@ def _losses(inputs: Inputs, errors: Errors, dense: str | None, tiles: list[Tile]
             continue
         chart = blocks.loss_map(model.data.config, model.data.plan, own, model.label)
         worst = max(own, key=lambda name: own[name])
+        mean = (sum(error**2 for error in own.values()) / len(own)) ** 0.5
         lead = (
-            f"Against {dense}: from {percent(min(own.values()))} to {percent(max(own.values()))}; most in {worst}, "
-            "the size of the difference between the two weight matrices over the size of the dense one."
+            f"Against {dense}: from {percent(min(own.values()))} to {percent(max(own.values()))}, most in {worst}; "
+            f"root mean square over the blocks {percent(mean)}. Bars are root mean squares by layer and by role."
         )
         parts.append(Part(model.label, lead, (chart,)))
-        mean = (sum(error**2 for error in own.values()) / len(own)) ** 0.5
-        tiles.append(Tile(percent(mean), "error of the blocks' weights, root mean square", model.label))
     return _section("losses", parts)
 
 
