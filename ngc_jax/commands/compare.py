@@ -146,7 +146,8 @@ class Comparison:
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.convert.pipeline import finish, fit_groups, remeasure, tokens_again
+        from ngc_jax.convert.pipeline import finish, fit_groups
+        from ngc_jax.convert.remeasure import remeasure, tokens_again
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)

@@ -32,25 +32,26 @@ Loss = Literal["text", "sampled", "teacher"]
 LayerParams = Callable[[int], Params]
 
 
-def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, weight_gradients: bool) -> dict[str, Array]:
+def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool) -> dict[str, Array]:
     sums = {"mean_square": jnp.zeros(d_out)}
     if geometry == "full":
         sums["second_moment"] = jnp.zeros((min(d_out, d_in),) * 2)
-    if weight_gradients:
-        sums["weight_gradient"] = jnp.zeros((d_out, d_in))
+    if slopes:
+        sums["slope"] = jnp.zeros(())
     return sums
 
 
-def _add(sums: dict[str, Array], kernel_MxI: Array, x_TxI: Array, g_TxM: Array) -> dict[str, Array]:
+def _add(sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array, x_TxI: Array, g_TxM: Array) -> dict[str, Array]:
     """Add the tokens of a batch to a block's sums; padded tokens have no gradient."""
     x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
     new = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
     if "second_moment" in sums:
-        d_out, d_in = kernel_MxI.shape
-        z = g_TxM if d_out <= d_in else g_TxM @ kernel_MxI.astype(jnp.float32)
+        d_out, d_in = teacher_MxI.shape
+        z = g_TxM if d_out <= d_in else g_TxM @ teacher_MxI.astype(jnp.float32)
         new["second_moment"] = sums["second_moment"] + jnp.einsum("ti,tj->ij", z, z, precision="highest")
-    if "weight_gradient" in sums:
-        new["weight_gradient"] = sums["weight_gradient"] + jnp.einsum("tm,ti->mi", g_TxM, x_TxI, precision="highest")
+    if "slope" in sums:
+        change = kernel_MxI.astype(jnp.float32) - teacher_MxI.astype(jnp.float32)
+        new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ change.T)
     return new
 
 
@@ -96,6 +97,7 @@ def _backward(
         read = sown_input(sown, role)
         new[name] = _add(
             block_sums,
+            params[part][role]["kernel"],
             teacher[part][role]["kernel"],
             read.reshape(-1, read.shape[-1]),
             gradient.reshape(-1, gradient.shape[-1]),
@@ -142,7 +144,7 @@ def measure_output_gradients(
     layer_params: LayerParams | None = None,
     loss: Loss = "text",
     geometry: GradientGeometry = "full",
-    weight_gradients: bool = False,
+    slopes: bool = False,
     layers: Sequence[int] | None = None,
     key: Key[Array, ""] | None = None,
     window: int = 1024,
@@ -162,7 +164,7 @@ def measure_output_gradients(
         loss: Cross-entropy with the `text`, with tokens `sampled` from the model (the true Fisher information), or
             divergence from the `teacher`.
         geometry: Sum `full` second moments, or only their diagonal.
-        weight_gradients: Also sum the gradient by every weight.
+        slopes: Also sum the loss's slope along the way from the teacher's weights to those of the model measured.
         layers: Which to measure; all if None. The backward pass stops at the lowest.
         key: For sampled tokens.
         window: Tokens in a window.
@@ -188,7 +190,7 @@ def measure_output_gradients(
     chosen = sorted(range(config.num_layers) if layers is None else layers)
     sums = {
         layer: {
-            ".".join(block.name.split(".")[2:]): _block_sums(block.d_out, block.d_in, geometry, weight_gradients)
+            ".".join(block.name.split(".")[2:]): _block_sums(block.d_out, block.d_in, geometry, slopes)
             for block in (config.block(layer, role) for role in ROLES)
         }
         for layer in chosen
@@ -238,11 +240,13 @@ def measure_output_gradients(
     for layer in chosen:
         for role in ROLES:
             block = config.block(layer, role)
-            mean = {
+            mean: dict[str, Any] = {
                 name: np.asarray(value, np.float64) / len(tokens)
                 for name, value in sums[layer].pop(".".join(block.name.split(".")[2:])).items()
             }
             if not all(np.isfinite(value).all() for value in mean.values()):
                 raise UsageError(f"the gradients of {block.name} are not finite; load the model with --dtype float32")
+            if slopes:
+                mean["slope"] = float(mean["slope"])
             found[block_name(layer, role)] = OutputGradients(len(tokens), **mean)
     return found, total / len(tokens)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -21,19 +20,17 @@ from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.ranks import choose_ranks, full_rank, given_ranks
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.remeasure import remeasure, tokens_again
 from ngc_jax.convert.spill import Fitted, Spill
-from ngc_jax.convert.statistics import OutputGradients, Statistics, calibrate
+from ngc_jax.convert.statistics import Statistics, calibrate
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.gauge import fix_gauge, free_gauge
+from ngc_jax.groups.gauge import fix_gauge
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
-from ngc_jax.models.config import ROLES
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
 
 Progress = Callable[[str, int, int], None]
 SMALL_MATRIX = 4096
 GRADIENT_TOKENS = 24_576
-# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on.
-REMEASURED = 1 / 3
 
 
 def convert(
@@ -92,102 +89,12 @@ def convert(
         return compact
 
 
-def tokens_again(tokens: np.ndarray, gradient_tokens: int) -> np.ndarray:
-    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on."""
-    count = max(round(gradient_tokens * REMEASURED), 2)
-    start = max(min(gradient_tokens, len(tokens) - count), 0)
-    return tokens[start : start + count]
-
-
-def mixed_share(keep_ratio: float) -> float:
-    """The converted model's share in mixed gradient statistics; the longer the way from the dense model, the more.
-
-    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
-    """
-    return 0.2 + 0.4 * (1 - keep_ratio)
-
-
 def _keep(
     stream: Iterable[dict[str, Statistics]], kept: list[dict[str, Statistics]]
 ) -> Iterator[dict[str, Statistics]]:
     for statistics in stream:
         kept.append(statistics)
         yield statistics
-
-
-def remeasure(
-    model: LanguageModel,
-    recipe: Recipe,
-    compact: LanguageModel,
-    statistics: Sequence[Mapping[str, Statistics]],
-    tokens: np.ndarray,
-    *,
-    window: int = 1024,
-    batch_size: int = 2,
-    progress: Progress | None = None,
-) -> list[dict[str, Statistics]]:
-    """Mix the gradients' second moments of the converted model into those of the dense one.
-
-    The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
-    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's.
-
-    Args:
-        model: The dense model.
-        recipe: What to measure.
-        compact: The model converted so far.
-        statistics: What it was converted with, layer by layer.
-        tokens: (T,) to take gradients on.
-        window: Tokens in a window.
-        batch_size: Windows that run at once.
-        progress: Called with (stage, done, in all).
-    """
-    report = progress or (lambda stage, done, total: None)
-
-    layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
-    again, _ = measure_output_gradients(
-        model.config,
-        model.params,
-        tokens,
-        layer_params=layers.__getitem__,
-        geometry=recipe.gradients,
-        window=window,
-        batch_size=batch_size,
-        progress=lambda *a: report("again", *a),
-    )
-
-    assert compact.plan is not None
-    share = mixed_share(compact.plan.keep_ratio())
-
-    def mixed(before: OutputGradients | None, now: OutputGradients) -> OutputGradients:
-        assert before is not None
-        second = None
-        if before.second_moment is not None and now.second_moment is not None:
-            second = (1 - share) * before.second_moment + share * now.second_moment
-        mean_square = (1 - share) * before.mean_square + share * now.mean_square
-        return OutputGradients(before.count + now.count, mean_square, second)
-
-    return [
-        {n: dataclasses.replace(s, gradients=mixed(s.gradients, again[n])) for n, s in layer.items()}
-        for layer in statistics
-    ]
-
-
-def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Params:
-    """A layer of a compact model with its weights formed: it runs as the dense model's layers do."""
-    assert compact.plan is not None
-    flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
-    for role in ROLES:
-        block = model.config.block(layer, role)
-        group = compact.plan.group_of.get(block.name)
-        if group is not None:
-            # On the host: every rank is another shape, which a device would compile anew.
-            states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
-            inputs = states["input_states"]
-            if group.pivots is not None:
-                inputs = free_gauge(group.pivots, inputs, group.d_in)
-            formed = states["output_states"][block.name] @ inputs[: block.d_in].T
-            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
-    return traverse_util.unflatten_dict(flat)
 
 
 def measure(
@@ -409,14 +316,6 @@ def _is_finite(entry: Statistics) -> bool:
     if entry.gradients is not None:
         found += [entry.gradients.mean_square, entry.gradients.second_moment]
     return all(array is None or bool(np.isfinite(array).all()) for array in found)
-
-
-def kernel_of(params: Params, block: str) -> jax.Array:
-    """The dense kernel (d_out, d_in) of a block."""
-    node: Any = params
-    for part in block.split("."):
-        node = node[part]
-    return node["kernel"]
 
 
 def assemble(

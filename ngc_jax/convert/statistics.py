@@ -32,13 +32,14 @@ class OutputGradients:
         mean_square: Diagonal of G = E[g g^T], (M,), float64.
         second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs; None if only the
             diagonal was asked for.
-        weight_gradient: E[g x^T], (M, I), float64; None unless asked for.
+        slope: The mean of g^T (W - W_0) x over tokens: how fast the loss rises as the block's weight goes on from
+            W_0, the teacher's, beyond W; None unless asked for.
     """
 
     count: int
     mean_square: np.ndarray
     second_moment: np.ndarray | None = None
-    weight_gradient: np.ndarray | None = None
+    slope: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

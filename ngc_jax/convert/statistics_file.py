@@ -13,7 +13,7 @@ import numpy as np
 
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 
-_GRADIENTS = ("mean_square", "second_moment", "weight_gradient")
+_GRADIENTS = ("mean_square", "second_moment")
 
 
 def save_statistics(

@@ -59,6 +59,15 @@ class LanguageModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
+def kernel_of(params: Params, block: str) -> jax.Array:
+    """The dense kernel (d_out, d_in) of a block."""
+    node: Any = params
+    for part in block.split("."):
+        node = node[part]
+    kernel: jax.Array = node["kernel"]
+    return kernel
+
+
 def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path joined with dots; nothing is computed."""
     return {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}

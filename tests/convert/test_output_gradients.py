@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from ngc_jax.convert.output_gradients import measure_output_gradients
-from ngc_jax.convert.pipeline import kernel_of
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.load import LanguageModel, kernel_of
 from tests.tiny import HF_CONFIGS, random_tokens, tiny_model, tiny_tokenizer
 
 WINDOW = 16
@@ -74,8 +73,11 @@ def assert_close(found, expected, tolerance=1e-4):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=tolerance * np.abs(expected).max())
 
 
-def assert_measured(found, model, gradients, kernels=None):
-    """Second moments are those of the gradients, pulled through the model's own kernels where that is smaller."""
+def assert_measured(found, model, gradients, kernels=None, params=None):
+    """Second moments are those of the gradients, pulled through the model's own kernels where that is smaller.
+
+    Slopes are the gradients by the kernels times what changed in them.
+    """
     assert list(found) == [block.name for block in model.config.blocks()]
     for block in model.config.blocks():
         entry, g = found[block.name], gradients[block.name]
@@ -85,7 +87,9 @@ def assert_measured(found, model, gradients, kernels=None):
             g = g @ np.asarray(kernel_of(model.params, block.name), np.float64)
         assert_close(entry.second_moment, g.T @ g / len(g))
         if kernels is not None:
-            assert_close(entry.weight_gradient, kernels[block.name] / len(g))
+            change = np.asarray(kernel_of(params, block.name), np.float64) - kernel_of(model.params, block.name)
+            slope = np.vdot(kernels[block.name], change) / len(g)
+            assert entry.slope == pytest.approx(slope, rel=1e-3, abs=1e-5 * np.abs(kernels[block.name]).max())
 
 
 def other_layers(seed=1, architecture="llama"):
@@ -96,26 +100,22 @@ def other_layers(seed=1, architecture="llama"):
 @pytest.mark.parametrize("architecture", ["llama_untied", "gemma3"])
 def test_second_moments_are_those_of_the_gradients_by_every_output(architecture):
     model, tokens = tiny_model(architecture), random_tokens(COUNT)
-    gradients, kernels, loss = reference(model, tokens)
-    found, found_loss = measure_output_gradients(
-        model.config, model.params, tokens, weight_gradients=True, window=WINDOW, batch_size=2
-    )
+    gradients, _, loss = reference(model, tokens)
+    found, found_loss = measure_output_gradients(model.config, model.params, tokens, window=WINDOW, batch_size=2)
     assert found_loss == pytest.approx(loss, rel=1e-5)
-    assert_measured(found, model, gradients, kernels)
+    assert_measured(found, model, gradients)
 
 
 def test_padding_adds_nothing():
     """However windows are put into batches, the last of which is filled up with empty ones."""
     model, tokens = tiny_model(), random_tokens(COUNT)
     runs = [
-        measure_output_gradients(
-            model.config, model.params, tokens, weight_gradients=True, window=WINDOW, batch_size=batch_size
-        )
+        measure_output_gradients(model.config, model.params, tokens, window=WINDOW, batch_size=batch_size)
         for batch_size in (1, 2)
     ]
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
     for name, entry in runs[0][0].items():
-        for field in ("mean_square", "second_moment", "weight_gradient"):
+        for field in ("mean_square", "second_moment"):
             assert_close(getattr(entry, field), getattr(runs[1][0][name], field))
 
 
@@ -126,7 +126,7 @@ def test_the_diagonal_alone():
     assert same == loss
     for name, entry in diagonal.items():
         assert entry.second_moment is None
-        assert entry.weight_gradient is None
+        assert entry.slope is None
         np.testing.assert_allclose(entry.mean_square, full[name].mean_square, rtol=1e-5)
         block = model.config.block(int(name.split(".")[1]), name[-1])
         if block.d_out <= block.d_in:
@@ -150,18 +150,19 @@ def test_a_few_layers_are_measured_as_all_are(layers):
 @pytest.mark.parametrize("loss", ["text", "teacher"])
 def test_gradients_of_another_model_are_pulled_through_the_teacher_s_kernels(loss):
     model, tokens, layers = tiny_model(), random_tokens(COUNT), other_layers()
-    gradients, kernels, value = reference(model, tokens, {**model.params, "layers": layers}, loss)
+    params = {**model.params, "layers": layers}
+    gradients, kernels, value = reference(model, tokens, params, loss)
     found, found_value = measure_output_gradients(
         model.config,
         model.params,
         tokens,
         layer_params=lambda layer: layers[str(layer)],
         loss=loss,
-        weight_gradients=True,
+        slopes=True,
         window=WINDOW,
     )
     assert found_value == pytest.approx(value, rel=1e-5)
-    assert_measured(found, model, gradients, kernels)
+    assert_measured(found, model, gradients, kernels, params)
 
 
 def test_a_model_does_not_diverge_from_itself():

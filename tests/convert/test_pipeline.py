@@ -6,22 +6,13 @@ import pytest
 
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.output_gradients import measure_output_gradients
-from ngc_jax.convert.pipeline import (
-    convert,
-    dense_layer,
-    kernel_of,
-    measure,
-    mixed_share,
-    remeasure,
-    shrunk,
-    tokens_again,
-)
+from ngc_jax.convert.pipeline import convert, measure, shrunk
 from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, Plan
+from ngc_jax.models.load import kernel_of
 from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model
 
 
@@ -161,40 +152,9 @@ def test_a_donated_model_is_deleted_as_far_as_it_is_replaced():
         assert not kernel_of(kept.params, block.name).is_deleted()
 
 
-def test_the_second_round_takes_other_tokens_where_there_are_some():
-    tokens = np.arange(100)
-    np.testing.assert_array_equal(tokens_again(tokens, 60), np.arange(60, 80))
-    np.testing.assert_array_equal(tokens_again(tokens, 90), np.arange(70, 100))
-    np.testing.assert_array_equal(tokens_again(tokens[:20], 60), np.arange(20))
-
-
 def test_shrinkage_keeps_the_diagonal():
     statistics = next(measure(tiny_model(), Recipe("svd_llm"), random_tokens(60), window=30))["layers.0.attn.q"]
     half = shrunk(statistics, 0.5).second_moment
     np.testing.assert_array_equal(np.diag(half), np.diag(statistics.second_moment))
     np.testing.assert_allclose(half[0, 1:], statistics.second_moment[0, 1:] / 2)
     assert shrunk(statistics, 0.0) is statistics
-
-
-def test_the_second_round_measures_the_converted_model():
-    model, tokens = tiny_model(), random_tokens(120)
-    recipe = Recipe("ngc", keep=0.4, topology="q-k-v-o-u-g-d")
-    statistics = list(measure(model, recipe, tokens, window=40))
-    once = convert(model, dataclasses.replace(recipe, rounds=0), tokens, window=40)
-    again = remeasure(model, recipe, once, statistics, tokens[:40], window=40)
-    formed = {layer: dense_layer(model, once, layer) for layer in range(model.config.num_layers)}
-    now, _ = measure_output_gradients(
-        model.config, model.params, tokens[:40], layer_params=formed.__getitem__, window=40
-    )
-    share = mixed_share(once.plan.keep_ratio())
-    assert 0.4 < share < 0.6
-    for before, after in zip(statistics, again, strict=True):
-        for name in before:
-            expected = (1 - share) * before[name].gradients.mean_square + share * now[name].mean_square
-            np.testing.assert_allclose(after[name].gradients.mean_square, expected, rtol=1e-5)
-            assert after[name].second_moment is before[name].second_moment
-    # The formed layers compute what the groups compute.
-    whole = {**model.params, "layers": {str(layer): params for layer, params in formed.items()}}
-    np.testing.assert_allclose(
-        logits(dataclasses.replace(model, params=whole), tokens[:20]), logits(once, tokens[:20]), atol=1e-4
-    )

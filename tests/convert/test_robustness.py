@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from ngc_jax.convert.best_states import DAMPING, best_states, mean_diagonal, output_metric, pulled_metric
 from ngc_jax.convert.candidates import Candidate
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.pipeline import convert, fit, kernel_of
+from ngc_jax.convert.pipeline import convert, fit
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import free_gauge
-from ngc_jax.models.load import load_model
+from ngc_jax.models.load import kernel_of, load_model
 from ngc_jax.models.save import save_model
 from tests.models.compact import dense_model
 from tests.tiny import forward, random_tokens

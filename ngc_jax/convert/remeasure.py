@@ -1,0 +1,183 @@
+"""Measuring again: what the converted model says about the statistics that it was converted with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from flax import traverse_util
+
+from ngc_jax.convert.best_states import RIDGE, mean_diagonal
+from ngc_jax.convert.output_gradients import measure_output_gradients
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.statistics import OutputGradients, Statistics
+from ngc_jax.groups.gauge import free_gauge
+from ngc_jax.models.config import ROLES
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
+
+Progress = Callable[[str, int, int], None]
+# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on.
+REMEASURED = 1 / 3
+# No layer's and no role's share in a correction goes beyond this factor, up or down.
+_MOST = 10.0
+
+
+def tokens_again(tokens: np.ndarray, gradient_tokens: int) -> np.ndarray:
+    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on."""
+    count = max(round(gradient_tokens * REMEASURED), 2)
+    start = max(min(gradient_tokens, len(tokens) - count), 0)
+    return tokens[start : start + count]
+
+
+def mixed_share(keep_ratio: float) -> float:
+    """The converted model's share in mixed gradient statistics; the longer the way from the dense model, the more.
+
+    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
+    """
+    return 0.2 + 0.4 * (1 - keep_ratio)
+
+
+def remeasure(
+    model: LanguageModel,
+    recipe: Recipe,
+    compact: LanguageModel,
+    statistics: Sequence[Mapping[str, Statistics]],
+    tokens: np.ndarray,
+    *,
+    window: int = 1024,
+    batch_size: int = 2,
+    progress: Progress | None = None,
+) -> list[dict[str, Statistics]]:
+    """Correct the gradients' second moments by what the converted model shows.
+
+    The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
+    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. Then every block's is
+    multiplied by the square root of its `sensitivity_corrections`: halfway, on a logarithmic scale, from the prediction
+    to a measurement that is noisy and was taken at one end of the way.
+
+    Args:
+        model: The dense model.
+        recipe: What to measure.
+        compact: The model converted so far.
+        statistics: What it was converted with, layer by layer.
+        tokens: (T,) to take gradients on.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (stage, done, in all).
+    """
+    report = progress or (lambda stage, done, total: None)
+
+    layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
+    again, _ = measure_output_gradients(
+        model.config,
+        model.params,
+        tokens,
+        layer_params=layers.__getitem__,
+        slopes=True,
+        geometry=recipe.gradients,
+        window=window,
+        batch_size=batch_size,
+        progress=lambda *a: report("again", *a),
+    )
+
+    assert compact.plan is not None
+    share = mixed_share(compact.plan.keep_ratio())
+    predicted = {}
+    for number, layer in enumerate(statistics):
+        for name, entry in layer.items():
+            path = ".".join(name.split(".")[2:])
+            weight = np.asarray(kernel_of(model.params, name), np.float64)
+            change = np.asarray(kernel_of(layers[number], path), np.float64) - weight
+            predicted[name] = predicted_slope(weight, change, entry) if change.any() else 0.0
+    factors = sensitivity_corrections(predicted, {name: again[name].slope or 0.0 for name in predicted})
+
+    def mixed(before: OutputGradients | None, now: OutputGradients, factor: float) -> OutputGradients:
+        assert before is not None
+        second = None
+        if before.second_moment is not None and now.second_moment is not None:
+            second = factor * ((1 - share) * before.second_moment + share * now.second_moment)
+        mean_square = factor * ((1 - share) * before.mean_square + share * now.mean_square)
+        return OutputGradients(before.count + now.count, mean_square, second)
+
+    return [
+        {
+            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], math.sqrt(factors[name])))
+            for name, s in layer.items()
+        }
+        for layer in statistics
+    ]
+
+
+def predicted_slope(weight: np.ndarray, change: np.ndarray, statistics: Statistics) -> float:
+    """How fast the loss should rise at the end of a way, if it rises by tr(G D C D^T) / 2 along all of it.
+
+    Args:
+        weight: (M, I), the dense W.
+        change: (M, I), D: that of the compact model minus W. Where only W^T G W was measured, what of it is not W
+            times a matrix does not count.
+        statistics: With gradients.
+
+    Returns:
+        tr(G D C D^T): of a second-order increase, the slope at the end is twice the increase.
+    """
+    gradients, moment = statistics.gradients, statistics.second_moment
+    assert gradients is not None
+    metric = gradients.second_moment
+    if metric is None:
+        return float(gradients.mean_square @ np.einsum("mi,ij,mj->m", change, moment, change, optimize=True))
+    if len(metric) != len(weight):
+        gram = weight.T @ weight
+        gram += RIDGE * mean_diagonal(gram) * np.eye(len(gram))
+        change = scipy.linalg.solve(gram, weight.T @ change, assume_a="pos")
+    return float(np.vdot(metric @ change, change @ moment))
+
+
+def sensitivity_corrections(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+    """Factors that make predicted slopes of the loss agree with measured ones, layer by layer and role by role.
+
+    One block's measured slope is mostly noise. A factor is a layer's times a role's, such that the sums over every
+    layer and over every role agree (iterative proportional fitting: the Poisson likelihood's maximum).
+
+    Args:
+        predicted: By block name, 0 where nothing changed.
+        measured: By block name.
+
+    Returns:
+        By block name; 1 for all if nothing changed.
+    """
+    places = {name: (name.split(".")[1], name.split(".")[-1]) for name in predicted}
+    factors: list[dict[str, float]] = [
+        dict.fromkeys((place[axis] for place in places.values()), 1.0) for axis in (0, 1)
+    ]
+    for _ in range(100):
+        for axis in (0, 1):
+            for key in factors[axis]:
+                names = [name for name, place in places.items() if place[axis] == key]
+                expected = sum(predicted[name] * factors[1 - axis][places[name][1 - axis]] for name in names)
+                if expected > 0:
+                    found = sum(measured[name] for name in names) / expected
+                    factors[axis][key] = min(max(found, 1 / _MOST), _MOST)
+    return {name: factors[0][layer] * factors[1][role] for name, (layer, role) in places.items()}
+
+
+def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Params:
+    """A layer of a compact model with its weights formed: it runs as the dense model's layers do."""
+    assert compact.plan is not None
+    flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
+    for role in ROLES:
+        block = model.config.block(layer, role)
+        group = compact.plan.group_of.get(block.name)
+        if group is not None:
+            # On the host: every rank is another shape, which a device would compile anew.
+            states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
+            inputs = states["input_states"]
+            if group.pivots is not None:
+                inputs = free_gauge(group.pivots, inputs, group.d_in)
+            formed = states["output_states"][block.name] @ inputs[: block.d_in].T
+            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
+    return traverse_util.unflatten_dict(flat)
