@@ -39,10 +39,10 @@ class CompareConfig:
     Args:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
-        variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple and
-            rounds of convert; keep, a list of keep ratios if not those of --keep; text, a calibration text if not that
-            of --text; section, one of methods, levers, topologies and texts; cost, true to measure its
-            decoding speed, and to time its first conversion in a process of its own.
+        variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple,
+            rounds, sensitivities and shrinkage of convert; keep, a list of keep ratios if not those of --keep; text, a
+            calibration text if not that of --text; section, one of methods, levers, topologies and texts; cost, true to
+            measure its decoding speed, and to time its first conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure.
@@ -262,6 +262,7 @@ class Comparison:
             "allocation": recipe.resolved_allocation,
             "gauge": recipe.resolved_gauge,
             "rounds": recipe.resolved_rounds,
+            "sensitivities": recipe.resolved_sensitivities,
             "shrinkage": recipe.resolved_shrinkage,
             "stored_parameters": summary["stored_parameters"],
             "keep_ratio": summary["keep_ratio"],
@@ -307,6 +308,7 @@ class Comparison:
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
             flags += ["--topology", recipe.resolved_topology, "--allocation", recipe.resolved_allocation]
             flags += ["--rounds", str(recipe.resolved_rounds), "--shrinkage", str(recipe.resolved_shrinkage)]
+            flags += ["--sensitivities", str(recipe.resolved_sensitivities).lower()]
             flags += ["--gauge", str(recipe.resolved_gauge).lower(), "--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
                 [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
@@ -337,8 +339,10 @@ class Comparison:
         what: list[Any] | None = None
         if entry is not None:
             recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}
-            if not recipe["shrinkage"]:
-                del recipe["shrinkage"]
+            recipe["sensitivities"] = entry.recipe.resolved_sensitivities
+            for lever in ("shrinkage", "sensitivities"):
+                if not recipe[lever]:
+                    del recipe[lever]
             what = [entry.variant, entry.section, entry.text, recipe]
         return hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -391,7 +395,7 @@ def _entries(config: CompareConfig) -> list[Entry]:
     from ngc_jax.convert.recipe import Recipe
 
     variants = config.variants or _DEFAULT_VARIANTS
-    levers = {"method", "topology", "allocation", "gauge", "gradients", "rank_multiple", "rounds", "shrinkage"}
+    levers = {field.name for field in dataclasses.fields(Recipe)} - {"keep", "rank"}
     others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
     unknown = sorted(set(config.only or []) - set(variants))
     if unknown:

@@ -55,6 +55,8 @@ class ConvertConfig:
             memory.
         rounds: How often the gradients are measured again, on the converted model, which is then converted anew; the
             method's own if not given. 0 takes less time and holds the statistics of one layer at a time.
+        sensitivities: When measured again, also correct what each layer and role is expected to lose by how fast the
+            loss rises there (the default), or not (false).
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
             given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
@@ -82,6 +84,7 @@ class ConvertConfig:
     rank_multiple: int = 1
     gradients: Literal["full", "diagonal"] = "full"
     rounds: int | None = None
+    sensitivities: bool | None = None
     shrinkage: float | None = None
     gradient_tokens: int = 24_576
     layers_per_pass: int | None = None
@@ -174,6 +177,7 @@ def convert_and_save(
         "allocation": recipe.resolved_allocation,
         "gauge": recipe.resolved_gauge,
         "rounds": recipe.resolved_rounds,
+        "sensitivities": recipe.resolved_sensitivities,
         "shrinkage": recipe.resolved_shrinkage,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},

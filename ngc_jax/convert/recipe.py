@@ -30,6 +30,8 @@ class Recipe:
         gradients: How much of the output gradients' second moments is measured, for methods that need them.
         rounds: How often the gradients are measured again, on the converted model, and mixed in before it is converted
             anew.
+        sensitivities: Whether such a round also corrects each layer's and role's expected loss by the slope of the loss
+            that it finds; it does if None.
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1. Directions that the
             calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
 
@@ -46,6 +48,7 @@ class Recipe:
     rank_multiple: int = 1
     gradients: GradientGeometry = "full"
     rounds: int | None = None
+    sensitivities: bool | None = None
     shrinkage: float | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class Recipe:
             raise UsageError(f"rounds {self.rounds} is below 0; 0 measures the dense model only")
         if self.resolved_rounds and self.definition.needs != "gradients":
             raise UsageError(f"method {self.method} uses no gradients; leave out rounds")
+        if self.sensitivities and not self.resolved_rounds:
+            raise UsageError("sensitivities are found when gradients are measured again; add a round or leave them out")
         if not 0 <= self.resolved_shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
         if self.resolved_topology == AUTO:
@@ -99,6 +104,11 @@ class Recipe:
     def resolved_rounds(self) -> int:
         """How often gradients are measured again."""
         return self.definition.rounds if self.rounds is None else self.rounds
+
+    @property
+    def resolved_sensitivities(self) -> bool:
+        """Whether expected losses are corrected by measured slopes."""
+        return self.resolved_rounds > 0 and self.sensitivities is not False
 
     @property
     def resolved_shrinkage(self) -> float:

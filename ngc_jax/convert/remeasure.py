@@ -56,9 +56,9 @@ def remeasure(
     """Correct the gradients' second moments by what the converted model shows.
 
     The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
-    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. Then every block's is
-    multiplied by the square root of its `sensitivity_corrections`: halfway, on a logarithmic scale, from the prediction
-    to a measurement that is noisy and was taken at one end of the way.
+    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With the recipe's
+    sensitivities every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a
+    logarithmic scale, from the prediction to a measurement that is noisy and was taken at one end of the way.
 
     Args:
         model: The dense model.
@@ -78,7 +78,7 @@ def remeasure(
         model.params,
         tokens,
         layer_params=layers.__getitem__,
-        slopes=True,
+        slopes=recipe.resolved_sensitivities,
         geometry=recipe.gradients,
         window=window,
         batch_size=batch_size,
@@ -87,14 +87,15 @@ def remeasure(
 
     assert compact.plan is not None
     share = mixed_share(compact.plan.keep_ratio())
-    predicted = {}
-    for number, layer in enumerate(statistics):
-        for name, entry in layer.items():
-            path = ".".join(name.split(".")[2:])
-            weight = np.asarray(kernel_of(model.params, name), np.float64)
-            change = np.asarray(kernel_of(layers[number], path), np.float64) - weight
-            predicted[name] = predicted_slope(weight, change, entry) if change.any() else 0.0
-    factors = sensitivity_corrections(predicted, {name: again[name].slope or 0.0 for name in predicted})
+    factors = {name: 1.0 for layer in statistics for name in layer}
+    if recipe.resolved_sensitivities:
+        predicted = {}
+        for number, layer in enumerate(statistics):
+            for name, entry in layer.items():
+                weight = np.asarray(kernel_of(model.params, name), np.float64)
+                now = kernel_of(layers[number], ".".join(name.split(".")[2:]))
+                predicted[name] = predicted_slope(weight, np.asarray(now, np.float64) - weight, entry)
+        factors = sensitivity_corrections(predicted, {name: again[name].slope or 0.0 for name in predicted})
 
     def mixed(before: OutputGradients | None, now: OutputGradients, factor: float) -> OutputGradients:
         assert before is not None

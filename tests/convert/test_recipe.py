@@ -24,6 +24,8 @@ from ngc_jax.errors import UsageError
         ({"rounds": -1}, "rounds -1 is below 0"),
         ({"method": "svd_llm", "rounds": 1}, "uses no gradients"),
         ({"method": "fwsvd", "rounds": 1}, "uses no gradients"),
+        ({"method": "svd_llm", "sensitivities": True}, "add a round or leave them out"),
+        ({"rounds": 0, "sensitivities": True}, "add a round or leave them out"),
         ({"topology": AUTO, "allocation": "uniform"}, "topology auto .* needs allocation 'loss'"),
         ({"topology": AUTO, "rank": 3}, "topology auto .* needs allocation 'loss'"),
         ({"method": "svd", "topology": AUTO}, "topology auto .* needs allocation 'loss'"),
@@ -53,6 +55,9 @@ def test_what_is_given_goes_before_the_method_s_own():
     assert recipe.resolved_allocation == "loss"
     assert recipe.resolved_gauge
     assert not Recipe("ngc", gauge=False).resolved_gauge
+    assert Recipe("ngc").resolved_sensitivities
+    assert not Recipe("ngc", sensitivities=False).resolved_sensitivities
+    assert not Recipe("ngc", rounds=0).resolved_sensitivities
     assert Recipe("ngc", rank=5).resolved_allocation == "uniform"
     assert Recipe("ngc", rank=5, allocation="uniform").resolved_allocation == "uniform"
     assert Recipe("ngc", AUTO).resolved_topology == AUTO
