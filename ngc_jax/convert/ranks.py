@@ -49,6 +49,13 @@ def uniform_rank(
     return min(rank, full_rank(members))
 
 
+def _rank_one(members: Iterable[Block], gauge: bool) -> float:
+    """The keep ratio of rank 1, a little above, so that it is not rounded down."""
+    members = tuple(members)
+    outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
+    return (outputs + inputs - gauge) / sum(block.d_out * block.d_in for block in members) * (1 + 1e-9)
+
+
 def full_rank(members: Iterable[Block]) -> int:
     """The rank at which a bilinear group reproduces its members exactly."""
     members = tuple(members)
@@ -160,8 +167,24 @@ def _share_by_role(recipe: Recipe, groups: Sequence[Candidate], energies: Mappin
             # made explicit.
             loss = math.sqrt(max(float(energies[group.name][rank:].sum()) * _LOSS_TOKENS, 0.0))
             inverse.append(1.0 / math.log(max(loss, math.e)))
-        for group, share in zip(members, inverse, strict=True):
-            removed = len(members) * (1 - recipe.keep) * share / sum(inverse)
-            kept = min(max(1 - removed, 0.0), 1.0)
+        # A group must keep rank 1; what the others then remove in its place stays in proportion.
+        least = [_rank_one(group.members, recipe.resolved_gauge) for group in members]
+        for group, kept in zip(members, _kept(inverse, least, recipe.keep), strict=True):
             ranks[group.name] = DENSE if kept >= 1 else uniform_rank(group.members, kept, gauge=recipe.resolved_gauge)
     return ranks
+
+
+def _kept(weights: Sequence[float], least: Sequence[float], keep: float) -> list[float]:
+    """Kept shares whose mean is `keep`, what is removed in proportion to the weights, none below its least."""
+
+    def kept(factor: float) -> list[float]:
+        return [max(1 - factor * weight, low) for weight, low in zip(weights, least, strict=True)]
+
+    low, high = 0.0, 1 / min(weights)
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(kept(middle)) > keep * len(weights):
+            low = middle
+        else:
+            high = middle
+    return kept(high)

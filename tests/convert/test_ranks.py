@@ -166,6 +166,21 @@ def test_lossier_layers_keep_more_in_svd_llm_v2():
     assert all(abs(even[name] - uniform[name]) <= 1 for name in uniform)
 
 
+def test_svd_llm_v2_leaves_every_layer_a_rank_and_keeps_to_the_budget():
+    """By the published formula the layer of no loss would remove several times what it has."""
+    config, keep = config_of(layers=5, scale=8), 0.3
+    cells = candidate_cells(config, "q-d")
+    energies = falling_energies(cells, size=lambda layer: 1e-20 if layer == 0 else 1e30)
+    ranks = choose_ranks(Recipe("svd_llm_v2", keep=keep), cells, energies.__getitem__)
+    for role in "qd":
+        block = config.block(0, role)
+        assert ranks[f"L0-{role}"] == 1
+        assert len({ranks[f"L{layer}-{role}"] for layer in range(1, 5)}) == 1
+        stored = sum(ranks[f"L{layer}-{role}"] for layer in range(5)) * (block.d_out + block.d_in)
+        budget = keep * 5 * block.d_out * block.d_in
+        assert budget - 4 * (block.d_out + block.d_in) < stored <= budget
+
+
 def test_svd_llm_v2_of_losses_that_are_zero_is_uniform():
     cells = candidate_cells(config_of(layers=2, scale=4), "q-d")
     zeros = {group.name: np.zeros(full_rank(group.members)) for group in all_candidates(cells)}
