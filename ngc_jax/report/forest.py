@@ -45,13 +45,14 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str, *, level: float = 0.05
             # Effects of a tenth and of ten standard deviations on one axis.
             axes.set_xscale("symlog", linthresh=1.0)
             most = max(max(abs(row["effect_low"]), abs(row["effect_high"])) for row in part)
-            ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if tick < 1.6 * most]
+            ticks = [tick for tick in (0.5, 1, 2, 5, 10, 30, 100, 300) if tick < 1.6 * most]
             axes.set_xticks([-tick for tick in ticks[::-1]] + [0, *ticks])
             axes.set_xticklabels([f"{tick:g}" for tick in axes.get_xticks()], fontsize=8)
             axes.minorticks_off()
             axes.set_xlabel("paired: Cohen's d_z (linear up to 1, then logarithmic)", fontsize=9)
         else:
             axes.set_xlim(-1, 1)
+            axes.tick_params(axis="x", labelsize=8)
             axes.set_xlabel("independent samples: rank-biserial correlation", fontsize=9)
     for family, colour in colours.items():
         figure.axes[0].plot([], [], color=colour, linewidth=4, label=family)
