@@ -7,6 +7,7 @@ modulo 100, then one step of working after the other, then the answer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,20 @@ def make_problem(rng: np.random.Generator, steps: int) -> Problem:
         rng: Randomness.
         steps: Operations in the chain.
     """
-    value = int(rng.integers(100))
+    start = int(rng.integers(100))
+    return solve(start, [("+-"[rng.integers(2)], int(rng.integers(100))) for _ in range(steps)])
+
+
+def solve(start: int, operations: Sequence[tuple[str, int]]) -> Problem:
+    """The problem of a chain.
+
+    Args:
+        start: Its first number, below 100.
+        operations: Pairs of a sign and a number.
+    """
+    value = start
     chain, working = str(value), []
-    for _ in range(steps):
-        sign, operand = "+-"[rng.integers(2)], int(rng.integers(100))
+    for sign, operand in operations:
         chain += f"{sign}{operand}"
         result = (value + operand if sign == "+" else value - operand) % 100
         working.append(f"{value}{sign}{operand}={result};")

@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import binomtest
 
-from experiments.reasoner.problems import END, ProblemBatches, encode, make_problem, make_rows, make_tokenizer
+from experiments.reasoner.problems import (
+    ALPHABET,
+    END,
+    Problem,
+    ProblemBatches,
+    encode,
+    make_problem,
+    make_rows,
+    make_tokenizer,
+)
 from ngc_jax.cli import write_json
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.convert.pipeline import convert
@@ -104,10 +113,13 @@ def fit(
     steps: int,
     learning_rate: float,
     teacher: LanguageModel | None = None,
+    stability: float = 0.0,
 ) -> LanguageModel:
-    """Train a model on fresh problems: on the text, or to predict what a teacher predicts."""
+    """Train a model on fresh problems: on the text, or to predict what a teacher predicts and be as stable."""
     trained, frozen = split_params(model.params, "all" if teacher is None else "states")
-    objective = Objective() if teacher is None else Objective(cross_entropy=0.0, divergence=1.0)
+    objective = Objective()
+    if teacher is not None:
+        objective = Objective(cross_entropy=0.0, divergence=1.0, stability=stability)
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=steps // 20, steps=steps, options={"b2": 0.98})
     )
@@ -128,18 +140,23 @@ def fit(
     return dataclasses.replace(model, params=merge_params(jax.tree.map(jnp.asarray, result.params), frozen))
 
 
-def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, float]:
-    """Answers that are right, greedily, and perplexity of working and answers, on problems never trained on."""
-    rng = np.random.default_rng([seed, 10**6])
-    problems = [make_problem(rng, settings.chain) for _ in range(settings.problems)]
+def answered_right(model: LanguageModel, problems: Sequence[Problem]) -> list[bool]:
+    """Whether the answer to each problem, with its working written greedily, is exactly the right one."""
     answers = generate(
         model,
         [np.asarray(encode(problem.prompt), np.int32) for problem in problems],
         max_new_tokens=max(len(problem.working) for problem in problems) + 4,
         stop_tokens=[END],
     )
-    said = ["".join("0123456789+-=;#\n"[token] for token in answer) for answer in answers]
-    right = sum(text.endswith(f"#{problem.answer}\n") for text, problem in zip(said, problems, strict=True))
+    said = ["".join(ALPHABET[token] for token in answer) for answer in answers]
+    return [text.endswith(f"#{problem.answer}\n") for text, problem in zip(said, problems, strict=True)]
+
+
+def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, float]:
+    """Answers that are right, greedily, and perplexity of working and answers, on problems never trained on."""
+    rng = np.random.default_rng([seed, 10**6])
+    problems = [make_problem(rng, settings.chain) for _ in range(settings.problems)]
+    right = sum(answered_right(model, problems))
     tokens, weights = make_rows(rng, 64, settings.length, settings.chain)
     positions = np.broadcast_to(np.arange(settings.length, dtype=np.int32), tokens.shape)
     batch: Any = {"tokens": tokens, "positions": positions, "starts": np.zeros_like(tokens), "weights": weights}

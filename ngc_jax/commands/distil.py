@@ -28,6 +28,9 @@ class DistilConfig(TrainingOptions):
         hidden_layers: After which layers, for example "[9, 19]"; negative numbers count from the end.
         temperature: Of both predictions in the divergence.
         top_k: Divergence over the teacher's so many likeliest tokens and the rest; 0 for the whole vocabulary.
+        stability_weight: Weight of the distance from the teacher's growth rates of small perturbations along depth.
+        stability_directions: Perturbations that it follows.
+        stability_tokens: In so many tokens of each row.
     """
 
     model: str | None = None
@@ -39,6 +42,9 @@ class DistilConfig(TrainingOptions):
     hidden_layers: tuple[int, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
+    stability_weight: float = 0.0
+    stability_directions: int = 4
+    stability_tokens: int = 8
 
     def run(self) -> dict[str, Any]:
         """Distil; returns the summary.
@@ -63,6 +69,9 @@ class DistilConfig(TrainingOptions):
             top_k=self.top_k,
             hidden=self.hidden,
             hidden_layers=tuple(self.hidden_layers),
+            stability=self.stability_weight,
+            stability_directions=self.stability_directions,
+            stability_tokens=self.stability_tokens,
         )
         self.check()
         with progress_bar("load") as bar:

@@ -56,7 +56,7 @@ class TrainingOptions:
         tensor: Devices along tensor, which split heads and MLP neurons.
         save_every: Steps between checkpoints; 0 for only at the end or when stopped.
         keep_checkpoints: How many stay.
-        seed: Of the rows' order.
+        seed: Of the rows' order, and of what the stability loss draws.
         dry_run: Compile, print memory and shardings, train nothing.
         profile: Directory for a profile of three steps.
         coordinator: Address host:port of process 0, for several processes; or "auto" where the cluster tells.
@@ -233,7 +233,7 @@ class TrainingOptions:
         trained, frozen = split_params(model.params, trainable)
         decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
-        program = Program(decoder, objective, self.make_optimizer(), of_teacher[0], self.microbatches)
+        program = Program(decoder, objective, self.make_optimizer(), of_teacher[0], self.microbatches, self.seed)
         constants = Constants(cast_params(frozen, dtype), of_teacher[1])
         if self.dry_run:
             return _dry_run(Placed(program, trained, constants, mesh, self.parallel), batches)

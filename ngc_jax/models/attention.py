@@ -224,15 +224,12 @@ def attend(
         attended: Keys, values and their positions.
         positions_BxL: Positions of the queries.
         starts_BxL: Lowest position that each query sees; None for 0.
-        own: Keys and values of the queries' own tokens, where `attended` has the same numbers. Then each query takes
-            those of its own token from here and all others from there: one derivative with `attended` held is that of
-            every token on its own.
+        own: Keys and values of the queries' own tokens, where `attended` has the same numbers at their positions. Then
+            each query takes those of its own token from here and all others from there: one derivative with `attended`
+            held is that of every token on its own. The queries may be some of the tokens.
         scale: Multiplies the logits.
         window: How many tokens a query sees, itself included; None for all before it.
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
-
-    Raises:
-        ValueError: If `own` is given and what is attended to are not as many tokens.
     """
     batch, length, heads, head_dim = q_BxLxNxH.shape
     kv_heads = attended.keys.shape[1]
@@ -243,40 +240,47 @@ def attend(
         seen_BxLxS &= key_Bx1xS >= starts_BxL[:, :, None]
     if window is not None:
         seen_BxLxS &= query_BxLx1 - key_Bx1xS < window
-    if own is not None and attended.keys.shape[3] != length:
-        raise ValueError(f"{attended.keys.shape[3]} keys for {length} queries with keys of their own; expected as many")
 
-    def one_head(q_GxLxH: Array, kv: tuple[Array, ...], seen_LxS: Array) -> Array:
+    def one_head(q_GxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
         """Attention of the query heads that share one key-value head, in one sequence."""
         k_HxS, v_SxH, *own_kv = kv
+        seen_LxS, *slots = where
         q_QxH = q_GxLxH.reshape(-1, head_dim)
         logits = jnp.einsum("qh,hs->qs", q_QxH, k_HxS, preferred_element_type=jnp.float32) * scale
         if own_kv:  # adds 0, and a derivative
-            live_LxH = (own_kv[0] - k_HxS).T
+            (slot_L,) = slots
+            own_LxS = jax.nn.one_hot(slot_L, k_HxS.shape[1])
+            live_LxH = (own_kv[0] - k_HxS[:, slot_L]).T
             live_GxL = jnp.einsum("glh,lh->gl", q_GxLxH, live_LxH, preferred_element_type=jnp.float32) * scale
-            logits += (live_GxL[:, :, None] * jnp.eye(length)).reshape(logits.shape)
+            logits += (live_GxL[:, :, None] * own_LxS).reshape(logits.shape)
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         logits = jnp.where(jnp.tile(seen_LxS, (heads // kv_heads, 1)), logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v_SxH.dtype)
         out = jnp.einsum("qs,sh->qh", weights, v_SxH, preferred_element_type=jnp.float32)
         if own_kv:
-            to_own_GxL = jnp.diagonal(weights.reshape(-1, length, length), axis1=1, axis2=2)
-            out += (to_own_GxL[:, :, None] * (own_kv[1] - v_SxH)).reshape(out.shape)
+            weights_GxLxS = weights.reshape(-1, *own_LxS.shape)
+            to_own_GxL = jnp.take_along_axis(weights_GxLxS, slot_L[None, :, None], axis=2)[..., 0]
+            out += (to_own_GxL[:, :, None] * (own_kv[1] - v_SxH[slot_L])).reshape(out.shape)
         return out.reshape(q_GxLxH.shape).astype(q_GxLxH.dtype)
 
-    def one_row(q_KxGxLxH: Array, kv: tuple[Array, ...], seen_LxS: Array) -> Array:
-        return jax.vmap(one_head, in_axes=(0, 0, None))(q_KxGxLxH, kv, seen_LxS)
+    def one_row(q_KxGxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
+        return jax.vmap(one_head, in_axes=(0, 0, None))(q_KxGxLxH, kv, where)
 
-    def in_turn(q: Array, kv: tuple[Array, ...], seen: Array) -> Array:
+    def in_turn(q: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
         # A CPU multiplies one matrix at a time several times faster than a batch of them.
-        def heads_of_row(row: tuple[Array, tuple[Array, ...], Array]) -> Array:
+        def heads_of_row(row: tuple[Array, tuple[Array, ...], tuple[Array, ...]]) -> Array:
             return jax.lax.map(lambda head: one_head(head[0], head[1], row[2]), row[:2])
 
-        return jax.lax.map(heads_of_row, (q, kv, seen))
+        return jax.lax.map(heads_of_row, (q, kv, where))
 
-    kv = (attended.keys, attended.values) if own is None else (attended.keys, attended.values, own.keys, own.values)
-    arguments = (q_BxKxGxLxH, kv, seen_BxLxS)
+    kv: tuple[Array, ...] = (attended.keys, attended.values)
+    where: tuple[Array, ...] = (seen_BxLxS,)
+    if own is not None:
+        kv += (own.keys, own.values)
+        # Where each query's own token is among the keys; anywhere for padding, whose output means nothing.
+        where += (jnp.argmax(key_Bx1xS == query_BxLx1, axis=2),)
+    arguments = (q_BxKxGxLxH, kv, where)
     if length == 1:
         out = jax.vmap(one_row)(*arguments)
     else:

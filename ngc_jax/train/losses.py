@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import in_chunks
+from ngc_jax.models.attention import init_cache
 from ngc_jax.models.decoder import RESIDUALS, Decoder
+from ngc_jax.train.stability_loss import Pass, stability_sum
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -40,6 +42,10 @@ class Objective:
         hidden: Weight of the squared distance of student's and teacher's residual streams after `hidden_layers`,
             relative to the teacher's square, averaged over the layers.
         hidden_layers: Which layers, counted from 0; negative ones from the end.
+        stability: Weight of the squared distance of student's and teacher's local growth rates along depth, per layer
+            and direction; see `stability_loss`.
+        stability_directions: Perturbations that are followed.
+        stability_tokens: In so many tokens of each row.
         chunk: Tokens of a row whose logits exist at once.
 
     Raises:
@@ -52,26 +58,34 @@ class Objective:
     top_k: int = 0
     hidden: float = 0.0
     hidden_layers: tuple[int, ...] = ()
+    stability: float = 0.0
+    stability_directions: int = 4
+    stability_tokens: int = 8
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("cross_entropy", "divergence", "hidden"):
+        for name in ("cross_entropy", "divergence", "hidden", "stability"):
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise UsageError(f"the weight of {name} is {weight}; expected a number of at least 0")
-        if not self.cross_entropy + self.divergence + self.hidden > 0:
-            raise UsageError("no loss has a weight above 0; give cross_entropy, divergence or hidden one")
+        if not self.cross_entropy + self.divergence + self.hidden + self.stability > 0:
+            raise UsageError("no loss has a weight above 0; give cross_entropy, divergence, hidden or stability one")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(f"temperature is {self.temperature}; expected a number above 0")
         if self.top_k < 0 or self.chunk < 1:
             raise UsageError(f"top_k is {self.top_k} and chunk {self.chunk}; expected at least 0 and at least 1")
+        if self.stability_directions < 1 or self.stability_tokens < 1:
+            raise UsageError(
+                f"stability_directions is {self.stability_directions} and stability_tokens {self.stability_tokens}; "
+                "expected at least 1 of each"
+            )
         if (self.hidden > 0) != bool(self.hidden_layers):
             raise UsageError("hidden and hidden_layers belong together: give a weight and the layers, or neither")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher has to run."""
-        return self.divergence > 0 or self.hidden > 0
+        return self.divergence > 0 or self.hidden > 0 or self.stability > 0
 
 
 def objective_sums(
@@ -80,6 +94,8 @@ def objective_sums(
     params: Params,
     batch: Batch,
     teacher: tuple[Decoder, Params] | None = None,
+    *,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Array, Array, Sums]:
     """The objective summed over a batch's tokens.
 
@@ -90,26 +106,30 @@ def objective_sums(
         batch: tokens, positions (-1 padding), starts (int32) and weights (float32), each (B, L); see `packing`. The
             loss of predicting a token counts with the token's weight.
         teacher: Decoder and parameters; no gradient flows into them.
+        key: For what the stability loss draws; the same for all parts of a batch. Needed with it only.
 
     Returns:
         The weighted sum and the count (float32 scalars), and every loss's own sum by name.
 
     Raises:
-        UsageError: If a teacher is needed and missing, or a layer does not exist.
+        UsageError: If a teacher or a key is needed and missing, or a layer does not exist.
     """
     if objective.needs_teacher and teacher is None:
         raise UsageError("this objective compares with a teacher; give one")
+    if objective.stability > 0 and key is None:
+        raise UsageError("the stability loss draws directions; give a key")
     weights_BxL = jnp.concatenate(
         [batch["weights"][:, 1:], jnp.zeros_like(batch["weights"][:, :1])], axis=1
     )  # of predicting the next token, at the token before it
     targets_BxL = jnp.roll(batch["tokens"], -1, axis=1)
     layers = sorted({_layer(decoder, layer) for layer in objective.hidden_layers})
-    ours_BxLxD, ours = _run(decoder, params, batch, layers)
-    theirs_BxLxD, theirs = ours_BxLxD, ours
+    recorded = objective.stability > 0
+    ours_BxLxD, ours, our_pass = _run(decoder, params, batch, layers, recorded)
+    theirs_BxLxD, theirs, their_pass = ours_BxLxD, ours, our_pass
     if objective.needs_teacher:
         assert teacher is not None
         frozen = jax.lax.stop_gradient(teacher[1])
-        theirs_BxLxD, theirs = jax.lax.stop_gradient(_run(teacher[0], frozen, batch, layers))
+        theirs_BxLxD, theirs, their_pass = jax.lax.stop_gradient(_run(teacher[0], frozen, batch, layers, recorded))
         if teacher[0].config.vocab_size != decoder.config.vocab_size:
             raise UsageError(
                 f"the teacher has {teacher[0].config.vocab_size} tokens, the student {decoder.config.vocab_size}; "
@@ -140,6 +160,18 @@ def objective_sums(
     if objective.hidden > 0:
         each = [hidden_distance(theirs[layer], ours[layer]) for layer in layers]
         sums["hidden"] = (sum(each, jnp.zeros_like(weights_BxL)) * weights_BxL).sum() / len(layers)
+    if objective.stability > 0:
+        assert teacher is not None
+        assert key is not None
+        sums["stability"] = stability_sum(
+            Pass(decoder, params, *our_pass),
+            Pass(teacher[0], jax.lax.stop_gradient(teacher[1]), *their_pass),
+            batch,
+            weights_BxL,
+            key=key,
+            directions=objective.stability_directions,
+            tokens=objective.stability_tokens,
+        )
     total = sum((getattr(objective, name) * value for name, value in sums.items()), jnp.float32(0.0))
     return total, count, sums
 
@@ -217,10 +249,17 @@ def _layer(decoder: Decoder, layer: int) -> int:
     return layer % layers
 
 
-def _run(decoder: Decoder, params: Params, batch: Batch, layers: list[int]) -> tuple[Array, dict[int, Array]]:
-    """Final hidden states, and the residual stream after some layers."""
-    arguments = ({"params": params}, batch["tokens"], batch["positions"], None, batch["starts"])
-    if not layers:
-        return decoder.apply(*arguments, method="hidden")[0], {}
-    (hidden, _), sown = decoder.apply(*arguments, method="hidden", mutable=[RESIDUALS])
-    return hidden, {layer: sown[RESIDUALS]["layers"][str(layer)]["output"][0] for layer in layers}
+def _run(
+    decoder: Decoder, params: Params, batch: Batch, layers: list[int], recorded: bool
+) -> tuple[Array, dict[int, Array], tuple[Any, ...]]:
+    """Final hidden states, the residual stream after some layers, and streams and cache of all if they are recorded."""
+    # A cache without slots becomes the tokens as they are.
+    rows = batch["tokens"].shape[0]
+    cache = init_cache(decoder.config, rows, 0, decoder.param_dtype) if recorded else None
+    arguments = ({"params": params}, batch["tokens"], batch["positions"], cache, batch["starts"])
+    if not layers and not recorded:
+        return decoder.apply(*arguments, method="hidden")[0], {}, ()
+    (hidden, cache), sown = decoder.apply(*arguments, method="hidden", mutable=[RESIDUALS])
+    after = [sown[RESIDUALS]["layers"][str(layer)]["output"] for layer in range(decoder.config.num_layers)]
+    streams = [x for iteration in zip(*after, strict=True) for x in iteration] if recorded else []
+    return hidden, {layer: after[layer][0] for layer in layers}, (streams, cache) if recorded else ()

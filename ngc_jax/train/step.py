@@ -57,6 +57,7 @@ class Program:
         optimizer: Moves the parameters.
         teacher: The teacher's decoder; None without one.
         microbatches: A batch is cut into so many, one after the other, to save memory; the result is the same.
+        seed: Of what the stability loss draws, each step anew.
     """
 
     decoder: Decoder
@@ -64,6 +65,7 @@ class Program:
     optimizer: optax.GradientTransformation
     teacher: Decoder | None = None
     microbatches: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.microbatches < 1:
@@ -85,17 +87,24 @@ def init_state(program: Program, trained: Params) -> TrainState:
 
 
 def loss_sums(
-    program: Program, trained: Params, constants: Constants, batch: Batch
+    program: Program, trained: Params, constants: Constants, batch: Batch, step: Array | int = 0
 ) -> tuple[Array, tuple[Array, Metrics]]:
-    """The objective's sum over a batch, then the count and each loss's sum; see `losses.objective_sums`."""
+    """The objective's sum over a batch, then the count and each loss's sum; see `losses.objective_sums`.
+
+    What is drawn depends on the program's seed and the step: the same on every device and in every microbatch, and
+    after a restart.
+    """
     dtype = program.decoder.param_dtype
     params = merge_params(cast_params(trained, dtype), constants.frozen)
     teacher = None if program.teacher is None else (program.teacher, constants.teacher)
-    total, count, sums = objective_sums(program.objective, program.decoder, params, batch, teacher)
+    key = jax.random.fold_in(jax.random.key(program.seed), step) if program.objective.stability > 0 else None
+    total, count, sums = objective_sums(program.objective, program.decoder, params, batch, teacher, key=key)
     return total, (count, sums)
 
 
-def gradient_sums(program: Program, trained: Params, constants: Constants, batch: Batch) -> tuple[Any, Array, Metrics]:
+def gradient_sums(
+    program: Program, trained: Params, constants: Constants, batch: Batch, step: Array | int = 0
+) -> tuple[Any, Array, Metrics]:
     """Gradient of the objective's sum, the count, and the sums; microbatch by microbatch.
 
     Args:
@@ -103,10 +112,11 @@ def gradient_sums(program: Program, trained: Params, constants: Constants, batch
         trained: Parameters that train.
         constants: The others.
         batch: Arrays (B, L), B a multiple of the number of microbatches.
+        step: Steps done before this one.
     """
 
     def of_part(part: Batch) -> tuple[Any, Array, Metrics]:
-        differentiate = jax.value_and_grad(lambda p: loss_sums(program, p, constants, part), has_aux=True)
+        differentiate = jax.value_and_grad(lambda p: loss_sums(program, p, constants, part, step), has_aux=True)
         (total, (count, sums)), gradient = differentiate(trained)
         return gradient, count, {"loss": total, **sums}
 
@@ -145,7 +155,7 @@ def train_step(
         The state after the step, and float32 scalars: loss and each loss by name (means per counted token), tokens
         (counted), gradient_norm, finite.
     """
-    gradient, count, sums = gradient_sums(program, state.params, constants, batch)
+    gradient, count, sums = gradient_sums(program, state.params, constants, batch, state.step)
     if axis_name is not None:
         gradient, count, sums = jax.lax.psum((gradient, count, sums), axis_name)
     divisor = jnp.maximum(count, 1.0)

@@ -83,6 +83,18 @@ def test_a_distilled_model_is_nearer_to_its_teacher_and_what_it_says_it_is(place
     assert list((place / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
+def test_the_distance_of_the_spectra_is_in_the_metrics(place):
+    flags = ["--stability-weight", "0.5", "--stability-directions", "2", "--stability-tokens", "3", "--remat"]
+    code, summary = run(place, "spectra", "--steps", "2", "--evaluation-tokens", "0", *flags)
+    assert code == 0
+    assert summary["stability_weight"] == 0.5
+    for line in (place / "spectra" / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert metrics["stability"] > 0
+        np.testing.assert_allclose(metrics["loss"], metrics["divergence"] + 0.5 * metrics["stability"], rtol=1e-5)
+
+
 def test_a_dry_run_trains_nothing(place, capsys):
     code, summary = run(place, "dry", "--dry-run", "--fsdp", "4", "--tensor", "2", "--data", "1")
     assert code == 0

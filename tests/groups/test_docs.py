@@ -1,20 +1,10 @@
-"""The examples of docs/groups.md run, top to bottom, in one session; their assertions hold."""
+"""The examples of docs/groups.md and of the tutorial on dynamics run; their assertions hold."""
 
-import re
-from pathlib import Path
-
-PAGE = Path(__file__).parents[2] / "docs" / "groups.md"
+from tests.pages import python_blocks, run_examples
 
 
 def test_the_examples_run():
-    text = PAGE.read_text()
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) >= 8
-    session = {}
-    for block in blocks:
-        # Empty lines before the code make the traceback's line the page's line.
-        line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(PAGE), "exec"), session)
+    session = run_examples("groups.md", least=8)
     # Printed on failure only: how far from the limits the examples are.
     for name, kernel, states in [
         ("lifted", session["lifted"], session["fitted"]),
@@ -22,3 +12,11 @@ def test_the_examples_run():
     ]:
         print(name, float(session["error"](kernel, states)))
     print("driven", float(session["distance"](session["driven"])), float(session["distance"](session["u"])))
+
+
+def test_the_tutorial_runs_in_sixty_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples("tutorials/group_dynamics.md", least=6)
+    assert (tmp_path / "group-dynamics.png").stat().st_size > 10_000
+    lines = [line for _, code in python_blocks("tutorials/group_dynamics.md") for line in code.splitlines()]
+    assert sum(bool(line.strip()) for line in lines) <= 60

@@ -1,0 +1,95 @@
+"""Does keeping the teacher's spectrum help a distillation? The reasoner's dense model, converted and distilled anew.
+
+    python -m experiments.stability_distil --out runs/stability_distil
+
+For every weight of the stability loss the same compact model is distilled on the same problems; then problems answered
+right, perplexity, and the distance of the growth along depth from the dense model's: the root mean square, over
+held-out tokens and layers, of the difference of the two logarithmic growths (`DepthStability.growth`), with directions
+that training did not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.reasoner.problems import make_rows, make_tokenizer
+from experiments.reasoner.run import Settings, architecture, evaluate, fit
+from ngc_jax.cli import write_json
+from ngc_jax.commands.console import console, table
+from ngc_jax.convert.pipeline import convert
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.models.load import LanguageModel, load_model
+from ngc_jax.models.save import save_model
+from ngc_jax.stability.depth import depth_stability
+from ngc_jax.train.fresh import fresh_model
+
+SETTINGS = Settings(width=96, layers=4, chain=2, rows=32, length=64, steps=800, distil_steps=150, problems=300)
+
+
+def distance(student: LanguageModel, teacher: LanguageModel, seed: int) -> float:
+    """Root mean square difference of logarithmic growth over held-out tokens and layers."""
+    rng = np.random.default_rng([seed, 10**6 + 2])
+    tokens = jnp.asarray(make_rows(rng, 16, SETTINGS.length, SETTINGS.chain)[0])
+    key = jax.random.key(seed + 10**6)
+    grown = [depth_stability(m.decoder, m.params, tokens, key=key, directions=8).growth for m in (student, teacher)]
+    return float(jnp.sqrt(jnp.mean(jnp.square(grown[0] - grown[1])[:, 1:, 1:])))
+
+
+def main() -> None:
+    """Run the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/stability_distil"))
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.4])
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        directory = arguments.out / f"seed-{seed}"
+        if not (directory / "config.json").exists():
+            fresh = fresh_model(architecture(SETTINGS), make_tokenizer, jax.random.key(seed), name="reasoner")
+            save_model(
+                fit(fresh, SETTINGS, seed, "train", steps=SETTINGS.steps, learning_rate=SETTINGS.learning_rate),
+                directory,
+            )
+        dense = load_model(str(directory))
+        calibration = make_rows(np.random.default_rng([seed, 10**6 + 1]), 256, SETTINGS.length, SETTINGS.chain)[0]
+        for keep in arguments.keeps:
+            compact = convert(
+                dense, Recipe("ngc", keep=keep), calibration.ravel(), window=SETTINGS.length, batch_size=32
+            )
+            once = {"seed": seed, "keep": keep, "weight": None}
+            rows.append({**once, **evaluate(compact, SETTINGS, seed), "distance": distance(compact, dense, seed)})
+            for weight in arguments.weights:
+                began = time.perf_counter()
+                student = fit(
+                    compact, SETTINGS, seed + 1000, f"weight {weight:g}", steps=SETTINGS.distil_steps,
+                    learning_rate=SETTINGS.distil_rate, teacher=dense, stability=weight,
+                )  # fmt: skip
+                found = {"seed": seed, "keep": keep, "weight": weight, "seconds": time.perf_counter() - began}
+                rows.append({**found, **evaluate(student, SETTINGS, seed), "distance": distance(student, dense, seed)})
+                console.print(json.dumps(rows[-1]), markup=False)
+    write_json(arguments.out / "results.json", {"rows": rows})
+    kinds = dict.fromkeys((row["keep"], row["weight"]) for row in rows)
+    cells = []
+    for keep, weight in kinds:
+        same = [row for row in rows if (row["keep"], row["weight"]) == (keep, weight)]
+        values = [
+            [f"{100 * row['right'] / row['problems']:.1f}", f"{row['perplexity']:.4f}", f"{row['distance']:.4f}"]
+            for row in same
+        ]
+        name = "not distilled" if weight is None else f"{weight:g}"
+        cells.append([f"{keep:g}", name, *(" / ".join(column) for column in zip(*values, strict=True))])
+    console.print(table("by seed", ["keep", "weight", "right, %", "perplexity", "distance of growth"], cells))
+
+
+if __name__ == "__main__":
+    main()

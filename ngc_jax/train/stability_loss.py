@@ -1,0 +1,176 @@
+"""How far a student's finite-time Lyapunov spectrum along depth is from its teacher's, as a loss.
+
+For a token t, K perturbations of its residual stream pass through the layers as in `ngc_jax.stability.depth`: the keys
+and values of all other tokens are held, an orthonormal frame is pushed forward by every layer's Jacobian and made
+orthonormal again, and layer l has the local rates, relative to the stream (the layers read it through norms),
+
+    r_lk = log R_kk - log(|x_(l+1)| / |x_l|)                       (natural logarithms per layer)
+
+Student and teacher begin with the same random frame, each then follows its own. The loss of a token is
+
+    (1 / (n K)) · sum over layers l and directions k of (r_lk of the student - r_lk of the teacher)²
+
+in squared rates per layer. Every row of a batch has the loss of m of its tokens, drawn in proportion to their weights,
+times the sum of the weights: without bias the weighted sum over all of them. A document's first token has no part, as
+it has none in a prompt's metric: nothing comes before it.
+
+What is drawn depends on the key alone, and is the same for every row: however a batch is cut or spread, the value is
+the same. Streams, keys and values are those of the passes that a step makes anyway, and gradients go through them too.
+Beside those passes a row costs m tokens of a forward pass and m · K of forward derivatives for the teacher, and as much
+with its backward pass for the student: with 8 tokens and 4 directions of 512 tokens a twelfth of the step.
+
+Legend: B rows, L tokens, m chosen tokens, D embed, n layers times iterations (the depth), K directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.attention import Cache
+from ngc_jax.models.decoder import Decoder, DecoderLayer
+from ngc_jax.models.decoding import Params
+from ngc_jax.stability.flat import working_type
+from ngc_jax.stability.lyapunov import orthonormalise
+from ngc_jax.stability.streams import depth_of, log_length, widened
+
+Batch = Mapping[str, Array]
+
+
+class Pass(NamedTuple):
+    """A decoder and what a forward pass over a batch left behind.
+
+    Attributes:
+        decoder: The module.
+        params: Its parameters.
+        streams: n residual streams (B, L, D), after every layer.
+        cache: Keys and values of every layer, slot t being token t's.
+    """
+
+    decoder: Decoder
+    params: Params
+    streams: Sequence[Float[Array, "B L D"]]
+    cache: Cache
+
+
+def stability_sum(
+    student: Pass,
+    teacher: Pass,
+    batch: Batch,
+    weights_BxL: Float[Array, "B L"],
+    *,
+    key: PRNGKeyArray,
+    directions: int = 4,
+    tokens: int = 8,
+) -> Float[Array, ""]:
+    """The loss above, summed over a batch.
+
+    Args:
+        student: Gradients flow into its parameters, streams and cache.
+        teacher: Of the same width and depth; what is to get no gradients has to be stopped by the caller.
+        batch: tokens, positions (-1 padding) and starts, each (B, L); see `packing`.
+        weights_BxL: Of every token in the sum.
+        key: For tokens and directions; fold the step into it.
+        directions: K.
+        tokens: m.
+
+    Raises:
+        UsageError: If the two are not of one width and depth, or there are more directions than dimensions.
+    """
+    sizes = [(depth_of(one.decoder), one.decoder.config.embed_dim) for one in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"the student has {sizes[0][0]} layers of width {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}; "
+            "spectra are compared layer by layer: expected the same sizes, or no weight of stability"
+        )
+    width = sizes[0][1]
+    if directions > width:
+        raise UsageError(f"{directions} directions in a stream of {width} dimensions; expected at most as many")
+    of_tokens, of_frame = jax.random.split(key)
+    own_BxL = jnp.where(batch["positions"] > batch["starts"], weights_BxL, 0.0)
+    index_Bxm = draw_tokens(of_tokens, own_BxL, tokens)
+    dtype = working_type(student.decoder.param_dtype)
+    frame_mxDxK = jnp.linalg.qr(jax.random.normal(of_frame, (tokens, width, directions), dtype))[0]
+    ours, theirs = (local_rates(one, batch, index_Bxm, frame_mxDxK) for one in (student, teacher))
+    known = jnp.isfinite(ours) & jnp.isfinite(theirs)  # a lost direction has no rate
+    gap = jnp.where(known, ours, 0.0) - jnp.where(known, theirs, 0.0)
+    of_row_B = jnp.mean(jnp.square(gap), axis=(1, 2, 3))
+    total_B = jnp.sum(own_BxL, axis=1)
+    return jnp.sum(jnp.where(total_B > 0, of_row_B * total_B, 0.0))
+
+
+def draw_tokens(key: PRNGKeyArray, weights_BxL: Float[Array, "B L"], count: int) -> Int[Array, "B m"]:
+    """Draw tokens of every row in proportion to their weights, with equal distances in the cumulative weight.
+
+    A token of weight w is drawn count · w / (sum of the row's) times on average (systematic sampling, Madow 1949), and
+    one of weight 0 never unless all are. All rows share one random number.
+
+    Args:
+        key: Randomness.
+        weights_BxL: At least 0.
+        count: m; a token may be drawn several times.
+
+    Returns:
+        (B, m) indices in the row, ascending.
+    """
+    # Above 0 and up to 1: the place 0 would belong to a first token without weight.
+    place_m = (jnp.arange(count) + 1.0 - jax.random.uniform(key)) / count
+    sums_BxL = jnp.cumsum(weights_BxL, axis=1)
+    return jax.vmap(lambda sums_L: jnp.searchsorted(sums_L, place_m * sums_L[-1]))(sums_BxL).astype(jnp.int32)
+
+
+def local_rates(
+    one: Pass, batch: Batch, index_Bxm: Int[Array, "B m"], frame_mxDxK: Float[Array, "m D K"]
+) -> Float[Array, "B m n K"]:
+    """Local rates of chosen tokens, relative to the stream; minus infinity where a direction was lost.
+
+    Args:
+        one: The decoder and its pass over the batch.
+        batch: tokens, positions and starts.
+        index_Bxm: Which tokens of every row.
+        frame_mxDxK: The frame that each begins with, orthonormal columns.
+    """
+    decoder = one.decoder
+
+    def chosen(values: Array) -> Array:
+        return jax.vmap(lambda row, index: row[index])(values, index_Bxm)
+
+    tokens_Bxm, positions_Bxm, starts_Bxm = (chosen(batch[name]) for name in ("tokens", "positions", "starts"))
+    x_BxmxD = cast(Array, decoder.apply({"params": one.params}, tokens_Bxm, method="embedded"))
+    frame = jnp.broadcast_to(frame_mxDxK, (*index_Bxm.shape, *frame_mxDxK.shape[1:]))
+    rates = []
+    for number in range(depth_of(decoder)):
+        advance = _layer(one, number, positions_Bxm, starts_Bxm)
+        step = partial(_step, advance)
+        frame, rates_BxmxK = (jax.checkpoint(step) if decoder.remat else step)(x_BxmxD, frame)
+        rates.append(rates_BxmxK)
+        x_BxmxD = chosen(one.streams[number])
+    return jnp.stack(rates, axis=2)
+
+
+def _step(advance: Callable[[Array], Array], x_BxmxD: Array, frame_BxmxDxK: Array) -> tuple[Array, Array]:
+    y_BxmxD, push = jax.linearize(advance, x_BxmxD)
+    pushed_BxmxDxK = widened(jax.vmap(push, -1, -1)(frame_BxmxDxK.astype(x_BxmxD.dtype)))
+    frame_BxmxDxK, growth_BxmxK = jax.vmap(jax.vmap(orthonormalise))(pushed_BxmxDxK)
+    return frame_BxmxDxK, growth_BxmxK - (log_length(y_BxmxD) - log_length(x_BxmxD))[..., None]
+
+
+def _layer(one: Pass, number: int, positions_Bxm: Array, starts_Bxm: Array) -> Callable[[Array], Array]:
+    """A layer as a map of chosen tokens, each on its own."""
+    decoder = one.decoder
+    layer = number % decoder.config.num_layers
+    module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype, hold_others=True)
+    variables = {"params": one.params["layers"][str(layer)]}
+    states, others = one.params.get("groups", {}), one.cache[number]
+
+    def advance(x_BxmxD: Array) -> Array:
+        return cast(Any, module.apply(variables, x_BxmxD, positions_Bxm, others, states, starts_Bxm))[0]
+
+    return advance
