@@ -124,7 +124,9 @@ def bars(rows: Rows, dense: Mapping[str, Any]) -> Figure:
             if name not in found:
                 continue
             value = found[name]
-            axes.barh(place, min(value, ceiling), color=_OURS if name.split(",")[0] == "ngc" else COLOURS[1], height=0.7)
+            axes.barh(
+                place, min(value, ceiling), color=_OURS if name.split(",")[0] == "ngc" else COLOURS[1], height=0.7
+            )
             text = f"{value:.2f}" if value < ceiling else "> broken"
             axes.annotate(
                 text, (min(value, ceiling), place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
