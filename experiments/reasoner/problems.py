@@ -36,15 +36,16 @@ class Problem:
     answer: int
 
 
-def make_problem(rng: np.random.Generator, steps: int) -> Problem:
+def make_problem(rng: np.random.Generator, steps: int, operands: int = 100) -> Problem:
     """Draw a problem.
 
     Args:
         rng: Randomness.
         steps: Operations in the chain.
+        operands: What is added or subtracted is below this.
     """
     start = int(rng.integers(100))
-    return solve(start, [("+-"[rng.integers(2)], int(rng.integers(100))) for _ in range(steps)])
+    return solve(start, [("+-"[rng.integers(2)], int(rng.integers(operands))) for _ in range(steps)])
 
 
 def solve(start: int, operations: Sequence[tuple[str, int]]) -> Problem:
@@ -77,7 +78,9 @@ def make_tokenizer() -> Tokenizer:
     return wrap(backend, special_tokens={"eos_token": "\n"})
 
 
-def make_rows(rng: np.random.Generator, rows: int, length: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def make_rows(
+    rng: np.random.Generator, rows: int, length: int, steps: int, operands: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of problems one after the other, the last of a row cut short.
 
     Args:
@@ -85,6 +88,7 @@ def make_rows(rng: np.random.Generator, rows: int, length: int, steps: int) -> t
         rows: B.
         length: L.
         steps: Operations in a problem.
+        operands: What is added or subtracted is below this.
 
     Returns:
         Tokens (B, L) int32, and weights (B, L) float32: 1 for working and answers, which can be predicted.
@@ -94,7 +98,7 @@ def make_rows(rng: np.random.Generator, rows: int, length: int, steps: int) -> t
         ids: list[int] = []
         counted: list[int] = []
         while len(ids) < length:
-            problem = make_problem(rng, steps)
+            problem = make_problem(rng, steps, operands)
             ids += encode(problem.prompt + problem.working)
             counted += [0] * len(problem.prompt) + [1] * len(problem.working)
         tokens[row], weights[row] = ids[:length], counted[:length]
@@ -104,9 +108,9 @@ def make_rows(rng: np.random.Generator, rows: int, length: int, steps: int) -> t
 class ProblemBatches:
     """Fresh problems without end; the position is the number of batches taken."""
 
-    def __init__(self, seed: int, *, rows: int, length: int, steps: int) -> None:
+    def __init__(self, seed: int, *, rows: int, length: int, steps: int, operands: int = 100) -> None:
         """Settings as for `make_rows`; every batch has randomness of its own, from the seed and its number."""
-        self._seed, self._shape, self._taken = seed, (rows, length, steps), 0
+        self._seed, self._shape, self._taken = seed, (rows, length, steps, operands), 0
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Tokens, positions, starts and weights, each (B, L)."""

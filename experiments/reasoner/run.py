@@ -61,6 +61,7 @@ class Settings:
         width: Of the residual stream; the MLP has 8/3 as many neurons.
         layers: Of the model.
         chain: Operations in a problem.
+        operands: What is added or subtracted is below this.
         length: Tokens of a row.
         rows: Of a step.
         steps: Of training the dense model.
@@ -74,6 +75,7 @@ class Settings:
     width: int = 192
     layers: int = 4
     chain: int = 3
+    operands: int = 100
     length: int = 96
     rows: int = 48
     steps: int = 2500
@@ -124,7 +126,9 @@ def fit(
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=steps // 20, steps=steps, options={"b2": 0.98})
     )
     program = Program(model.decoder, objective, optimizer, None if teacher is None else teacher.decoder)
-    batches = ProblemBatches(seed, rows=settings.rows, length=settings.length, steps=settings.chain)
+    batches = ProblemBatches(
+        seed, rows=settings.rows, length=settings.length, steps=settings.chain, operands=settings.operands
+    )
     with progress_bar(label) as bar:
         result = train(
             program,
@@ -155,9 +159,9 @@ def answered_right(model: LanguageModel, problems: Sequence[Problem]) -> list[bo
 def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, float]:
     """Answers that are right, greedily, and perplexity of working and answers, on problems never trained on."""
     rng = np.random.default_rng([seed, 10**6])
-    problems = [make_problem(rng, settings.chain) for _ in range(settings.problems)]
+    problems = [make_problem(rng, settings.chain, settings.operands) for _ in range(settings.problems)]
     right = sum(answered_right(model, problems))
-    tokens, weights = make_rows(rng, 64, settings.length, settings.chain)
+    tokens, weights = make_rows(rng, 64, settings.length, settings.chain, settings.operands)
     positions = np.broadcast_to(np.arange(settings.length, dtype=np.int32), tokens.shape)
     batch: Any = {"tokens": tokens, "positions": positions, "starts": np.zeros_like(tokens), "weights": weights}
     total, count, _ = jax.jit(lambda params: objective_sums(Objective(), model.decoder, params, batch))(model.params)
@@ -174,9 +178,9 @@ def run_seed(settings: Settings, seed: int, directory: Path) -> list[dict[str, A
         save_model(trained, directory / "dense")
     dense = load_model(str(directory / "dense"))
     rows = [_entry(directory, "dense", 1.0, lambda: _row(dense, settings, seed, "dense", 1.0, "as trained"))]
-    calibration = make_rows(
-        np.random.default_rng([seed, 10**6 + 1]), settings.calibration_rows, settings.length, settings.chain
-    )[0].ravel()
+    rng = np.random.default_rng([seed, 10**6 + 1])
+    rows_of = (settings.calibration_rows, settings.length, settings.chain, settings.operands)
+    calibration = make_rows(rng, *rows_of)[0].ravel()
     for keep in KEEPS:
         for method in METHODS:
 
