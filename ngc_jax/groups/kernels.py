@@ -187,10 +187,6 @@ def _encode_in_fixed_gauge(
     """The signal of a bilinear group, in the type in which products accumulate."""
     d_in, width = _inputs(kernel, states, pivots), x.shape[-1]
     _check_width(width, d_in)
-    if x.size > d_in * width:
-        # More tokens than input neurons: to put the states in order costs less than to pick every token's neurons,
-        # and its derivative far less.
-        return _product("...i,ir->...r", x, input_features(kernel, states, width, pivots=pivots))
     pivots_R, others_O = np.asarray(pivots, np.intp), other_neurons(pivots, d_in)
     # Both are ascending: what a narrow input has comes first.
     pivots_P, others_O = pivots_R[pivots_R < width], others_O[others_O < width]

@@ -171,12 +171,10 @@ def fixed(dtype=jnp.float32, rank=RANK, pivots=PIVOTS, d_in=D_IN):
     return states, free | {"output_states": jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), outputs)}
 
 
-# Fewer tokens than input neurons, and more.
-@pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("width", [D_IN, 10, 9, 2, 1, 0])
-def test_the_fixed_gauge_computes_what_the_free_one_does(width, rows):
+def test_the_fixed_gauge_computes_what_the_free_one_does(width):
     states, free = fixed()
-    x = np.random.default_rng(1).standard_normal((rows, 5, width)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((2, 5, width)).astype(np.float32)
     signal = jax.jit(encode, static_argnums=0, static_argnames="pivots")(BILINEAR, states, x, pivots=PIVOTS)
     np.testing.assert_allclose(signal, x @ free["input_states"][:width], atol=2e-6)
     for member in D_OUTS:
