@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -23,6 +22,8 @@ from ngc_jax.models.load import LanguageModel, Params, kernel_of
 Progress = Callable[[str, int, int], None]
 # Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on.
 REMEASURED = 1 / 3
+# Tokens from which slopes are taken at their full weight: as many as the power 1/2 was tried with.
+_ENOUGH = 8192
 # No layer's and no role's share in a correction goes beyond this factor, up or down.
 _MOST = 10.0
 
@@ -57,8 +58,9 @@ def remeasure(
 
     The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
     that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With the recipe's
-    sensitivities every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a
-    logarithmic scale, from the prediction to a measurement that is noisy and was taken at one end of the way.
+    sensitivities every block's is then multiplied by the `correction_power` of its `sensitivity_corrections`: at most
+    halfway, on a logarithmic scale, from the prediction to a measurement that is noisy and was taken at one end of the
+    way.
 
     Args:
         model: The dense model.
@@ -87,6 +89,7 @@ def remeasure(
 
     assert compact.plan is not None
     share = mixed_share(compact.plan.keep_ratio())
+    power = correction_power(len(tokens))
     factors = {name: 1.0 for layer in statistics for name in layer}
     if recipe.resolved_sensitivities:
         predicted = {}
@@ -107,7 +110,7 @@ def remeasure(
 
     return [
         {
-            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], math.sqrt(factors[name])))
+            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], factors[name] ** power))
             for name, s in layer.items()
         }
         for layer in statistics
@@ -136,6 +139,11 @@ def predicted_slope(weight: np.ndarray, change: np.ndarray, statistics: Statisti
         gram += RIDGE * mean_diagonal(gram) * np.eye(len(gram))
         change = scipy.linalg.solve(gram, weight.T @ change, assume_a="pos")
     return float(np.vdot(metric @ change, change @ moment))
+
+
+def correction_power(tokens: int) -> float:
+    """The power of a correction that is applied: 1/2, less in proportion where slopes come from few tokens."""
+    return 0.5 * min(tokens / _ENOUGH, 1.0)
 
 
 def sensitivity_corrections(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert, measure
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import (
+    correction_power,
     dense_layer,
     mixed_share,
     predicted_slope,
@@ -55,7 +56,9 @@ def test_the_second_round_measures_the_converted_model(geometry):
         for name in before:
             expected = (1 - share) * before[name].gradients.mean_square + share * now[name].mean_square
             np.testing.assert_allclose(uncorrected[name].gradients.mean_square, expected, rtol=1e-5)
-            np.testing.assert_allclose(after[name].gradients.mean_square, factors[name] ** 0.5 * expected, rtol=1e-5)
+            np.testing.assert_allclose(
+                after[name].gradients.mean_square, factors[name] ** correction_power(40) * expected, rtol=1e-5
+            )
             assert after[name].second_moment is before[name].second_moment
     # The formed layers compute what the groups compute.
     np.testing.assert_allclose(
@@ -119,3 +122,7 @@ def test_corrections_have_bounds():
     assert max(factors.values()) <= 100
     assert all(factors[name] > 0 for name in predicted)
     assert sensitivity_corrections(dict.fromkeys(names(), 0.0), measured) == dict.fromkeys(names(), 1.0)
+
+
+def test_slopes_of_few_tokens_count_for_less():
+    assert [correction_power(tokens) for tokens in (2048, 8192, 100_000)] == [0.125, 0.5, 0.5]
