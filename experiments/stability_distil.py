@@ -5,7 +5,7 @@
 For every weight of the stability loss the same compact model is distilled on the same problems; then problems answered
 right, perplexity, and the distance of the growth along depth from the dense model's: the root mean square, over
 held-out tokens and layers, of the difference of the two logarithmic growths (`DepthStability.growth`), with directions
-that training did not use.
+that training did not use. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,16 +31,44 @@ from ngc_jax.models.save import save_model
 from ngc_jax.stability.depth import depth_stability
 from ngc_jax.train.fresh import fresh_model
 
-SETTINGS = Settings(width=96, layers=4, chain=2, rows=32, length=64, steps=800, distil_steps=150, problems=300)
+SETTINGS = Settings(
+    width=96, layers=4, chain=3, operands=10, rows=32, length=64, steps=700, distil_steps=150, problems=300
+)
 
 
 def distance(student: LanguageModel, teacher: LanguageModel, seed: int) -> float:
     """Root mean square difference of logarithmic growth over held-out tokens and layers."""
     rng = np.random.default_rng([seed, 10**6 + 2])
-    tokens = jnp.asarray(make_rows(rng, 16, SETTINGS.length, SETTINGS.chain)[0])
+    tokens = jnp.asarray(make_rows(rng, 16, SETTINGS.length, SETTINGS.chain, SETTINGS.operands)[0])
     key = jax.random.key(seed + 10**6)
     grown = [depth_stability(m.decoder, m.params, tokens, key=key, directions=8).growth for m in (student, teacher)]
     return float(jnp.sqrt(jnp.mean(jnp.square(grown[0] - grown[1])[:, 1:, 1:])))
+
+
+def measure(compact: LanguageModel, dense: LanguageModel, weight: float | None, seed: int) -> dict[str, Any]:
+    """Distil with a weight of the stability loss, or not at all, and evaluate."""
+    began, student = time.perf_counter(), compact
+    if weight is not None:
+        student = fit(
+            compact, SETTINGS, seed + 1000, f"weight {weight:g}", steps=SETTINGS.distil_steps,
+            learning_rate=SETTINGS.distil_rate, teacher=dense, stability=weight,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    return {**evaluate(student, SETTINGS, seed), "distance": distance(student, dense, seed), "seconds": seconds}
+
+
+def _dense(directory: Path, seed: int) -> LanguageModel:
+    if not (directory / "config.json").exists():
+        fresh = fresh_model(architecture(SETTINGS), make_tokenizer, jax.random.key(seed), name="reasoner")
+        done = fit(fresh, SETTINGS, seed, "train", steps=SETTINGS.steps, learning_rate=SETTINGS.learning_rate)
+        save_model(done, directory)
+    return load_model(str(directory))
+
+
+def _compact(dense: LanguageModel, keep: float, seed: int) -> LanguageModel:
+    rng = np.random.default_rng([seed, 10**6 + 1])
+    calibration = make_rows(rng, 256, SETTINGS.length, SETTINGS.chain, SETTINGS.operands)[0].ravel()
+    return convert(dense, Recipe("ngc", keep=keep), calibration, window=SETTINGS.length, batch_size=32)
 
 
 def main() -> None:
@@ -53,29 +81,16 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
-        directory = arguments.out / f"seed-{seed}"
-        if not (directory / "config.json").exists():
-            fresh = fresh_model(architecture(SETTINGS), make_tokenizer, jax.random.key(seed), name="reasoner")
-            save_model(
-                fit(fresh, SETTINGS, seed, "train", steps=SETTINGS.steps, learning_rate=SETTINGS.learning_rate),
-                directory,
-            )
-        dense = load_model(str(directory))
-        calibration = make_rows(np.random.default_rng([seed, 10**6 + 1]), 256, SETTINGS.length, SETTINGS.chain)[0]
+        dense = _dense(arguments.out / f"seed-{seed}", seed)
         for keep in arguments.keeps:
-            compact = convert(
-                dense, Recipe("ngc", keep=keep), calibration.ravel(), window=SETTINGS.length, batch_size=32
-            )
-            once = {"seed": seed, "keep": keep, "weight": None}
-            rows.append({**once, **evaluate(compact, SETTINGS, seed), "distance": distance(compact, dense, seed)})
-            for weight in arguments.weights:
-                began = time.perf_counter()
-                student = fit(
-                    compact, SETTINGS, seed + 1000, f"weight {weight:g}", steps=SETTINGS.distil_steps,
-                    learning_rate=SETTINGS.distil_rate, teacher=dense, stability=weight,
-                )  # fmt: skip
-                found = {"seed": seed, "keep": keep, "weight": weight, "seconds": time.perf_counter() - began}
-                rows.append({**found, **evaluate(student, SETTINGS, seed), "distance": distance(student, dense, seed)})
+            compact = None
+            for weight in (None, *arguments.weights):
+                file = arguments.out / f"seed-{seed}" / f"{keep:g}-{weight}.json"
+                if not file.exists():
+                    compact = compact or _compact(dense, keep, seed)
+                    write_json(file, measure(compact, dense, weight, seed))
+                row = json.loads(file.read_text(encoding="utf-8"))
+                rows.append({"seed": seed, "keep": keep, "weight": weight, **row})
                 console.print(json.dumps(rows[-1]), markup=False)
     write_json(arguments.out / "results.json", {"rows": rows})
     kinds = dict.fromkeys((row["keep"], row["weight"]) for row in rows)

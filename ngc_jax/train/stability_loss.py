@@ -38,7 +38,7 @@ from ngc_jax.models.attention import Cache
 from ngc_jax.models.decoder import Decoder, DecoderLayer
 from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
-from ngc_jax.stability.lyapunov import orthonormalise
+from ngc_jax.stability.lyapunov import RESOLUTION
 from ngc_jax.stability.streams import depth_of, log_length, widened
 
 Batch = Mapping[str, Array]
@@ -97,7 +97,7 @@ def stability_sum(
     own_BxL = jnp.where(batch["positions"] > batch["starts"], weights_BxL, 0.0)
     index_Bxm = draw_tokens(of_tokens, own_BxL, tokens)
     dtype = working_type(student.decoder.param_dtype)
-    frame_mxDxK = jnp.linalg.qr(jax.random.normal(of_frame, (tokens, width, directions), dtype))[0]
+    frame_mxDxK, _ = gram_schmidt(jax.random.normal(of_frame, (tokens, width, directions), dtype))
     ours, theirs = (local_rates(one, batch, index_Bxm, frame_mxDxK) for one in (student, teacher))
     known = jnp.isfinite(ours) & jnp.isfinite(theirs)  # a lost direction has no rate
     gap = jnp.where(known, ours, 0.0) - jnp.where(known, theirs, 0.0)
@@ -158,8 +158,33 @@ def local_rates(
 def _step(advance: Callable[[Array], Array], x_BxmxD: Array, frame_BxmxDxK: Array) -> tuple[Array, Array]:
     y_BxmxD, push = jax.linearize(advance, x_BxmxD)
     pushed_BxmxDxK = widened(jax.vmap(push, -1, -1)(frame_BxmxDxK.astype(x_BxmxD.dtype)))
-    frame_BxmxDxK, growth_BxmxK = jax.vmap(jax.vmap(orthonormalise))(pushed_BxmxDxK)
+    frame_BxmxDxK, growth_BxmxK = gram_schmidt(pushed_BxmxDxK)
     return frame_BxmxDxK, growth_BxmxK - (log_length(y_BxmxD) - log_length(x_BxmxD))[..., None]
+
+
+def gram_schmidt(vectors: Float[Array, "*batch D K"]) -> tuple[Float[Array, "*batch D K"], Float[Array, "*batch K"]]:
+    """As `lyapunov.orthonormalise`, for a batch, and without a call of LAPACK.
+
+    For a few directions it is as accurate, runs on the devices that hold the rows, and has derivatives of plain sums.
+    (With jaxlib 0.10.2, a step that has a batched QR of every layer and its derivative hung on a CPU of one device.)
+
+    Returns:
+        Orthonormal frames, and log R_kk; minus infinity, and a column of 0, where a direction was lost.
+    """
+    columns: list[Array] = []
+    growth: list[Array] = []
+    resolution = RESOLUTION * float(jnp.finfo(vectors.dtype).eps)
+    for k in range(vectors.shape[-1]):
+        left = vectors[..., k]
+        shortest = resolution**2 * jnp.sum(jnp.square(left), axis=-1)
+        for column in columns:
+            left = left - column * jnp.sum(column * left, axis=-1, keepdims=True)
+        square = jnp.sum(jnp.square(left), axis=-1)
+        lost = square <= shortest
+        square = jnp.where(lost, 1.0, square)
+        growth.append(jnp.where(lost, -jnp.inf, 0.5 * jnp.log(square)))
+        columns.append(jnp.where(lost[..., None], 0.0, left * jax.lax.rsqrt(square)[..., None]))
+    return jnp.stack(columns, axis=-1), jnp.stack(growth, axis=-1)
 
 
 def _layer(one: Pass, number: int, positions_Bxm: Array, starts_Bxm: Array) -> Callable[[Array], Array]:

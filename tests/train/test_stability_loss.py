@@ -17,7 +17,7 @@ from ngc_jax.train import sharding
 from ngc_jax.train.loop import LoopConfig, train
 from ngc_jax.train.losses import Objective, objective_sums
 from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
-from ngc_jax.train.stability_loss import Pass, draw_tokens, local_rates
+from ngc_jax.train.stability_loss import Pass, draw_tokens, gram_schmidt, local_rates
 from ngc_jax.train.step import Constants, Program, init_state, jit_step, pmap_step, train_step
 from ngc_jax.train.trainable import merge_params
 from tests.models.compact import compact_model, dense_model
@@ -77,6 +77,20 @@ def test_the_rates_are_those_of_the_stability_along_depth_document_by_document()
 
 MODEL = dense_model()
 OBJECTIVE = Objective(0.0, stability=1.0)
+
+
+def test_gram_schmidt_is_the_qr_of_every_matrix():
+    vectors = np.random.default_rng(0).standard_normal((2, 5, 7, 3)).astype(np.float32)
+    frame, growth = gram_schmidt(jnp.asarray(vectors))
+    expected, upper = np.linalg.qr(vectors)
+    np.testing.assert_allclose(growth, np.log(np.abs(np.diagonal(upper, axis1=2, axis2=3))), atol=1e-5)
+    np.testing.assert_allclose(
+        np.abs(np.swapaxes(expected, 2, 3) @ frame), np.broadcast_to(np.eye(3), (2, 5, 3, 3)), atol=1e-5
+    )
+    vectors[0, 0, :, 1] = 2 * vectors[0, 0, :, 0]
+    slope = jax.grad(lambda v: jnp.sum(jnp.where(jnp.isfinite(gram_schmidt(v)[1]), gram_schmidt(v)[1], 0)))(vectors)
+    assert gram_schmidt(vectors)[1][0, 0, 1] == -np.inf
+    assert np.isfinite(slope).all()
 
 
 @jax.jit
@@ -240,6 +254,8 @@ def test_without_weight_nothing_is_drawn_or_computed():
 
     plain = re.sub(r"0x[0-9a-f]+", "", traced())
     assert plain == re.sub(r"0x[0-9a-f]+", "", traced(seed=5, stability_directions=9, stability_tokens=9))
+    # Nor does the loss itself call LAPACK: see `gram_schmidt`.
+    assert not re.search(r"(geqrf|householder_product|triangular_solve|\bqr)\[", traced(stability=1.0))
     for name in ("random_", "searchsorted"):
         assert name not in plain
         assert name in traced(stability=1.0)
