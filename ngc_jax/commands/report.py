@@ -75,11 +75,11 @@ class ReportConfig:
         inputs = read_inputs(self.sources)
         if self.prompt and not inputs.models and self.dense is None:
             raise UsageError("there is no model to continue the prompts; add a model directory or --dense MODEL")
-        options = {"dense": self.dense, "most_texts": self.texts}
+        sections_of = partial(make_sections, inputs, dense=self.dense, most_texts=self.texts)
         # All that can be wrong with the files is found before a model is loaded.
-        make_sections(inputs, errors={}, samples=(), **options)  # type: ignore[arg-type]
+        sections_of(errors={}, samples=())
         errors, samples = self._errors(inputs), self._samples(inputs)
-        tiles, sections = make_sections(inputs, errors=errors, samples=samples, **options)  # type: ignore[arg-type]
+        tiles, sections = sections_of(errors=errors, samples=samples)
         sections.append(made_by(command_line(self), versions(), inputs))
         size = write_page(render(self.title or _title(inputs), _lead(inputs), tiles, sections), file)
         console.print(f"{file}: {size / 1e6:.2f} MB, {', '.join(section.title for section in sections)}")
