@@ -45,6 +45,8 @@ def run_one(method: str, keep: float, text: str, steps: int, out: Path) -> dict[
             evaluation_skip_tokens=CALIBRATION,
             evaluation_tokens=SCORED,
             steps=steps,
+            # For memory alone: gradients of both halves are added.
+            microbatches=2,
             learning_rate=RATES[method],
             warmup_steps=4,
             save_every=12,

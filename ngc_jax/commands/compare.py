@@ -40,9 +40,10 @@ class CompareConfig:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
         variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple,
-            rounds, sensitivities and shrinkage of convert; keep, a list of keep ratios if not those of --keep; text, a
-            calibration text if not that of --text; section, one of methods, levers, topologies and texts; cost, true to
-            measure its decoding speed, and to time its first conversion in a process of its own.
+            rounds, sensitivities, shrinkage, kernel, metric_rank, lift and fit_steps of convert; keep, a list of keep
+            ratios if not those of --keep; text, a calibration text if not that of --text; section, one of methods,
+            levers, topologies and texts; cost, true to measure its decoding speed, and to time its first conversion in
+            a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure.
@@ -343,6 +344,9 @@ class Comparison:
             for lever in ("shrinkage", "sensitivities"):
                 if not recipe[lever]:
                     del recipe[lever]
+            if entry.recipe.is_bilinear:
+                for option in ("kernel", "metric_rank", "lift", "fit_steps"):
+                    del recipe[option]
             what = [entry.variant, entry.section, entry.text, recipe]
         return hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -381,7 +385,7 @@ def _same_fit(entries: list[Entry]) -> list[list[Entry]]:
     def fit(entry: Entry) -> tuple[Any, ...]:
         recipe = entry.recipe
         kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
-        return entry.section, *kind, recipe.resolved_shrinkage
+        return entry.section, *kind, recipe.resolved_shrinkage, recipe.is_bilinear
 
     return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
 

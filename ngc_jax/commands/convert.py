@@ -59,6 +59,11 @@ class ConvertConfig:
             loss rises there (the default), or not (false).
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
             given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
+        kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
+            steps, group by group, which takes much longer.
+        metric_rank: For riemannian: rank of the metric's part beside the diagonal.
+        lift: For lifted: number of lifted features, above every group's rank.
+        fit_steps: Gradient steps for each group of such a kernel.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
@@ -86,6 +91,10 @@ class ConvertConfig:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
+    kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
+    metric_rank: int = 0
+    lift: int = 0
+    fit_steps: int = 2000
     gradient_tokens: int = 24_576
     layers_per_pass: int | None = None
     text: str = "pydoc:first-half"
@@ -179,6 +188,7 @@ def convert_and_save(
         "rounds": recipe.resolved_rounds,
         "sensitivities": recipe.resolved_sensitivities,
         "shrinkage": recipe.resolved_shrinkage,
+        "kernel": recipe.kernel,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -17,6 +18,7 @@ from ngc_jax.convert.allocate import DENSE
 from ngc_jax.convert.best_states import States
 from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
 from ngc_jax.convert.gradients import measure_fisher
+from ngc_jax.convert.kernel_fit import fit_kernel
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.ranks import choose_ranks, full_rank, given_ranks
 from ngc_jax.convert.recipe import Recipe
@@ -25,6 +27,7 @@ from ngc_jax.convert.spill import Fitted, Spill
 from ngc_jax.convert.statistics import Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import fix_gauge
+from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
 
@@ -209,7 +212,7 @@ def fit_groups(
                 statistics = [measured[member.name] for member in group.members]
             rank = None if ranks is None else ranks[group.name]
             fitted.spill.put(group.name, fit(group, recipe, model.params, statistics, rank))
-            if ranks is None and not fitted.spill.nested(group.name):
+            if not recipe.is_bilinear or (ranks is None and not fitted.spill.nested(group.name)):
                 fitted.statistics[group.name] = statistics
             waiting.remove(group)
             report("fit", len(fitted.groups) - len(waiting), len(fitted.groups))
@@ -250,7 +253,11 @@ def finish(
     report = progress or (lambda stage, done, total: None)
     ranks = given_ranks(recipe, fitted.groups) or choose_ranks(recipe, fitted.cells, fitted.spill.energies)
     chosen = [group for group in fitted.groups if group.name in ranks]
-    again = [group for group in chosen if group.name in fitted.statistics and ranks[group.name] != DENSE]
+    again = [
+        group
+        for group in chosen
+        if group.name in fitted.statistics and ranks[group.name] != DENSE and not fitted.spill.nested(group.name)
+    ]
     refitted: dict[str, Fitted] = {}
     for done, group in enumerate(again, start=1):
         rank, statistics = ranks[group.name], fitted.statistics[group.name]
@@ -260,7 +267,21 @@ def finish(
     def states(name: str) -> Fitted:
         return refitted[name] if name in refitted else fitted.spill.get(name)
 
-    return assemble(model, chosen, ranks, states, gauge=recipe.resolved_gauge, donate=donate)
+    if recipe.is_bilinear:
+        return assemble(model, chosen, ranks, states, gauge=recipe.resolved_gauge, donate=donate)
+    kernel, made = recipe.interaction, 0
+
+    def params_of(group: Candidate, found: States) -> dict[str, Any]:
+        nonlocal made
+        names = [member.name for member in group.members]
+        dense = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
+        measured = [shrunk(entry, recipe.resolved_shrinkage) for entry in fitted.statistics[group.name]]
+        fitted_states, _ = fit_kernel(kernel, names, dense, measured, found, steps=recipe.fit_steps)
+        made += 1
+        report(f"fit {kernel.name} states", made, sum(ranks[other.name] != DENSE for other in chosen))
+        return jax.tree.map(lambda leaf: leaf.astype(model.dtype), fitted_states)
+
+    return assemble(model, chosen, ranks, states, gauge=False, donate=donate, kernel=kernel, params_of=params_of)
 
 
 def fit(
@@ -326,6 +347,8 @@ def assemble(
     *,
     gauge: bool,
     donate: bool = False,
+    kernel: Kernel | None = None,
+    params_of: Callable[[Candidate, States], dict[str, Any]] | None = None,
 ) -> LanguageModel:
     """The compact model of fitted states: grouped kernels go, states come; all else is shared.
 
@@ -336,7 +359,10 @@ def assemble(
         states_of: The fitted states of a group by its name, of that rank or nested.
         gauge: Fix the gauge: choose pivots, whose states are not stored.
         donate: Delete the dense kernels that states replace.
+        kernel: Of all groups; bilinear if None.
+        params_of: The parameters of a group from its bilinear states; as they are if None.
     """
+    kernel = kernel or Kernel()
     plans: list[GroupPlan] = []
     states: dict[str, Any] = {}
     dense: list[Block] = []
@@ -351,8 +377,9 @@ def assemble(
             with threadpool_limits(limits=1, user_api="blas"):
                 pivots, rest, outputs = fix_gauge(found.input_states, found.output_states, fitted.input_scale)
             found = States(rest, tuple(outputs))
-        plans.append(GroupPlan(group.name, group.members, rank, pivots=pivots))
-        states[group.name] = _group_params(group, found, model.dtype)
+        plans.append(GroupPlan(group.name, group.members, rank, kernel, pivots))
+        made = _group_params(group, found, model.dtype) if params_of is None else params_of(group, found)
+        states[group.name] = made
         if donate:
             for member in group.members:
                 kernel_of(model.params, member.name).delete()

@@ -12,7 +12,8 @@ from ngc_jax.convert.allocate import DENSE, Curve, allocate, rank_curve
 from ngc_jax.convert.candidates import Candidate, Cell
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Block
+from ngc_jax.groups.kernel_spec import Kernel
+from ngc_jax.groups.plan import Block, GroupPlan
 
 # Second moments are means over tokens; SVD-LLM V2's losses are sums over its authors' calibration set, 256 x 2048.
 _LOSS_TOKENS = 256 * 2048
@@ -62,6 +63,32 @@ def full_rank(members: Iterable[Block]) -> int:
     return min(sum(block.d_out for block in members), max(block.d_in for block in members))
 
 
+def fitting_rank(group: Candidate, budget: float, kernel: Kernel, rank: int) -> int:
+    """The largest rank from `rank` down, but 1, at which a group of this kernel stores no more than `budget`."""
+    limit = kernel.max_rank
+    rank = rank if limit is None else min(rank, limit)
+    while rank > 1 and GroupPlan(group.name, group.members, rank, kernel).count_parameters() > budget:
+        rank -= 1
+    return rank
+
+
+def kernel_ranks(recipe: Recipe, groups: Iterable[Candidate], ranks: Mapping[str, int]) -> dict[str, int]:
+    """For ranks of bilinear groups those at which the recipe's kernel stores no more; given ranks stay.
+
+    Raises:
+        UsageError: If the kernel does not admit a given rank.
+    """
+    kernel, found = recipe.interaction, dict(ranks)
+    if recipe.is_bilinear or recipe.rank is not None:
+        return found
+    for group in groups:
+        rank = ranks.get(group.name, DENSE)
+        if rank != DENSE:
+            stored = GroupPlan(group.name, group.members, rank).count_parameters()
+            found[group.name] = fitting_rank(group, stored, kernel, rank)
+    return found
+
+
 def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
     """The ranks that are known before anything is fitted; none if they are allocated by losses.
 
@@ -78,7 +105,7 @@ def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
             return full if recipe.rank == "full" else min(recipe.rank, full)
         return uniform_rank(group.members, recipe.keep, recipe.definition.rounding, gauge)
 
-    return {group.name: rank(group) for group in groups}
+    return kernel_ranks(recipe, groups, {group.name: rank(group) for group in groups})
 
 
 def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
@@ -139,14 +166,15 @@ def choose_ranks(
 
     if recipe.resolved_allocation == "svd_llm_v2":
         groups = [group for ((group,),) in cells]
-        return _share_by_role(recipe, groups, {group.name: energies(group) for group in groups})
+        shared = _share_by_role(recipe, groups, {group.name: energies(group) for group in groups})
+        return kernel_ranks(recipe, groups, shared)
     curves = [[[_curve(recipe, group, energies(group)) for group in way] for way in cell] for cell in cells]
     ranks = {}
     choices = allocate(curves, _budget(recipe, cells))
     for cell, ways, (way, indices) in zip(cells, curves, choices, strict=True):
         for group, curve, index in zip(cell[way], ways[way], indices, strict=True):
             ranks[group.name] = int(curve.ranks[index])
-    return ranks
+    return kernel_ranks(recipe, [group for cell in cells for way in cell for group in way], ranks)
 
 
 def _share_by_role(recipe: Recipe, groups: Sequence[Candidate], energies: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -7,10 +7,12 @@ from typing import Literal
 
 from ngc_jax.convert.methods import METHODS, Method
 from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.topology import parse
 
 Allocation = Literal["uniform", "svd_llm_v2", "loss"]
 GradientGeometry = Literal["full", "diagonal"]
+KernelName = Literal["bilinear", "riemannian", "lifted"]
 AUTO = "auto"
 
 
@@ -34,6 +36,11 @@ class Recipe:
             that it finds; it does if None.
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1. Directions that the
             calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
+        kernel: How two states make a weight. Others than `bilinear` have no closed form and no gauge to fix: every
+            group is fitted by gradient steps from the bilinear solution, at the rank that stores no more than that.
+        metric_rank: riemannian: rank of the metric's part beside the diagonal.
+        lift: lifted: number of lifted features, above every group's rank.
+        fit_steps: Gradient steps of every group.
 
     Raises:
         UsageError: If a value is out of range or levers contradict each other.
@@ -50,6 +57,10 @@ class Recipe:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
+    kernel: KernelName = "bilinear"
+    metric_rank: int = 0
+    lift: int = 0
+    fit_steps: int = 2000
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,6 +83,14 @@ class Recipe:
             raise UsageError("sensitivities are found when gradients are measured again; add a round or leave them out")
         if not 0 <= self.resolved_shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
+        if not self.is_bilinear:
+            if self.gauge:
+                raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
+            if self.rounds:
+                raise UsageError(f"kernel {self.kernel!r} is fitted once; leave out rounds")
+        if self.fit_steps < 0:
+            raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the states that fitting would start from")
+        self.interaction  # noqa: B018  (its options are checked when it is made)
         if self.resolved_topology == AUTO:
             if self.resolved_allocation != "loss":
                 raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
@@ -82,6 +101,16 @@ class Recipe:
     def definition(self) -> Method:
         """The method itself."""
         return METHODS[self.method]
+
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether the states have a closed form."""
+        return self.kernel == "bilinear"
+
+    @property
+    def interaction(self) -> Kernel:
+        """The kernel of all groups."""
+        return Kernel(self.kernel, metric_rank=self.metric_rank, lift=self.lift)
 
     @property
     def resolved_topology(self) -> str:
@@ -98,12 +127,12 @@ class Recipe:
     @property
     def resolved_gauge(self) -> bool:
         """Whether the gauge is fixed."""
-        return self.definition.gauge if self.gauge is None else self.gauge
+        return (self.definition.gauge and self.is_bilinear) if self.gauge is None else self.gauge
 
     @property
     def resolved_rounds(self) -> int:
         """How often gradients are measured again."""
-        return self.definition.rounds if self.rounds is None else self.rounds
+        return (self.definition.rounds if self.is_bilinear else 0) if self.rounds is None else self.rounds
 
     @property
     def resolved_sensitivities(self) -> bool:

@@ -20,6 +20,7 @@ features), P those of the inputs that are pivots, O the others.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import jax
@@ -51,6 +52,9 @@ __all__ = [
 # The metric's diagonal stays within exp(±40), about 4e-18 to 2e17: positive and finite in every floating
 # type.
 _LOG_LIMIT = 40.0
+# Tokens from which on a group in the fixed gauge multiplies with the unit states too: to gather the activations of the
+# others, and to scatter their gradients, then takes longer.
+_MANY_TOKENS = 128
 
 
 def encode(
@@ -188,6 +192,8 @@ def _encode_in_fixed_gauge(
     d_in, width = _inputs(kernel, states, pivots), x.shape[-1]
     _check_width(width, d_in)
     pivots_R, others_O = np.asarray(pivots, np.intp), other_neurons(pivots, d_in)
+    if math.prod(x.shape[:-1]) >= _MANY_TOKENS:
+        return _product("...i,is->...s", x, input_features(kernel, states, width, pivots=pivots))
     # Both are ascending: what a narrow input has comes first.
     pivots_P, others_O = pivots_R[pivots_R < width], others_O[others_O < width]
     rest_OxR = states["input_states"][: len(others_O)]

@@ -204,8 +204,12 @@ def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"],
     return rotated.astype(x_BxLxNxH.dtype)
 
 
+# Queries that a CPU takes at a time where no key after them is seen: of those that are, it reads half.
+_QUERIES = 128
+
+
 # jit: outside of a compiled model the loops below would be compiled anew at every call.
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "ordered"))
 def attend(
     q_BxLxNxH: Float[Array, "B L N H"],
     attended: LayerCache,
@@ -216,6 +220,7 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    ordered: bool = False,
 ) -> Float[Array, "B L N H"]:
     """Causal grouped-query attention; logits and softmax in float32.
 
@@ -230,7 +235,9 @@ def attend(
         scale: Multiplies the logits.
         window: How many tokens a query sees, itself included; None for all before it.
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
+        ordered: Queries and keys are the same tokens in one order, so that none sees a key of a higher index.
     """
+    assert own is None or not ordered
     batch, length, heads, head_dim = q_BxLxNxH.shape
     kv_heads = attended.keys.shape[1]
     q_BxKxGxLxH = q_BxLxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
@@ -241,6 +248,9 @@ def attend(
     if window is not None:
         seen_BxLxS &= query_BxLx1 - key_Bx1xS < window
 
+    # Made again in the backward pass: weights that were kept would have to be read from memory, a number for each pair
+    # of tokens. On a CPU that takes three times as long.
+    @jax.checkpoint
     def one_head(q_GxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
         """Attention of the query heads that share one key-value head, in one sequence."""
         k_HxS, v_SxH, *own_kv = kv
@@ -270,7 +280,18 @@ def attend(
     def in_turn(q: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
         # A CPU multiplies one matrix at a time several times faster than a batch of them.
         def heads_of_row(row: tuple[Array, tuple[Array, ...], tuple[Array, ...]]) -> Array:
-            return jax.lax.map(lambda head: one_head(head[0], head[1], row[2]), row[:2])
+            return jax.lax.map(lambda head: in_blocks(head[0], head[1], row[2]), row[:2])
+
+        def in_blocks(q_GxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
+            if not ordered or length <= _QUERIES:
+                return one_head(q_GxLxH, kv, where)
+            (k_HxS, v_SxH), (seen_LxS,) = kv, where
+            parts = []
+            for begin in range(0, length, _QUERIES):
+                end = min(begin + _QUERIES, length)
+                keys = k_HxS[:, :end], v_SxH[:end]
+                parts.append(one_head(q_GxLxH[:, begin:end], keys, (seen_LxS[begin:end, :end],)))
+            return jnp.concatenate(parts, axis=1)
 
         return jax.lax.map(heads_of_row, (q, kv, where))
 

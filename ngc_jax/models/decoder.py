@@ -159,6 +159,7 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
+            ordered=cache is None,
         )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         self.sow(BLOCK_INPUTS, "o_input", y)
@@ -215,7 +216,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: Residual stream.
-            positions: Token positions; -1 for padding.
+            positions: Token positions, ascending in a row; -1 for padding.
             cache: The layer's cache or None.
             groups: States of (at least) the groups that have a member in this layer.
             starts: Position at which each token's document begins: it attends to nothing before that. None for 0.
@@ -320,7 +321,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: Token ids.
-            positions: Their positions, 0, 1, 2, ... if None; -1 marks padding.
+            positions: Their positions, ascending in a row, 0, 1, 2, ... if None; -1 marks padding.
             cache: From `init_cache` or an earlier call; None to run without one.
             starts: Position at which each token's document begins, for several documents in a row: a token attends to
                 nothing before that. None for 0.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
-from ngc_jax.convert.ranks import full_rank, uniform_rank
+from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.ranks import fitting_rank, full_rank, uniform_rank
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
@@ -49,7 +49,11 @@ def uniform_plan(
     groups = all_candidates(candidate_cells(config, topology))
     plans = []
     for group in groups:
-        chosen = _fitting_rank(group, keep, kernel) if rank is None else min(rank, full_rank(group.members))
+        if keep is None:
+            assert rank is not None
+            chosen = min(rank, full_rank(group.members))
+        else:
+            chosen = fitting_rank(group, keep * group.dense_parameters, kernel, uniform_rank(group.members, keep))
         chosen = chosen // multiple * multiple
         if chosen < 1:
             raise UsageError(f"group {group.name} is left without a rank of {multiple} or more; raise keep or rank")
@@ -57,15 +61,6 @@ def uniform_plan(
     grouped = {member.name for group in groups for member in group.members}
     dense: tuple[Block, ...] = tuple(block for block in config.blocks() if block.name not in grouped)
     return Plan(tuple(plans), dense)
-
-
-def _fitting_rank(group: Candidate, keep: float | None, kernel: Kernel) -> int:
-    assert keep is not None
-    rank = uniform_rank(group.members, keep)
-    budget = keep * group.dense_parameters
-    while rank > 1 and GroupPlan(group.name, group.members, rank, kernel).count_parameters() > budget:
-        rank -= 1
-    return rank
 
 
 def fresh_model(
