@@ -11,22 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ngc_jax.commands.compare_entries import Entry, entries_of, restrict, same_fit
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ngc_jax.convert.recipe import Recipe
     from ngc_jax.convert.statistics import Statistics
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
-
-SECTIONS = ("methods", "levers", "topologies", "texts")
-_DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,27 +75,6 @@ class CompareConfig:
         return Comparison(self).run()
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One conversion of a comparison.
-
-    Attributes:
-        variant: Its name.
-        recipe: What is done.
-        text: What it is calibrated on.
-        section: Where it is shown.
-        cost: Whether its decoding speed is measured.
-        own_process: Whether a conversion is timed in a process of its own.
-    """
-
-    variant: str
-    recipe: Recipe
-    text: str
-    section: str
-    cost: bool
-    own_process: bool
-
-
 class Comparison:
     """A comparison's entries, and the directory that remembers them."""
 
@@ -108,7 +83,7 @@ class Comparison:
 
         check_positive(max_tokens=config.max_tokens, gradient_tokens=config.gradient_tokens, window=config.window)
         self.config = config
-        self.entries = _entries(config)
+        self.entries = entries_of(config)
         self.directory = Path(config.out)
 
     def run(self) -> dict[str, Any]:
@@ -161,7 +136,7 @@ class Comparison:
             save_statistics(statistics, cache, {"needs": sorted(needs), "seconds": seconds})
         else:
             statistics, seconds = found[0], found[1]["seconds"]
-        for same in _same_fit(entries):
+        for same in same_fit(entries):
             first = same[0].recipe
             with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory, progress_bar(same[0].variant) as bar:
                 started = time.perf_counter()
@@ -193,7 +168,7 @@ class Comparison:
                         f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
                         f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
                     )
-        whole = _entries(dataclasses.replace(self.config, only=None))
+        whole = entries_of(dataclasses.replace(self.config, only=None))
         if all(self._read(entry) is not None for entry in whole if entry.text == text):
             shutil.rmtree(cache, ignore_errors=True)
 
@@ -362,63 +337,3 @@ class Comparison:
             return None
         row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return row if row.get("key") == key else None
-
-
-def restrict(layer: Mapping[str, Statistics], recipe: Recipe) -> dict[str, Statistics]:
-    """The statistics of a layer without what a recipe would not have measured."""
-    needs = recipe.definition.needs
-
-    def one(statistics: Statistics) -> Statistics:
-        gradients = statistics.gradients if needs == "gradients" else None
-        if gradients is not None and recipe.gradients == "diagonal":
-            gradients = dataclasses.replace(gradients, second_moment=None)
-        return dataclasses.replace(
-            statistics, gradients=gradients, fisher=statistics.fisher if needs == "fisher" else None
-        )
-
-    return {name: one(statistics) for name, statistics in layer.items()}
-
-
-def _same_fit(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them."""
-
-    def fit(entry: Entry) -> tuple[Any, ...]:
-        recipe = entry.recipe
-        kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
-        return entry.section, *kind, recipe.resolved_shrinkage, recipe.is_bilinear
-
-    return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
-
-
-def _entries(config: CompareConfig) -> list[Entry]:
-    """All entries in order of sections and variants.
-
-    Raises:
-        UsageError: If a variant is unknown or has an unknown option.
-    """
-    from ngc_jax.convert.recipe import Recipe
-
-    variants = config.variants or _DEFAULT_VARIANTS
-    levers = {field.name for field in dataclasses.fields(Recipe)} - {"keep", "rank"}
-    others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
-    unknown = sorted(set(config.only or []) - set(variants))
-    if unknown:
-        raise UsageError(f"there is no variant {unknown[0]!r}; expected one of {', '.join(variants)}")
-    entries = []
-    for name, options in variants.items():
-        if config.only and name not in config.only:
-            continue
-        wrong = sorted(set(options) - levers - set(others))
-        if wrong:
-            raise UsageError(
-                f"variant {name} has no option {wrong[0]!r}; expected {', '.join(sorted(levers | set(others)))}"
-            )
-        section = options.get("section", "methods")
-        if section not in SECTIONS:
-            raise UsageError(f"variant {name} is in section {section!r}; expected one of {', '.join(SECTIONS)}")
-        for index, keep in enumerate(options.get("keep") or config.keep or [0.8]):
-            chosen: dict[str, Any] = {key: value for key, value in options.items() if key in levers}
-            recipe = Recipe(**chosen, keep=keep)
-            cost = bool(options.get("cost"))
-            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost, cost and index == 0))
-    return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import gcd
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,95 +22,16 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.train import packing
+from ngc_jax.train.data_config import DataConfig, tokenise
 from ngc_jax.train.packing import Corpus, Layout, Row, TokenDocument
 from ngc_jax.train.sources import Document, SourceConfig, Stream, open_source
+from ngc_jax.train.stream_parts import Each, PartSteps, Position, StreamPart, stack
 
-Position = dict[str, Any]
+__all__ = ["DataConfig", "Pipeline", "PipelineIterator", "SourceReport", "make_pipeline"]
+
 Gather = Callable[[Position], Sequence[Position]]
 _ENDLESS = sys.maxsize
 _FREE = ("epochs", "prefetch")  # may change while a run goes on
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on, and how it is cut into batches.
-
-    Args:
-        sources: Names of sources, or sources with their options (as `SourceConfig`, or a dict of its fields as in a
-            YAML file). Of several, each row is taken from one.
-        sequence_length: Tokens of a row.
-        batch_size: Rows of a batch, over all processes.
-        packing: concatenate joins documents and cuts them at the end of a row; pack keeps documents whole.
-        long_documents: With pack, cut documents that are longer than a row, or drop them.
-        mask_prompts: Whether prompts are left out of the loss.
-        prompts: plain puts the separator after a prompt; chat renders it by the tokenizer's chat template.
-        separator: Between a plain prompt and the text.
-        begin_token: Whether documents begin with the tokenizer's token for it.
-        end_token: Whether an end-of-text token follows documents. A source of one document has none if concatenated.
-        shuffle: Whether rows, or a stream's documents, are shuffled, otherwise in every epoch.
-        seed: Of the order.
-        epochs: How often to go through the source; without end if not given. For one source that is read whole.
-        remainder: Drop the rows that fill no batch at an epoch's end, or pad the batch with empty rows.
-        window: Documents of a stream that are shuffled and packed at once.
-        prefetch: Batches made ahead by a thread; 0 for none.
-    """
-
-    sources: Sequence[SourceConfig | str | dict[str, Any]] = ("pydoc:first-half",)
-    sequence_length: int = 1024
-    batch_size: int = 8
-    packing: Literal["concatenate", "pack"] = "concatenate"
-    long_documents: packing.LongDocuments = "cut"
-    mask_prompts: bool = True
-    prompts: Literal["plain", "chat"] = "plain"
-    separator: str = "\n"
-    begin_token: bool = False
-    end_token: bool = True
-    shuffle: bool = True
-    seed: int = 0
-    epochs: int | None = None
-    remainder: Literal["drop", "pad"] = "drop"
-    window: int = 1024
-    prefetch: int = 2
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for what is out of range and what does not go together."""
-        if isinstance(self.sources, str) or not self.sources:
-            raise UsageError(f"sources is {self.sources!r}; expected a list of at least one source")
-        least = {"sequence_length": 2, "batch_size": 1, "seed": 0, "window": 1, "prefetch": 0, "epochs": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise UsageError(f"{name} is {value}; expected at least {smallest}")
-        choices = {
-            "packing": ("concatenate", "pack"),
-            "long_documents": ("cut", "drop"),
-            "prompts": ("plain", "chat"),
-            "remainder": ("drop", "pad"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
-        opened = self.opened
-        if self.epochs is not None and (len(opened) > 1 or opened[0].streaming):
-            raise UsageError(
-                "epochs are of one source that is read whole; leave epochs out, and give the steps to train"
-            )
-
-    @property
-    def opened(self) -> tuple[SourceConfig, ...]:
-        """The sources with their options."""
-        return tuple(_source(source) for source in self.sources)
-
-
-def _source(source: SourceConfig | str | dict[str, Any]) -> SourceConfig:
-    if isinstance(source, SourceConfig):
-        return source
-    options = {"name": source} if isinstance(source, str) else dict(source)
-    known = {field.name for field in fields(SourceConfig)}
-    if not {"name"} <= set(options) <= known:
-        others = ", ".join(sorted(known - {"name"}))
-        raise UsageError(f"a source has the options {', '.join(options)}; expected name, and any of {others}")
-    return SourceConfig(**options)
 
 
 @dataclass(frozen=True)
@@ -132,36 +53,6 @@ class SourceReport:
     rows: int
     dropped_documents: int
     dropped_tokens: int
-
-
-def tokenise(
-    document: Document | TokenDocument, tokenizer: Tokenizer, config: DataConfig, *, ends: bool = True
-) -> TokenDocument:
-    """Tokens of a document as `config` says; none if it has no text.
-
-    Raises:
-        UsageError: If the tokenizer lacks a token or chat template that is asked for.
-    """
-    if isinstance(document, TokenDocument):
-        return TokenDocument(document.tokens, document.prompt if config.mask_prompts else 0)
-    if not document.text:
-        return TokenDocument(np.zeros(0, np.int32))
-    before = [_special(tokenizer.bos_token_id, "begin_token")] if config.begin_token else []
-    if document.prompt and config.prompts == "chat":
-        before.append(tokenizer.apply_chat_template([{"role": "user", "content": document.prompt}]))
-    elif document.prompt:
-        before.append(tokenizer.encode(document.prompt + config.separator))
-    after = [tokenizer.encode(document.text)]
-    if config.end_token and ends:
-        after.append(_special(tokenizer.eos_token_id, "end_token"))
-    prompt = sum(map(len, before)) if config.mask_prompts else 0
-    return TokenDocument(np.concatenate([*before, *after]), prompt)
-
-
-def _special(token: int | None, option: str) -> np.ndarray:
-    if token is None:
-        raise UsageError(f"the tokenizer has no such token as {option} asks for; set {option} to false")
-    return np.array([token], np.int32)
 
 
 def make_pipeline(
@@ -239,7 +130,7 @@ def make_pipeline(
         mixtures[part] = sources[0] if len(sources) == 1 else grain.IterDataset.mix(sources, weights)
     if gather is None and process_count > 1:
         gather = _gather_by_jax
-    batches = _PartSteps(mixtures, each, mine, config.prefetch)
+    batches = PartSteps(mixtures, each, mine, config.prefetch)
     return Pipeline(batches, identity, reports, None, gather if process_count > 1 else None)
 
 
@@ -346,107 +237,7 @@ class _Steps(grain.MapDataset):
             return self.slice(index)
         epoch, step = divmod(index, self.per_epoch)
         rows = [step * self._size + row for row in self._mine]
-        return _stack([self._parent[epoch * self._rows + row] if row < self._rows else self._blank for row in rows])
-
-
-class _PartSteps(grain.IterDataset):
-    """A process's batch of each step, which takes `each` rows of every part."""
-
-    def __init__(self, parts: Mapping[int, grain.IterDataset], each: int, mine: range, prefetch: int) -> None:
-        super().__init__(list(parts.values()))
-        self._numbers, self._each, self._mine, self._prefetch = list(parts), each, mine, prefetch
-
-    def __iter__(self) -> grain.DatasetIterator:
-        parents = [part.__iter__() for part in self.parents]
-        return _Ahead(_PartStepsIterator(parents, self._numbers, self._each, self._mine), self._prefetch)
-
-
-class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's iterator that a thread runs ahead of, but closed only once: twice fails when Python ends."""
-
-    def close(self) -> None:
-        if not self._closed:
-            super().close()
-
-
-class _PartStepsIterator(grain.DatasetIterator):
-    def __init__(self, parents: list[grain.DatasetIterator], numbers: list[int], each: int, mine: range) -> None:
-        super().__init__(parents)
-        self._numbers, self._each, self._mine = numbers, each, mine
-
-    def __next__(self) -> Row:
-        rows = []
-        for number, parent in zip(self._numbers, self._parents, strict=True):
-            for row in range(number * self._each, (number + 1) * self._each):
-                made = next(parent)  # also where it is another process's
-                if row in self._mine:
-                    rows.append(made)
-        return _stack(rows)
-
-    def get_state(self) -> Position:
-        return {str(number): p.get_state() for number, p in zip(self._numbers, self._parents, strict=True)}
-
-    def set_state(self, state: Position) -> None:
-        for number, parent in zip(self._numbers, self._parents, strict=True):
-            if str(number) not in state:
-                raise UsageError(
-                    f"the position lacks part {number} of the data; it was not gathered from all processes"
-                )
-            parent.set_state(state[str(number)])
-
-
-class _StreamPart(grain.IterDataset):
-    """The documents of one part of a stream, over and over."""
-
-    def __init__(self, stream: Stream, part: int, parts: int) -> None:
-        super().__init__()
-        self._stream, self._which = stream, (part, parts)
-
-    def __iter__(self) -> _StreamPartIterator:
-        return _StreamPartIterator(self._stream, self._stream.open_part(*self._which))
-
-
-class _StreamPartIterator(grain.DatasetIterator):
-    def __init__(self, stream: Stream, rows: Any) -> None:
-        super().__init__()
-        self._stream, self._table, self._rows = stream, rows, iter(rows)
-        self._start: Position = rows.state_dict()
-        self._read_any = False
-
-    def __next__(self) -> Document:
-        row = next(self._rows, None)
-        if row is None:
-            if not self._read_any:
-                raise UsageError(f"{self._stream.label} has a part without rows; give fewer or fuller files")
-            self._go(self._start)
-            row = next(self._rows)
-        self._read_any = True
-        return self._stream.read(row)
-
-    def _go(self, position: Position) -> None:
-        self._rows.close()
-        self._table.load_state_dict(position)
-        self._rows = iter(self._table)
-
-    def get_state(self) -> Position:
-        return {"rows": self._table.state_dict(), "read_any": self._read_any}
-
-    def set_state(self, state: Position) -> None:
-        self._read_any = state["read_any"]
-        self._go(state["rows"])
-
-    def close(self) -> None:
-        closed = self._closed
-        super().close()  # first, because closing the rows may free what closes this again
-        if not closed:
-            self._rows.close()
-
-
-class _Each(grain.experimental.FlatMapTransform):
-    """Every row of a window by itself."""
-
-    def flat_map(self, element: list[Row]) -> list[Row]:
-        return element
+        return stack([self._parent[epoch * self._rows + row] if row < self._rows else self._blank for row in rows])
 
 
 def _stream_rows(
@@ -467,9 +258,9 @@ def _stream_rows(
             packing.make_row(corpus, layout, row, config.sequence_length, tokenizer.pad) for row in range(layout.rows)
         ]
 
-    windows = _StreamPart(stream, part, parts).batch(config.window, batch_fn=list)
+    windows = StreamPart(stream, part, parts).batch(config.window, batch_fn=list)
     return grain.experimental.FlatMapIterDataset(
-        windows.random_map(window_rows, seed=_seed(config.seed, number, part)), _Each()
+        windows.random_map(window_rows, seed=_seed(config.seed, number, part)), Each()
     )
 
 
@@ -518,10 +309,6 @@ def _ordered(rows: _Rows, config: DataConfig, number: int) -> grain.MapDataset:
 def _seed(*numbers: int) -> int:
     # Hashed, because grain counts epochs on top: seeds that are neighbours would share orders.
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _stack(rows: Sequence[Row]) -> Row:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _gather_by_jax(position: Position) -> list[Position]:

@@ -113,11 +113,11 @@ def test_bad_variants_are_refused_before_anything_runs(variants, problem, tmp_pa
 def test_the_configs_of_the_experiment_are_valid():
     from pathlib import Path
 
-    from ngc_jax.commands.compare import _entries
+    from ngc_jax.commands.compare_entries import entries_of
 
     for name in ("compare_smollm2", "compare_quick"):
         _, config = cli.parse_arguments(["compare", "--config", f"configs/{name}.yaml"])
-        entries = _entries(config)
+        entries = entries_of(config)
         assert len({(entry.variant, entry.recipe.keep) for entry in entries}) == len(entries)
         assert all(isinstance(entry.recipe, Recipe) for entry in entries)
         assert Path(f"configs/{name}.yaml").read_text().startswith("#")

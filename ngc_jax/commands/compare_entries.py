@@ -1,0 +1,98 @@
+"""The entries of a comparison: what its variants ask for, and which of them one fit serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from ngc_jax.commands.compare import CompareConfig
+    from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.convert.statistics import Statistics
+
+SECTIONS = ("methods", "levers", "topologies", "texts")
+_DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One conversion of a comparison.
+
+    Attributes:
+        variant: Its name.
+        recipe: What is done.
+        text: What it is calibrated on.
+        section: Where it is shown.
+        cost: Whether its decoding speed is measured.
+        own_process: Whether a conversion is timed in a process of its own.
+    """
+
+    variant: str
+    recipe: Recipe
+    text: str
+    section: str
+    cost: bool
+    own_process: bool
+
+
+def restrict(layer: Mapping[str, Statistics], recipe: Recipe) -> dict[str, Statistics]:
+    """The statistics of a layer without what a recipe would not have measured."""
+    needs = recipe.definition.needs
+
+    def one(statistics: Statistics) -> Statistics:
+        gradients = statistics.gradients if needs == "gradients" else None
+        if gradients is not None and recipe.gradients == "diagonal":
+            gradients = dataclasses.replace(gradients, second_moment=None)
+        return dataclasses.replace(
+            statistics, gradients=gradients, fisher=statistics.fisher if needs == "fisher" else None
+        )
+
+    return {name: one(statistics) for name, statistics in layer.items()}
+
+
+def same_fit(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them."""
+
+    def fit(entry: Entry) -> tuple[Any, ...]:
+        recipe = entry.recipe
+        kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
+        return entry.section, *kind, recipe.resolved_shrinkage, recipe.is_bilinear
+
+    return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
+
+
+def entries_of(config: CompareConfig) -> list[Entry]:
+    """All entries in order of sections and variants.
+
+    Raises:
+        UsageError: If a variant is unknown or has an unknown option.
+    """
+    from ngc_jax.convert.recipe import Recipe
+
+    variants = config.variants or _DEFAULT_VARIANTS
+    levers = {field.name for field in dataclasses.fields(Recipe)} - {"keep", "rank"}
+    others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
+    unknown = sorted(set(config.only or []) - set(variants))
+    if unknown:
+        raise UsageError(f"there is no variant {unknown[0]!r}; expected one of {', '.join(variants)}")
+    entries = []
+    for name, options in variants.items():
+        if config.only and name not in config.only:
+            continue
+        wrong = sorted(set(options) - levers - set(others))
+        if wrong:
+            raise UsageError(
+                f"variant {name} has no option {wrong[0]!r}; expected {', '.join(sorted(levers | set(others)))}"
+            )
+        section = options.get("section", "methods")
+        if section not in SECTIONS:
+            raise UsageError(f"variant {name} is in section {section!r}; expected one of {', '.join(SECTIONS)}")
+        for index, keep in enumerate(options.get("keep") or config.keep or [0.8]):
+            chosen: dict[str, Any] = {key: value for key, value in options.items() if key in levers}
+            recipe = Recipe(**chosen, keep=keep)
+            cost = bool(options.get("cost"))
+            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost, cost and index == 0))
+    return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))
