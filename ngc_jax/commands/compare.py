@@ -36,10 +36,10 @@ class CompareConfig:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
         variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple,
-            rounds, sensitivities, shrinkage, kernel, metric_rank, lift and fit_steps of convert; keep, a list of keep
-            ratios if not those of --keep; text, a calibration text if not that of --text; section, one of methods,
-            levers, topologies and texts; cost, true to measure its decoding speed, and to time its first conversion in
-            a process of its own.
+            rounds, sensitivities, shrinkage, propagation, kernel, metric_rank, lift and fit_steps of convert; keep, a
+            list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section, one of
+            methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its first
+            conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure.
@@ -123,6 +123,7 @@ class Comparison:
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.convert.pipeline import finish, fit_groups
+        from ngc_jax.convert.propagate import propagate
         from ngc_jax.convert.remeasure import remeasure, tokens_again
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
@@ -157,6 +158,15 @@ class Comparison:
                             compact = finish(
                                 dense, entry.recipe, fit_groups(dense, entry.recipe, stream, round_directory)
                             )
+                    if entry.recipe.propagation:
+                        compact = propagate(
+                            dense,
+                            entry.recipe,
+                            compact,
+                            [restrict(layer, entry.recipe) for layer in again],
+                            tokens,
+                            window=self.config.window,
+                        )
                     finish_seconds = time.perf_counter() - started
                     row = self._evaluate_saved(entry, compact, tokenizer)
                     kinds = {"nothing": [], "inputs": ["inputs"]}.get(entry.recipe.definition.needs)
@@ -284,6 +294,7 @@ class Comparison:
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
             flags += ["--topology", recipe.resolved_topology, "--allocation", recipe.resolved_allocation]
             flags += ["--rounds", str(recipe.resolved_rounds), "--shrinkage", str(recipe.resolved_shrinkage)]
+            flags += ["--propagation", str(recipe.propagation)]
             flags += ["--sensitivities", str(recipe.resolved_sensitivities).lower()]
             flags += ["--gauge", str(recipe.resolved_gauge).lower(), "--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
@@ -316,7 +327,7 @@ class Comparison:
         if entry is not None:
             recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}
             recipe["sensitivities"] = entry.recipe.resolved_sensitivities
-            for lever in ("shrinkage", "sensitivities"):
+            for lever in ("shrinkage", "sensitivities", "propagation"):
                 if not recipe[lever]:
                     del recipe[lever]
             if entry.recipe.is_bilinear:

@@ -59,6 +59,8 @@ class ConvertConfig:
             loss rises there (the default), or not (false).
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
             given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
+        propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1. It takes
+            three more passes over the text.
         kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
             steps, group by group, which takes much longer.
         metric_rank: For riemannian: rank of the metric's part beside the diagonal.
@@ -91,6 +93,7 @@ class ConvertConfig:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
+    propagation: float = 0.0
     kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
     metric_rank: int = 0
     lift: int = 0
@@ -188,6 +191,7 @@ def convert_and_save(
         "rounds": recipe.resolved_rounds,
         "sensitivities": recipe.resolved_sensitivities,
         "shrinkage": recipe.resolved_shrinkage,
+        "propagation": recipe.propagation,
         "kernel": recipe.kernel,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},

@@ -36,6 +36,8 @@ class Recipe:
             that it finds; it does if None.
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1. Directions that the
             calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
+        propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; 0 takes no
+            time.
         kernel: How two states make a weight. Others than `bilinear` have no closed form and no gauge to fix: every
             group is fitted by gradient steps from the bilinear solution, at the rank that stores no more than that.
         metric_rank: riemannian: rank of the metric's part beside the diagonal.
@@ -57,6 +59,7 @@ class Recipe:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
+    propagation: float = 0.0
     kernel: KernelName = "bilinear"
     metric_rank: int = 0
     lift: int = 0
@@ -83,7 +86,15 @@ class Recipe:
             raise UsageError("sensitivities are found when gradients are measured again; add a round or leave them out")
         if not 0 <= self.resolved_shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
+        if not 0 <= self.propagation <= 1:
+            raise UsageError(
+                f"propagation {self.propagation:g} is outside [0, 1]; 0 fits every layer to the dense model's"
+            )
+        if self.propagation and self.definition.needs == "nothing":
+            raise UsageError(f"method {self.method} looks at no inputs; leave out propagation")
         if not self.is_bilinear:
+            if self.propagation:
+                raise UsageError(f"kernel {self.kernel!r} is fitted once; leave out propagation")
             if self.gauge:
                 raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
             if self.rounds:

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from ngc_jax.convert.fit import shrunk
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.pipeline import convert, measure, shrunk
+from ngc_jax.convert.pipeline import convert, measure
 from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
@@ -154,7 +155,9 @@ def test_a_donated_model_is_deleted_as_far_as_it_is_replaced():
 
 def test_shrinkage_keeps_the_diagonal():
     statistics = next(measure(tiny_model(), Recipe("svd_llm"), random_tokens(60), window=30))["layers.0.attn.q"]
-    half = shrunk(statistics, 0.5).second_moment
+    first, second = shrunk([statistics, statistics], 0.5)
+    half = first.second_moment
+    assert second.second_moment is half, "members of one input are known by sharing its moment"
     np.testing.assert_array_equal(np.diag(half), np.diag(statistics.second_moment))
     np.testing.assert_allclose(half[0, 1:], statistics.second_moment[0, 1:] / 2)
-    assert shrunk(statistics, 0.0) is statistics
+    assert shrunk([statistics], 0.0)[0] is statistics

@@ -1,0 +1,154 @@
+"""One group's fit, and the compact model that fitted groups make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from threadpoolctl import threadpool_limits
+
+from ngc_jax.convert.allocate import DENSE
+from ngc_jax.convert.best_states import States
+from ngc_jax.convert.candidates import Candidate
+from ngc_jax.convert.ranks import full_rank
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.spill import Fitted
+from ngc_jax.convert.statistics import Statistics
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.gauge import fix_gauge
+from ngc_jax.groups.kernel_spec import Kernel
+from ngc_jax.groups.plan import Block, GroupPlan, Plan
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
+
+# Widest matrix for which BLAS runs on one thread.
+_SMALL_MATRIX = 4096
+
+
+def fit(
+    group: Candidate, recipe: Recipe, params: Params, statistics: Sequence[Statistics], rank: int | None = None
+) -> Fitted:
+    """Fit one group's states to its members' dense weights, in float64.
+
+    Args:
+        group: The group.
+        recipe: Its method fits.
+        params: Dense parameters.
+        statistics: Of each member; none for a method that needs none.
+        rank: Full rank if None.
+
+    Raises:
+        UsageError: If weights or statistics are not finite.
+    """
+    kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
+    for member, kernel in zip(group.members, kernels, strict=True):
+        if not np.isfinite(kernel).all():
+            raise UsageError(f"the weights of {member.name} are not finite; the model is damaged: get it again")
+    for member, entry in zip(group.members, statistics, strict=bool(statistics)):
+        if not _is_finite(entry):
+            raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
+    statistics = shrunk(statistics, recipe.resolved_shrinkage)
+    # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
+    # that does anything else besides they cost tens of times more than one.
+    small = max(max(kernel.shape) for kernel in kernels) < _SMALL_MATRIX
+    rank = full_rank(group.members) if rank in (None, DENSE) else rank
+    with threadpool_limits(limits=1 if small else None, user_api="blas"):
+        states = recipe.definition.factorise(kernels, statistics, rank)
+    scale = None
+    if statistics:
+        power = np.zeros(group.inputs)
+        for entry in statistics:
+            diagonal = np.diag(entry.second_moment)
+            power[: len(diagonal)] += np.maximum(diagonal, 0.0) / len(statistics)
+        scale = np.sqrt(power)
+    return Fitted(states, scale)
+
+
+def shrunk(statistics: Sequence[Statistics], shrinkage: float) -> list[Statistics]:
+    """(1 - shrinkage) C + shrinkage diag(C) in place of C (Ledoit and Wolf 2004 shrink to a multiple of I).
+
+    Members that share one C, by which it is known that they read one input, still do.
+    """
+    if not shrinkage:
+        return list(statistics)
+    by_input: dict[int, np.ndarray] = {}
+    found = []
+    for entry in statistics:
+        before = entry.second_moment
+        if id(before) not in by_input:
+            by_input[id(before)] = (1 - shrinkage) * before
+            np.fill_diagonal(by_input[id(before)], np.diag(before))
+        found.append(dataclasses.replace(entry, second_moment=by_input[id(before)]))
+    return found
+
+
+def _is_finite(entry: Statistics) -> bool:
+    found = [entry.second_moment, entry.absolute_mean, entry.fisher]
+    if entry.gradients is not None:
+        found += [entry.gradients.mean_square, entry.gradients.second_moment]
+    return all(array is None or bool(np.isfinite(array).all()) for array in found)
+
+
+def assemble(
+    model: LanguageModel,
+    groups: Sequence[Candidate],
+    ranks: Mapping[str, int],
+    states_of: Callable[[str], Fitted],
+    *,
+    gauge: bool,
+    donate: bool = False,
+    kernel: Kernel | None = None,
+    params_of: Callable[[Candidate, States], dict[str, Any]] | None = None,
+) -> LanguageModel:
+    """The compact model of fitted states: grouped kernels go, states come; all else is shared.
+
+    Args:
+        model: The dense model.
+        groups: The chosen groups.
+        ranks: Of each by name; `DENSE` leaves its members dense.
+        states_of: The fitted states of a group by its name, of that rank or nested.
+        gauge: Fix the gauge: choose pivots, whose states are not stored.
+        donate: Delete the dense kernels that states replace.
+        kernel: Of all groups; bilinear if None.
+        params_of: The parameters of a group from its bilinear states; as they are if None.
+    """
+    kernel = kernel or Kernel()
+    plans: list[GroupPlan] = []
+    states: dict[str, Any] = {}
+    dense: list[Block] = []
+    for group in groups:
+        rank = ranks[group.name]
+        if rank == DENSE:
+            dense += group.members
+            continue
+        fitted = states_of(group.name)
+        found, pivots = fitted.states.truncated(rank), None
+        if gauge:
+            with threadpool_limits(limits=1, user_api="blas"):
+                pivots, rest, outputs = fix_gauge(found.input_states, found.output_states, fitted.input_scale)
+            found = States(rest, tuple(outputs))
+        plans.append(GroupPlan(group.name, group.members, rank, kernel, pivots))
+        made = _group_params(group, found, model.dtype) if params_of is None else params_of(group, found)
+        states[group.name] = made
+        if donate:
+            for member in group.members:
+                kernel_of(model.params, member.name).delete()
+    plan = Plan(tuple(plans), tuple(dense))
+    flat = traverse_util.flatten_dict(dict(model.params))
+    for block in plan.group_of:
+        del flat[(*block.split("."), "kernel")]
+    params = traverse_util.unflatten_dict(flat)
+    if plans:
+        params["groups"] = states
+    return dataclasses.replace(model, plan=plan, params=params)
+
+
+def _group_params(group: Candidate, states: States, dtype: jnp.dtype) -> dict[str, Any]:
+    outputs = zip(group.members, states.output_states, strict=True)
+    return {
+        "input_states": jnp.asarray(states.input_states.astype(dtype)),
+        "output_states": {member.name: jnp.asarray(output.astype(dtype)) for member, output in outputs},
+    }

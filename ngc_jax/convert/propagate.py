@@ -1,0 +1,208 @@
+"""Error propagation: every layer is fitted anew on what the converted layers below it really send.
+
+A block of the converted model reads x', not the dense model's x. Its best states then approximate not W on x but
+W x on x':
+
+    E || G^(1/2) (W x - What x') ||^2 = || G^(1/2) (W R - What) C'^(1/2) ||^2 + const,
+    C' = E[x' x'^T],    R = E[x x'^T] C'^-1
+
+so that one fit with W R in place of W and C' in place of C does it. Layers are taken from the first to the last, as in
+SVD-LLM's sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks stay as they are.
+
+Legend: B batch, L tokens, D width of the stream, T tokens in all, I inputs of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.convert.best_states import States
+from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.fit import assemble, fit
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.remeasure import dense_layer
+from ngc_jax.convert.spill import Fitted
+from ngc_jax.convert.statistics import Compensated, Statistics, layer_kind, sown_input, symmetrise
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.text import split_windows
+
+Progress = Callable[[str, int, int], None]
+# Correlations of dense and converted inputs are trusted no further than this: R tends to the identity where the two
+# have little energy, and where few tokens tell them apart.
+_SHRINKAGE = 0.03
+
+
+def shifted(
+    weight: Float[np.ndarray, "J I"], second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]
+) -> tuple[Float[np.ndarray, "J I"], Float[np.ndarray, "I I"]]:
+    """The target W R of a block, and R.
+
+    Args:
+        weight: W.
+        second_moment: C' = E[x' x'^T].
+        cross: E[x x'^T].
+    """
+    floor = np.diag(np.diag(second_moment)) + 1e-9 * np.trace(second_moment) / len(second_moment) * np.eye(len(cross))
+    ours = (1 - _SHRINKAGE) * second_moment + _SHRINKAGE * floor
+    both = (1 - _SHRINKAGE) * cross + _SHRINKAGE * floor
+    r_IxI = scipy.linalg.solve(ours, both.T, assume_a="pos").T
+    return weight @ r_IxI, r_IxI
+
+
+def propagate(
+    model: LanguageModel,
+    recipe: Recipe,
+    compact: LanguageModel,
+    statistics: Sequence[Mapping[str, Statistics]],
+    tokens: Int[np.ndarray, " T"],
+    *,
+    window: int = 1024,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Fit all groups anew, layer by layer, at the ranks they have.
+
+    Within a layer all blocks see what the layer as converted before makes of the inputs that the new layers below send.
+
+    Args:
+        model: The dense model.
+        recipe: Its `propagation` is how far targets and inputs go from the dense (0) to the converted model's (1).
+        compact: The model converted so far; every group within one layer.
+        statistics: What it was converted with, layer by layer.
+        tokens: (T,) calibration tokens.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        progress: Called with (stage, done, in all).
+
+    Raises:
+        UsageError: If a group has members in several layers.
+    """
+    assert compact.plan is not None
+    config, share = model.config, recipe.propagation
+    check_within_layers(compact.plan)
+    chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
+    batches = [(jnp.asarray(t), jnp.asarray(p)) for t, p in split_windows(tokens, window, batch_size)]
+    embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
+    ours = [embed({"embed": model.params["embed"]}, t) for t, _ in batches]
+    theirs = list(ours)
+    found: dict[str, Fitted] = {}
+    for layer in range(config.num_layers):
+        dense, once = model.params["layers"][str(layer)], dense_layer(model, compact, layer)
+        kind = layer_kind(config, layer)
+        sums = {site: _no_sums(config.block(0, role).d_in) for role, site in INPUT_SITE.items()}
+        for index, (_, positions) in enumerate(batches):
+            theirs[index], sums = _add_both(
+                dense, once, theirs[index], ours[index], positions, sums, config=config, kind=kind
+            )
+        measured = {site: _moments(sums.pop(site), len(tokens)) for site in list(sums)}
+        targets: dict[str, Any] = {}
+        moved: dict[str, Statistics] = {}
+        shared: dict[str, np.ndarray] = {}  # blocks of one input share one array, by which they are known
+        for role, site in INPUT_SITE.items():
+            name = block_name(layer, role)
+            entry, (moment, cross) = statistics[layer][name], measured[site]
+            weight = np.asarray(kernel_of(model.params, name), np.float64)
+            _, r_IxI = shifted(weight, moment, cross)
+            r_IxI = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
+            targets[f"layers/{layer}/{'/'.join(name.split('.')[2:])}/kernel"] = weight @ r_IxI
+            mixed = shared.setdefault(site, (1 - share) * entry.second_moment + share * moment)
+            gradients = entry.gradients
+            metric = None if gradients is None else gradients.second_moment
+            if gradients is not None and metric is not None and len(metric) != len(weight):
+                # W^T G W was measured; (W R)^T G (W R) is wanted.
+                gradients = dataclasses.replace(gradients, second_moment=r_IxI.T @ metric @ r_IxI)
+            moved[name] = dataclasses.replace(entry, second_moment=mixed, gradients=gradients)
+        params = traverse_util.unflatten_dict({tuple(path.split("/")): value for path, value in targets.items()})
+        here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
+        for plan in here:
+            members = [moved[member.name] for member in plan.members]
+            fitted = fit(chosen[plan.name], recipe, params, members, plan.rank)
+            found[plan.name] = Fitted(fitted.states.truncated(plan.rank), fitted.input_scale)
+        new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
+        for index, (_, positions) in enumerate(batches):
+            ours[index] = _advance(new, ours[index], positions, config=config, kind=kind)
+        if progress is not None:
+            progress("propagate", layer + 1, config.num_layers)
+    groups = [chosen[plan.name] for plan in compact.plan.groups]
+    ranks = {plan.name: plan.rank for plan in compact.plan.groups}
+    made = assemble(model, groups, ranks, found.__getitem__, gauge=recipe.resolved_gauge)
+    assert made.plan is not None
+    return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
+
+
+def check_within_layers(plan: Plan) -> None:
+    """Refuse groups across layers: their members would have to be fitted at different times.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    for group in plan.groups:
+        if len({member.name.split(".")[1] for member in group.members}) > 1:
+            raise UsageError(f"group {group.name} spans layers; errors are propagated in groups within layers only")
+
+
+def _no_sums(width: int) -> tuple[Compensated, Compensated]:
+    def zeros() -> Compensated:
+        return Compensated(jnp.zeros((width, width), jnp.float32), jnp.zeros((width, width), jnp.float32))
+
+    return zeros(), zeros()
+
+
+def _moments(sums: tuple[Compensated, Compensated], count: int) -> tuple[np.ndarray, np.ndarray]:
+    second, cross = (part.value() / count for part in sums)
+    symmetrise(second)
+    return second, cross
+
+
+@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums",))
+def _add_both(
+    dense: Params,
+    compact: Params,
+    theirs: Float[Array, "B L D"],
+    ours: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    sums: Mapping[str, tuple[Compensated, Compensated]],
+    *,
+    config: DecoderConfig,
+    kind: int,
+) -> tuple[Array, dict[str, tuple[Compensated, Compensated]]]:
+    """Run a layer of both models on a batch; returns the dense stream after it and the sums."""
+    layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
+    (after, _), at_theirs = layer.apply({"params": dense}, theirs, positions, mutable=[BLOCK_INPUTS])
+    _, at_ours = layer.apply({"params": compact}, ours, positions, mutable=[BLOCK_INPUTS])
+    mask = (positions >= 0).astype(jnp.float32)[..., None]
+    new = {}
+    for role, site in INPUT_SITE.items():
+        x, y = (sown_input(sown[BLOCK_INPUTS], role).astype(jnp.float32) * mask for sown in (at_theirs, at_ours))
+        second, cross = (jnp.einsum("bli,blj->ij", a, y, precision="highest") for a in (y, x))
+        new[site] = (sums[site][0].add(second), sums[site][1].add(cross))
+    return after, new
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _advance(params: Params, x: Array, positions: Array, *, config: DecoderConfig, kind: int) -> Array:
+    layer = DecoderLayer(config, Plan(), kind, x.dtype)
+    return layer.apply({"params": params}, x, positions)[0]
+
+
+def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:
+    """A layer whose grouped kernels are formed from these states."""
+    flat = traverse_util.flatten_dict(dict(layer))
+    for members, states in groups.values():
+        for member, weight in zip(members, states.weights(), strict=True):
+            flat[(*member.name.split(".")[2:], "kernel")] = jnp.asarray(weight[:, : member.d_in].astype(dtype))
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,109 @@
+import jax
+import numpy as np
+import pytest
+
+from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.fit import fit
+from ngc_jax.convert.pipeline import convert, measure
+from ngc_jax.convert.propagate import propagate, shifted
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.statistics import sown_input
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernels import weights
+from ngc_jax.models.decoder import BLOCK_INPUTS
+from tests.tiny import forward, random_tokens, tiny_model
+
+TOKENS = random_tokens(1200)
+
+
+def converted(propagation, topology=None, **levers):
+    recipe = Recipe("ngc", topology, 0.5, propagation=propagation, **levers)
+    model = tiny_model("llama_untied")
+    return model, convert(model, recipe, TOKENS, window=60, batch_size=4)
+
+
+def test_the_shifted_target_is_the_least_squares_solution():
+    """W R minimises E || W x - T x' ||^2 over T, against float64 least squares."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((5000, 7))
+    mixing = np.eye(7) + 0.3 * generator.standard_normal((7, 7))
+    noisy = x @ mixing + 0.3 * generator.standard_normal((5000, 7))
+    weight = generator.standard_normal((4, 7))
+    target, r = shifted(weight, noisy.T @ noisy / 5000, x.T @ noisy / 5000)
+    best, *_ = np.linalg.lstsq(noisy, x @ weight.T, rcond=None)
+
+    def loss(t):
+        return np.square(x @ weight.T - noisy @ t.T).mean()
+
+    np.testing.assert_allclose(target, weight @ r)
+    assert loss(best.T) <= loss(target) < 1.02 * loss(best.T)
+    assert loss(target) < 0.8 * loss(weight)
+    # Inputs that have not changed move nothing.
+    same, identity = shifted(weight, x.T @ x / 5000, x.T @ x / 5000)
+    np.testing.assert_allclose(identity, np.eye(7), atol=1e-12)
+    np.testing.assert_allclose(same, weight)
+
+
+def stream_error(model, compact):
+    """Mean squared distance of what the last layer's MLP reads, relative to the dense model's."""
+    tokens = random_tokens(240, seed=8).reshape(4, 60)
+    read = []
+    for m in (model, compact):
+        _, sown = jax.jit(lambda p, m=m: m.decoder.apply({"params": p}, tokens, mutable=[BLOCK_INPUTS]))(m.params)
+        read.append(np.asarray(sown_input(sown[BLOCK_INPUTS]["layers"]["2"], "u")))
+    return np.square(read[0] - read[1]).sum() / np.square(read[0]).sum()
+
+
+def test_activations_come_nearer_to_the_dense_ones():
+    """With G the identity what is minimised is the distance of outputs; ranks are the same."""
+    found = {}
+    for share in (0.0, 1.0):
+        model = tiny_model("llama_untied")
+        recipe = Recipe("svd_llm", keep=0.5, propagation=share)
+        found[share] = convert(model, recipe, TOKENS, window=60, batch_size=4)
+        if share:
+            assert [g.rank for g in found[share].plan.groups] == [g.rank for g in found[0.0].plan.groups]
+    model = tiny_model("llama_untied")
+    assert stream_error(model, found[1.0]) < 0.97 * stream_error(model, found[0.0])
+
+
+def test_a_share_of_nothing_is_no_change():
+    _, plain = converted(0.0, rounds=0)
+    _, some = converted(1e-9, rounds=0)
+    assert [g.rank for g in some.plan.groups] == [g.rank for g in plain.plan.groups]
+    assert some.plan.dense == plain.plan.dense
+    tokens = random_tokens(30, seed=3)[None]
+    here, there = (np.asarray(forward(m.params, tokens, decoder=m.decoder)[0]) for m in (plain, some))
+    np.testing.assert_allclose(there, here, atol=2e-3 * np.abs(here).max())
+
+
+def test_full_rank_stays_exact():
+    model = tiny_model("llama_untied")
+    recipe = Recipe("ngc", "qkv-o-ug-d", rank="full", propagation=1.0, rounds=0)
+    compact = convert(model, recipe, TOKENS, window=60, batch_size=4)
+    tokens = random_tokens(30, seed=3)[None]
+    dense, full = (np.asarray(forward(m.params, tokens, decoder=m.decoder)[0]) for m in (model, compact))
+    assert np.abs(full - dense).max() / np.abs(dense).max() < 2e-3
+
+
+def test_groups_across_layers_are_refused():
+    with pytest.raises(UsageError, match="spans layers"):
+        converted(0.5, "qq-kk-vv", rounds=0)
+
+
+def test_a_group_of_the_first_layer_is_fitted_as_before():
+    """Nothing below it changed its input; only shrinkage of correlations could tell, and both sides have it."""
+    model = tiny_model("llama_untied")
+    recipe = Recipe("svd_llm", keep=0.5)
+    tokens = TOKENS[:600]
+    statistics = list(measure(model, recipe, tokens, window=60, batch_size=4))
+    compact = convert(model, recipe, tokens, window=60, batch_size=4)
+    recipe = Recipe("svd_llm", keep=0.5, propagation=1.0)
+    again = propagate(model, recipe, compact, statistics, tokens, window=60, batch_size=4)
+    group = all_candidates(candidate_cells(model.config, "q-k-v-o-u-g-d"))[0]
+    name = group.members[0].name
+    assert name == "layers.0.attn.q"
+    rank = again.plan.groups[0].rank
+    expected = fit(group, recipe, model.params, [statistics[0][name]], rank).states.truncated(rank).weights()[0]
+    found = weights(again.plan.groups[0].kernel, again.params["groups"][group.name], name)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
