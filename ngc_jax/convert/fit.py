@@ -85,6 +85,16 @@ def shrunk(statistics: Sequence[Statistics], shrinkage: float) -> list[Statistic
     return found
 
 
+def shrunk_in_place(layer: Mapping[str, Statistics], shrinkage: float) -> dict[str, Statistics]:
+    """As `shrunk`, in the arrays that were given."""
+    moments = {id(entry.second_moment): entry.second_moment for entry in layer.values()}
+    for moment in moments.values() if shrinkage else ():
+        diagonal = np.diag(moment).copy()
+        moment *= 1 - shrinkage
+        np.fill_diagonal(moment, diagonal)
+    return dict(layer)
+
+
 def _is_finite(entry: Statistics) -> bool:
     found = [entry.second_moment, entry.absolute_mean, entry.fisher]
     if entry.gradients is not None:

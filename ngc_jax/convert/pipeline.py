@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from ngc_jax.convert.allocate import DENSE
 from ngc_jax.convert.best_states import States
 from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
-from ngc_jax.convert.fit import assemble, fit, shrunk
+from ngc_jax.convert.fit import assemble, fit, shrunk, shrunk_in_place
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.kernel_fit import fit_kernel
 from ngc_jax.convert.output_gradients import measure_output_gradients
@@ -75,6 +76,10 @@ def convert(
     kept: list[dict[str, Statistics]] = []
     if recipe.resolved_rounds or recipe.propagation:
         stream = _keep(stream, kept)
+    else:
+        # Nothing looks at them again: shrunk where they are, which saves a copy of the largest.
+        stream = map(functools.partial(shrunk_in_place, shrinkage=recipe.resolved_shrinkage), stream)
+        recipe = dataclasses.replace(recipe, shrinkage=0.0)
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
         rounds = recipe.resolved_rounds
@@ -155,6 +160,7 @@ def measure(
         if gradients:
             statistics = {n: dataclasses.replace(s, gradients=gradients.pop(n)) for n, s in statistics.items()}
         yield statistics
+        del statistics  # or it would live on while the next layer is measured
 
 
 class FittedGroups:
@@ -223,6 +229,7 @@ def fit_groups(
 
     for statistics in stream:
         measured.update(statistics)
+        del statistics  # as in `measure`
         fit_ready()
     fit_ready()
     return fitted

@@ -206,6 +206,7 @@ def calibrate(
                     f"the activations of layer {layer} ({site}) are not finite; load the model with --dtype float32"
                 )
         yield layer, {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
+        del by_site, statistics  # or they would live on while the next layer is measured
 
 
 def _statistics(moments: Moments, count: int) -> Statistics:

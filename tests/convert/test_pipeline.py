@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.convert.fit import shrunk
+from ngc_jax.convert.fit import shrunk, shrunk_in_place
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.convert.pipeline import convert, measure
@@ -161,3 +161,7 @@ def test_shrinkage_keeps_the_diagonal():
     np.testing.assert_array_equal(np.diag(half), np.diag(statistics.second_moment))
     np.testing.assert_allclose(half[0, 1:], statistics.second_moment[0, 1:] / 2)
     assert shrunk([statistics], 0.0)[0] is statistics
+    shared = dataclasses.replace(statistics)
+    found = shrunk_in_place({"q": statistics, "k": shared}, 0.5)
+    np.testing.assert_array_equal(found["q"].second_moment, half)
+    assert found["k"].second_moment is found["q"].second_moment is statistics.second_moment
