@@ -289,14 +289,13 @@ class Comparison:
             return
         recipe, c = entry.recipe, self.config
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
-            flags = [c.model, "--out", str(Path(directory) / "model"), "--method", recipe.method]
-            flags += ["--keep", str(recipe.keep), "--text", entry.text, "--window", str(c.window)]
+            flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
-            flags += ["--topology", recipe.resolved_topology, "--allocation", recipe.resolved_allocation]
-            flags += ["--rounds", str(recipe.resolved_rounds), "--shrinkage", str(recipe.resolved_shrinkage)]
-            flags += ["--propagation", str(recipe.propagation)]
-            flags += ["--sensitivities", str(recipe.resolved_sensitivities).lower()]
-            flags += ["--gauge", str(recipe.resolved_gauge).lower(), "--json", str(Path(directory) / "summary.json")]
+            for name, value in dataclasses.asdict(recipe).items():
+                if value is not None:
+                    text = str(value).lower() if isinstance(value, bool) else str(value)
+                    flags += [f"--{name.replace('_', '-')}", text]
+            flags += ["--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
                 [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
             )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.convert.statistics import OutputGradients, layer_kind, sown_input
+from ngc_jax.convert.statistics import OutputGradients, layer_kind, run_layer, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import hidden_divergences, hidden_log_likelihoods, sample_targets
 from ngc_jax.groups.plan import Plan
@@ -53,13 +53,6 @@ def _add(sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array, x_TxI: A
         change = kernel_MxI.astype(jnp.float32) - teacher_MxI.astype(jnp.float32)
         new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ change.T)
     return new
-
-
-@partial(jax.jit, static_argnames=("config", "kind"))
-def _forward(
-    params: Params, x: Float[Array, "B L D"], positions: Int[Array, "B L"], *, config: Any, kind: int
-) -> Array:
-    return DecoderLayer(config, Plan(), kind, x.dtype).apply({"params": params}, x, positions)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums", "upstream"))
@@ -202,9 +195,9 @@ def measure_output_gradients(
         teacher = kept[0]
         for layer in range(config.num_layers):
             kind = layer_kind(config, layer)
-            kept.append(_forward(ours(layer), kept[-1], positions, config=config, kind=kind))
+            kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind))
             if loss == "teacher":
-                teacher = _forward(teacher_layers(layer), teacher, positions, config=config, kind=kind)
+                teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind)
         if key is not None:
             key, batch_key = jax.random.split(key)
         value, upstream = _loss_gradient(

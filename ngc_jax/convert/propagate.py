@@ -32,7 +32,7 @@ from ngc_jax.convert.fit import assemble, fit
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.spill import Fitted
-from ngc_jax.convert.statistics import Compensated, Statistics, layer_kind, sown_input, symmetrise
+from ngc_jax.convert.statistics import Compensated, Statistics, layer_kind, run_layer, sown_input, symmetrise
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
@@ -46,21 +46,17 @@ Progress = Callable[[str, int, int], None]
 _SHRINKAGE = 0.03
 
 
-def shifted(
-    weight: Float[np.ndarray, "J I"], second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]
-) -> tuple[Float[np.ndarray, "J I"], Float[np.ndarray, "I I"]]:
-    """The target W R of a block, and R.
+def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """R, with which R x' is the best guess of x.
 
     Args:
-        weight: W.
         second_moment: C' = E[x' x'^T].
         cross: E[x x'^T].
     """
     floor = np.diag(np.diag(second_moment)) + 1e-9 * np.trace(second_moment) / len(second_moment) * np.eye(len(cross))
     ours = (1 - _SHRINKAGE) * second_moment + _SHRINKAGE * floor
     both = (1 - _SHRINKAGE) * cross + _SHRINKAGE * floor
-    r_IxI = scipy.linalg.solve(ours, both.T, assume_a="pos").T
-    return weight @ r_IxI, r_IxI
+    return scipy.linalg.solve(ours, both.T, assume_a="pos").T
 
 
 def propagate(
@@ -108,24 +104,28 @@ def propagate(
             theirs[index], sums = _add_both(
                 dense, once, theirs[index], ours[index], positions, sums, config=config, kind=kind
             )
-        measured = {site: _moments(sums.pop(site), len(tokens)) for site in list(sums)}
+        moments, maps = {}, {}
+        for role, site in INPUT_SITE.items():
+            if site in sums:
+                moment, cross = _moments(sums.pop(site), len(tokens))
+                r_IxI = regression(moment, cross)
+                maps[site] = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
+                # Blocks of one input share one array, by which they are known.
+                dense_moment = statistics[layer][block_name(layer, role)].second_moment
+                moments[site] = (1 - share) * dense_moment + share * moment
         targets: dict[str, Any] = {}
         moved: dict[str, Statistics] = {}
-        shared: dict[str, np.ndarray] = {}  # blocks of one input share one array, by which they are known
         for role, site in INPUT_SITE.items():
             name = block_name(layer, role)
-            entry, (moment, cross) = statistics[layer][name], measured[site]
+            entry, r_IxI = statistics[layer][name], maps[site]
             weight = np.asarray(kernel_of(model.params, name), np.float64)
-            _, r_IxI = shifted(weight, moment, cross)
-            r_IxI = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
             targets[f"layers/{layer}/{'/'.join(name.split('.')[2:])}/kernel"] = weight @ r_IxI
-            mixed = shared.setdefault(site, (1 - share) * entry.second_moment + share * moment)
             gradients = entry.gradients
             metric = None if gradients is None else gradients.second_moment
             if gradients is not None and metric is not None and len(metric) != len(weight):
                 # W^T G W was measured; (W R)^T G (W R) is wanted.
                 gradients = dataclasses.replace(gradients, second_moment=r_IxI.T @ metric @ r_IxI)
-            moved[name] = dataclasses.replace(entry, second_moment=mixed, gradients=gradients)
+            moved[name] = dataclasses.replace(entry, second_moment=moments[site], gradients=gradients)
         params = traverse_util.unflatten_dict({tuple(path.split("/")): value for path, value in targets.items()})
         here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
         for plan in here:
@@ -134,7 +134,7 @@ def propagate(
             found[plan.name] = Fitted(fitted.states.truncated(plan.rank), fitted.input_scale)
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions) in enumerate(batches):
-            ours[index] = _advance(new, ours[index], positions, config=config, kind=kind)
+            ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)
         if progress is not None:
             progress("propagate", layer + 1, config.num_layers)
     groups = [chosen[plan.name] for plan in compact.plan.groups]
@@ -191,12 +191,6 @@ def _add_both(
         second, cross = (jnp.einsum("bli,blj->ij", a, y, precision="highest") for a in (y, x))
         new[site] = (sums[site][0].add(second), sums[site][1].add(cross))
     return after, new
-
-
-@partial(jax.jit, static_argnames=("config", "kind"))
-def _advance(params: Params, x: Array, positions: Array, *, config: DecoderConfig, kind: int) -> Array:
-    layer = DecoderLayer(config, Plan(), kind, x.dtype)
-    return layer.apply({"params": params}, x, positions)[0]
 
 
 def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:

@@ -117,6 +117,14 @@ def layer_kind(config: DecoderConfig, layer: int) -> int:
     return kinds.index(kinds[layer])
 
 
+@partial(jax.jit, static_argnames=("config", "kind"))
+def run_layer(
+    params: Params, x: Float[Array, "B L D"], positions: Int[Array, "B L"], *, config: DecoderConfig, kind: int
+) -> Float[Array, "B L D"]:
+    """The residual stream after a dense layer; `kind` from `layer_kind`."""
+    return DecoderLayer(config, Plan(), kind, x.dtype).apply({"params": params}, x, positions)[0]
+
+
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("moments",))
 def _layer_step(
     params: Params,
