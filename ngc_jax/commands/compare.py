@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ngc_jax.commands.compare_entries import Entry, entries_of, restrict, same_fit
+from ngc_jax.commands.compare_entries import Entry, entries_of, recipe_flags, restrict, same_fit
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -291,11 +291,7 @@ class Comparison:
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
-            for name, value in dataclasses.asdict(recipe).items():
-                if value is not None:
-                    text = str(value).lower() if isinstance(value, bool) else str(value)
-                    flags += [f"--{name.replace('_', '-')}", text]
-            flags += ["--json", str(Path(directory) / "summary.json")]
+            flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
                 [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
             )

@@ -53,6 +53,15 @@ def restrict(layer: Mapping[str, Statistics], recipe: Recipe) -> dict[str, Stati
     return {name: one(statistics) for name, statistics in layer.items()}
 
 
+def recipe_flags(recipe: Recipe) -> list[str]:
+    """The options of `ngc-jax convert` that say the same."""
+    flags = []
+    for name, value in dataclasses.asdict(recipe).items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return flags
+
+
 def same_fit(entries: list[Entry]) -> list[list[Entry]]:
     """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them."""
 

@@ -1,5 +1,6 @@
 """The comparison, end to end on a tiny model."""
 
+import dataclasses
 import json
 import math
 
@@ -121,3 +122,20 @@ def test_the_configs_of_the_experiment_are_valid():
         assert len({(entry.variant, entry.recipe.keep) for entry in entries}) == len(entries)
         assert all(isinstance(entry.recipe, Recipe) for entry in entries)
         assert Path(f"configs/{name}.yaml").read_text().startswith("#")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "svd_llm"},
+        {"gauge": False, "rounds": 2, "sensitivities": True, "shrinkage": 0.25, "propagation": 0.3, "keep": 0.55},
+        {"gradients": "diagonal", "rank_multiple": 8, "topology": "qkv-o-ug-d", "allocation": "loss"},
+        {"kernel": "lifted", "lift": 96, "fit_steps": 7, "rank": 5},
+    ],
+)
+def test_a_process_of_its_own_is_told_the_whole_recipe(options):
+    from ngc_jax.commands.compare_entries import recipe_flags
+
+    recipe = Recipe(**options)
+    _, config = cli.parse_arguments(["convert", "model", *recipe_flags(recipe)])
+    assert Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}) == recipe
