@@ -114,8 +114,8 @@ def alternate(
 ) -> States:
     """Alternating least squares on shared input states; the loss falls with every sweep.
 
-    Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m, by conjugate gradients that never
-    form the operator.
+    Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m: for two members in the coordinates
+    that make both terms diagonal, for more by preconditioned conjugate gradients that never form the operator.
 
     Args:
         weights: (d_out, d_in) of each member.
@@ -137,6 +137,8 @@ def alternate(
     moments = [pad_square(c, width) for c in second_moments]
     targets = [moment @ metric for moment, metric in zip(moments, metrics, strict=True)]
     input_states = states.input_states
+    pooled = np.sum(moments, axis=0)
+    pair = _both_diagonal(moments[0], moments[1]) if len(moments) == 2 else None
     for _ in range(sweeps):
         # An orthonormal basis of the same latent space keeps the small systems well-conditioned.
         input_states, _ = np.linalg.qr(input_states)
@@ -147,18 +149,58 @@ def alternate(
         def operator(x: np.ndarray, grams: Sequence[np.ndarray] = tuple(grams)) -> np.ndarray:
             return sum(moment @ x @ gram for moment, gram in zip(moments, grams, strict=True))
 
-        input_states = _conjugate_gradients(operator, right, input_states)
+        if pair is None:
+            input_states = _conjugate_gradients(operator, right, input_states, pooled, np.sum(grams, axis=0))
+        else:
+            input_states = input_states + _solve_pair(pair, _both_diagonal(*grams), right - operator(input_states))
     outputs = [best_outputs(w, c, input_states) for w, c in zip(weights, second_moments, strict=True)]
     return States(input_states, tuple(outputs))
 
 
-def _conjugate_gradients(
-    operator: Callable[[np.ndarray], np.ndarray], right: np.ndarray, x: np.ndarray, steps: int = 20
+def _both_diagonal(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A and d in [0, 1] with A^T first A = diag(1 - d) and A^T second A = diag(d)."""
+    both = first + second
+    both[np.diag_indices_from(both)] += _ridge(both)
+    shares, coordinates = scipy.linalg.eigh(second, both, driver="gvd", check_finite=False)
+    return coordinates, np.clip(shares, 0.0, 1.0)
+
+
+def _solve_pair(
+    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray], target: np.ndarray
 ) -> np.ndarray:
-    """Approximately solve operator(x) = right, operator symmetric positive semidefinite on matrices."""
+    """X with first X first' + second X second' = target, each side's two matrices given by `_both_diagonal`."""
+    (a, d), (b, e) = left, right
+    scale = np.outer(1 - d, 1 - e) + np.outer(d, e)
+    # Where a member that alone has the input has nothing in the latent dimension, X is free: it stays as it is.
+    scale = np.where(scale > _RESOLVED, scale, np.inf)
+    return a @ ((a.T @ target @ b) / scale) @ b.T
+
+
+def _conjugate_gradients(
+    operator: Callable[[np.ndarray], np.ndarray],
+    right: np.ndarray,
+    x: np.ndarray,
+    left_sum: np.ndarray,
+    right_sum: np.ndarray,
+    steps: int = 20,
+) -> np.ndarray:
+    """Approximately solve operator(x) = right, operator symmetric positive semidefinite on matrices.
+
+    The preconditioner is left_sum x right_sum, which would be the operator were all its terms alike.
+    """
+    factors = [
+        scipy.linalg.cho_factor(total + _ridge(total) * np.eye(len(total)), check_finite=False)
+        for total in (left_sum, right_sum)
+    ]
+
+    def precondition(residual: np.ndarray) -> np.ndarray:
+        half = scipy.linalg.cho_solve(factors[0], residual, check_finite=False)
+        return np.asarray(scipy.linalg.cho_solve(factors[1], half.T, check_finite=False)).T
+
     residual = right - operator(x)
-    direction, size = residual, np.vdot(residual, residual)
-    target = 1e-20 * np.vdot(right, right)
+    direction = precondition(residual)
+    size = np.vdot(residual, direction)
+    target = 1e-12 * size
     for _ in range(steps):
         if size <= target:
             break
@@ -168,6 +210,7 @@ def _conjugate_gradients(
             break
         step = size / curvature
         x, residual = x + step * direction, residual - step * image
-        size, previous = np.vdot(residual, residual), size
-        direction = residual + (size / previous) * direction
+        preconditioned = precondition(residual)
+        size, previous = np.vdot(residual, preconditioned), size
+        direction = preconditioned + (size / previous) * direction
     return x

@@ -7,7 +7,7 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.alternating import alternate, best_outputs
+from ngc_jax.convert.alternating import alternate, best_outputs, pooled_states
 from ngc_jax.convert.best_states import DAMPING, best_states, square_root
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.convert.statistics import OutputGradients, Statistics
@@ -201,6 +201,22 @@ def test_alternating_least_squares_minimises_the_two_sided_loss():
         for _ in range(20):
             moved = converged.input_states + 1e-4 * generator.standard_normal(converged.input_states.shape)
             assert total(dataclasses.replace(converged, input_states=moved)) >= total(converged) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("widths", [(9, 9), (9, 7), (7, 9)])
+def test_two_members_are_solved_as_many_are(widths):
+    """The closed form for two and the iteration for more find the same, a third member that weighs nothing or none."""
+    ws = [weight(6, widths[0], 1), weight(5, widths[1], 2)]
+    moments = [statistics(inputs(width, seed=width + i)).second_moment for i, width in enumerate(widths)]
+    start = pooled_states(ws, moments, [w.T @ w for w in ws]).truncated(4)
+    nothing = weight(3, 9, 3)
+    for sweeps in (1, 3):
+        two = alternate(ws, moments, start, sweeps)
+        three = alternate(
+            [*ws, nothing], [*moments, 1e-12 * np.eye(9)], start, sweeps, [*(w.T @ w for w in ws), np.zeros((9, 9))]
+        )
+        for ours, theirs, width in zip(two.weights(), three.weights()[:2], widths, strict=True):
+            np.testing.assert_allclose(ours[:, :width], theirs[:, :width], atol=1e-4)
 
 
 def test_square_root_of_an_indefinite_matrix_is_finite():
