@@ -94,7 +94,7 @@ def main() -> None:
     with progress_bar() as bar:
         compact = convert(
             model,
-            Recipe("ngc", keep=options.keep, gradients="diagonal", rounds=0),
+            Recipe("ngc", keep=options.keep, gradients="diagonal", rounds=0, propagation=0),
             tokens,
             gradient_tokens=options.tokens // 2,
             window=512,

@@ -1,10 +1,12 @@
 """How long `svd_llm` and `ngc` take to convert a model, next to a forward pass over the same calibration tokens.
 
-    python -m experiments.conversion_time --text wikitext2-valid.txt [--keep 0.6] [--tokens 65536] [--json FILE]
+    python -m experiments.conversion_time --text wikitext2-valid.txt [--keep 0.6] [--pytorch] [--json FILE]
 
 One process, one after the other: the layers' forward pass over the calibration tokens, a conversion by `svd_llm`, one
 by `ngc` with everything that is on by default. All are compiled first, on as few tokens as fill a batch. Seconds are
 the clock's and, because others may be using the machine, the processor's as well. A quarter of an hour on 2 cores.
+With `--pytorch`, transformers' own model (random weights of the same shapes, extra `parity`) runs over the tokens too,
+so that times of programs in PyTorch can be held against these.
 """
 
 from __future__ import annotations
@@ -42,6 +44,22 @@ def forward(model: LanguageModel, tokens: np.ndarray) -> None:
         jax.block_until_ready(_hidden(model.params, batch, positions, decoder=model.decoder))
 
 
+def pytorch_forward(model: LanguageModel) -> Callable[[np.ndarray], None]:
+    """The same in transformers' PyTorch model of this configuration."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**model.hf_config)
+    network = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
+
+    def run(tokens: np.ndarray) -> None:
+        with torch.inference_mode():
+            for batch, _ in split_windows(tokens, WINDOW, BATCH):
+                network(torch.from_numpy(np.asarray(batch, np.int64)), use_cache=False)
+
+    return run
+
+
 def timed(run: Callable[[], Any]) -> dict[str, float]:
     """Seconds of a call, by the clock and of the processor."""
     clock, processor = time.perf_counter(), time.process_time()
@@ -56,6 +74,7 @@ def main() -> None:
     parser.add_argument("--text", default="pydoc:first-half")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--pytorch", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
@@ -65,6 +84,8 @@ def main() -> None:
         "svd_llm": lambda some: convert(model, Recipe("svd_llm", keep=options.keep), some, window=WINDOW),
         "ngc": lambda some: convert(model, Recipe("ngc", keep=options.keep), some, window=WINDOW),
     }
+    if options.pytorch:
+        runs["forward pass in PyTorch"] = pytorch_forward(model)
     seconds = {}
     for name, run in runs.items():
         run(tokens[: BATCH * WINDOW])

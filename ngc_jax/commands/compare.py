@@ -44,6 +44,7 @@ class CompareConfig:
         text: Calibration text.
         calibration_tokens: Tokens to measure.
         gradient_tokens: Tokens, from the first, that gradients are taken on.
+        propagation_tokens: Tokens, from the first, that errors are propagated on.
         evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
         skip_tokens: Tokens of it to drop at its beginning.
         max_tokens: Tokens of it to evaluate.
@@ -61,6 +62,7 @@ class CompareConfig:
     text: str = "pydoc:first-half"
     calibration_tokens: int = 65_536
     gradient_tokens: int = 24_576
+    propagation_tokens: int = 16_384
     evaluation_text: str = "pydoc:second-half"
     skip_tokens: int = 0
     max_tokens: int = 32_768
@@ -81,7 +83,12 @@ class Comparison:
     def __init__(self, config: CompareConfig) -> None:
         from ngc_jax.commands.convert import check_positive
 
-        check_positive(max_tokens=config.max_tokens, gradient_tokens=config.gradient_tokens, window=config.window)
+        check_positive(
+            max_tokens=config.max_tokens,
+            gradient_tokens=config.gradient_tokens,
+            propagation_tokens=config.propagation_tokens,
+            window=config.window,
+        )
         self.config = config
         self.entries = entries_of(config)
         self.directory = Path(config.out)
@@ -158,13 +165,13 @@ class Comparison:
                             compact = finish(
                                 dense, entry.recipe, fit_groups(dense, entry.recipe, stream, round_directory)
                             )
-                    if entry.recipe.propagation:
+                    if entry.recipe.resolved_propagation:
                         compact = propagate(
                             dense,
                             entry.recipe,
                             compact,
                             [restrict(layer, entry.recipe) for layer in again],
-                            tokens,
+                            tokens[: self.config.propagation_tokens],
                             window=self.config.window,
                         )
                     finish_seconds = time.perf_counter() - started
@@ -291,6 +298,7 @@ class Comparison:
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
+            flags += ["--propagation-tokens", str(c.propagation_tokens)]
             flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
             process = subprocess.Popen(
                 [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
@@ -322,6 +330,9 @@ class Comparison:
         if entry is not None:
             recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}
             recipe["sensitivities"] = entry.recipe.resolved_sensitivities
+            recipe["propagation"] = entry.recipe.resolved_propagation
+            if recipe["propagation"]:
+                recipe["propagation_tokens"] = self.config.propagation_tokens
             for lever in ("shrinkage", "sensitivities", "propagation"):
                 if not recipe[lever]:
                     del recipe[lever]

@@ -59,14 +59,15 @@ class ConvertConfig:
             loss rises there (the default), or not (false).
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
             given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
-        propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1. It takes
-            three more passes over the text.
+        propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; the
+            method's own if not given, or 0 where groups span layers.
         kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
             steps, group by group, which takes much longer.
         metric_rank: For riemannian: rank of the metric's part beside the diagonal.
         lift: For lifted: number of lifted features, above every group's rank.
         fit_steps: Gradient steps for each group of such a kernel.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
+        propagation_tokens: Tokens, from the first, that errors are propagated on; they cost three times as much too.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
             text that the model writes itself.
@@ -93,12 +94,13 @@ class ConvertConfig:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
-    propagation: float = 0.0
+    propagation: float | None = None
     kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
     metric_rank: int = 0
     lift: int = 0
     fit_steps: int = 2000
     gradient_tokens: int = 24_576
+    propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
     text: str = "pydoc:first-half"
     calibration_tokens: int = 65_536
@@ -146,6 +148,7 @@ def convert_and_save(
     check_positive(
         calibration_tokens=config.calibration_tokens,
         gradient_tokens=config.gradient_tokens,
+        propagation_tokens=config.propagation_tokens,
         window=config.window,
         batch_size=config.batch_size,
         layers_per_pass=1 if config.layers_per_pass is None else config.layers_per_pass,
@@ -175,6 +178,7 @@ def convert_and_save(
             recipe,
             tokens,
             gradient_tokens=config.gradient_tokens,
+            propagation_tokens=config.propagation_tokens,
             layers_per_pass=config.layers_per_pass,
             window=config.window,
             batch_size=config.batch_size,
@@ -191,7 +195,7 @@ def convert_and_save(
         "rounds": recipe.resolved_rounds,
         "sensitivities": recipe.resolved_sensitivities,
         "shrinkage": recipe.resolved_shrinkage,
-        "propagation": recipe.propagation,
+        "propagation": recipe.resolved_propagation,
         "kernel": recipe.kernel,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},

@@ -51,6 +51,8 @@ class Method:
         gauge: Whether its gauge is fixed, unless the user says otherwise.
         rounds: How often its gradients are measured again on the converted model, unless the user says otherwise.
         shrinkage: How far the inputs' second moments are drawn to their diagonals, unless the user says otherwise.
+        propagation: How far layers are fitted anew on what the converted layers below them send, unless the user says
+            otherwise.
         reference: Where it comes from.
     """
 
@@ -63,6 +65,7 @@ class Method:
     gauge: bool = False
     rounds: int = 0
     shrinkage: float = 0.0
+    propagation: float = 0.0
     reference: str = ""
 
 
@@ -201,6 +204,7 @@ METHODS = {
             gauge=True,
             rounds=1,
             shrinkage=0.03,
+            propagation=0.3,
             reference="this library, docs/conversion.md",
         ),
     )

@@ -30,6 +30,7 @@ from ngc_jax.models.load import LanguageModel, kernel_of
 
 Progress = Callable[[str, int, int], None]
 GRADIENT_TOKENS = 24_576
+PROPAGATION_TOKENS = 16_384
 
 
 def convert(
@@ -38,6 +39,7 @@ def convert(
     tokens: np.ndarray,
     *,
     gradient_tokens: int = GRADIENT_TOKENS,
+    propagation_tokens: int = PROPAGATION_TOKENS,
     layers_per_pass: int | None = None,
     window: int = 1024,
     batch_size: int = 4,
@@ -51,6 +53,7 @@ def convert(
         recipe: What to do.
         tokens: (T,) calibration tokens, one stream.
         gradient_tokens: How many of them, from the first, gradients are taken on.
+        propagation_tokens: How many of them, from the first, inputs of the converted layers are measured on.
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
         window: Tokens in a calibration window.
         batch_size: Windows that run at once.
@@ -74,7 +77,7 @@ def convert(
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     kept: list[dict[str, Statistics]] = []
-    if recipe.resolved_rounds or recipe.propagation:
+    if recipe.resolved_rounds or recipe.resolved_propagation:
         stream = _keep(stream, kept)
     else:
         # Nothing looks at them again: shrunk where they are, which saves a copy of the largest.
@@ -83,17 +86,25 @@ def convert(
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
         rounds = recipe.resolved_rounds
-        give_up = donate and not rounds and not recipe.propagation
+        give_up = donate and not rounds and not recipe.resolved_propagation
         compact = finish(model, recipe, fitted, donate=give_up, progress=progress)
         for left in reversed(range(rounds)):
             some = tokens_again(tokens, gradient_tokens)
             kept = remeasure(model, recipe, compact, kept, some, window=window, progress=progress)
             fitted = fit_groups(model, recipe, kept, directory, ranks=ranks, progress=progress)
-            give_up = donate and not left and not recipe.propagation
+            give_up = donate and not left and not recipe.resolved_propagation
             compact = finish(model, recipe, fitted, donate=give_up, progress=progress)
-        if recipe.propagation:
+        if recipe.resolved_propagation:
             compact = propagate(
-                model, recipe, compact, kept, tokens, window=window, batch_size=batch_size, progress=progress
+                model,
+                recipe,
+                compact,
+                kept,
+                tokens[:propagation_tokens],
+                window=window,
+                batch_size=batch_size,
+                donate=donate,
+                progress=progress,
             )
         return compact
 

@@ -6,7 +6,8 @@ W x on x':
     E || G^(1/2) (W x - What x') ||^2 = || G^(1/2) (W R - What) C'^(1/2) ||^2 + const,
     C' = E[x' x'^T],    R = E[x x'^T] C'^-1
 
-so that one fit with W R in place of W and C' in place of C does it. Layers are taken from the first to the last, as in
+so that one fit with W R in place of W and C' in place of C does it. How x' comes from x, x' = B x + rest, is measured
+on some tokens, and carried over to C, which is known from more. Layers are taken from the first to the last, as in
 SVD-LLM's sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks stay as they are.
 
 Legend: B batch, L tokens, D width of the stream, T tokens in all, I inputs of a block.
@@ -26,14 +27,13 @@ import scipy.linalg
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.convert.best_states import States
+from ngc_jax.convert.best_states import RIDGE, States, mean_diagonal
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.fit import assemble, fit
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.spill import Fitted
 from ngc_jax.convert.statistics import Compensated, Statistics, layer_kind, run_layer, sown_input, symmetrise
-from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
@@ -46,14 +46,39 @@ Progress = Callable[[str, int, int], None]
 _SHRINKAGE = 0.03
 
 
-def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
-    """R, with which R x' is the best guess of x.
+def carried_over(
+    second_moment: Float[np.ndarray, "I I"],
+    own: Float[np.ndarray, "I I"],
+    cross: Float[np.ndarray, "I I"],
+    converted: Float[np.ndarray, "I I"],
+) -> tuple[Float[np.ndarray, "I I"], Float[np.ndarray, "I I"]]:
+    """E[x' x'^T] and E[x x'^T] of all tokens, from how some of them changed.
+
+    With x' = B x + rest on those tokens, B by least squares: B C B^T + E[rest rest^T], and C B^T.
 
     Args:
-        second_moment: C' = E[x' x'^T].
-        cross: E[x x'^T].
+        second_moment: C = E[x x^T] of all tokens.
+        own: E[x x^T] of some.
+        cross: E[x x'^T] of the same.
+        converted: E[x' x'^T] of the same.
     """
-    floor = np.diag(np.diag(second_moment)) + 1e-9 * np.trace(second_moment) / len(second_moment) * np.eye(len(cross))
+    b_IxI = regression(own, cross.T)
+    seen = b_IxI @ cross
+    rest = converted - seen - seen.T + b_IxI @ own @ b_IxI.T
+    moved = b_IxI @ second_moment
+    total = moved @ b_IxI.T + rest
+    symmetrise(total)
+    return total, moved.T
+
+
+def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """R, with which R y is the best linear guess of x.
+
+    Args:
+        second_moment: E[y y^T].
+        cross: E[x y^T].
+    """
+    floor = np.diag(np.diag(second_moment)) + RIDGE * mean_diagonal(second_moment) * np.eye(len(cross))
     ours = (1 - _SHRINKAGE) * second_moment + _SHRINKAGE * floor
     both = (1 - _SHRINKAGE) * cross + _SHRINKAGE * floor
     return scipy.linalg.solve(ours, both.T, assume_a="pos").T
@@ -68,6 +93,7 @@ def propagate(
     *,
     window: int = 1024,
     batch_size: int = 4,
+    donate: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Fit all groups anew, layer by layer, at the ranks they have.
@@ -76,20 +102,18 @@ def propagate(
 
     Args:
         model: The dense model.
-        recipe: Its `propagation` is how far targets and inputs go from the dense (0) to the converted model's (1).
-        compact: The model converted so far; every group within one layer.
+        recipe: Its `resolved_propagation` is how far targets and inputs go from the dense model's (0) to the converted
+            one's (1).
+        compact: The model converted so far; every group within one layer, which a recipe sees to.
         statistics: What it was converted with, layer by layer.
         tokens: (T,) calibration tokens.
         window: Tokens in a window.
         batch_size: Windows that run at once.
+        donate: Delete the dense kernels that states replace.
         progress: Called with (stage, done, in all).
-
-    Raises:
-        UsageError: If a group has members in several layers.
     """
     assert compact.plan is not None
-    config, share = model.config, recipe.propagation
-    check_within_layers(compact.plan)
+    config, share = model.config, recipe.resolved_propagation
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
     batches = [(jnp.asarray(t), jnp.asarray(p)) for t, p in split_windows(tokens, window, batch_size)]
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
@@ -107,11 +131,11 @@ def propagate(
         moments, maps = {}, {}
         for role, site in INPUT_SITE.items():
             if site in sums:
-                moment, cross = _moments(sums.pop(site), len(tokens))
-                r_IxI = regression(moment, cross)
-                maps[site] = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
                 # Blocks of one input share one array, by which they are known.
                 dense_moment = statistics[layer][block_name(layer, role)].second_moment
+                moment, cross = carried_over(dense_moment, *_moments(sums.pop(site), len(tokens)))
+                r_IxI = regression(moment, cross)
+                maps[site] = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
                 moments[site] = (1 - share) * dense_moment + share * moment
         targets: dict[str, Any] = {}
         moved: dict[str, Statistics] = {}
@@ -139,33 +163,27 @@ def propagate(
             progress("propagate", layer + 1, config.num_layers)
     groups = [chosen[plan.name] for plan in compact.plan.groups]
     ranks = {plan.name: plan.rank for plan in compact.plan.groups}
-    made = assemble(model, groups, ranks, found.__getitem__, gauge=recipe.resolved_gauge)
+    made = assemble(model, groups, ranks, found.__getitem__, gauge=recipe.resolved_gauge, donate=donate)
     assert made.plan is not None
     return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
 
 
-def check_within_layers(plan: Plan) -> None:
-    """Refuse groups across layers: their members would have to be fitted at different times.
-
-    Raises:
-        UsageError: If there is one.
-    """
-    for group in plan.groups:
-        if len({member.name.split(".")[1] for member in group.members}) > 1:
-            raise UsageError(f"group {group.name} spans layers; errors are propagated in groups within layers only")
+# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens.
+_Sums = tuple[Compensated, Compensated, Compensated]
 
 
-def _no_sums(width: int) -> tuple[Compensated, Compensated]:
+def _no_sums(width: int) -> _Sums:
     def zeros() -> Compensated:
         return Compensated(jnp.zeros((width, width), jnp.float32), jnp.zeros((width, width), jnp.float32))
 
-    return zeros(), zeros()
+    return zeros(), zeros(), zeros()
 
 
-def _moments(sums: tuple[Compensated, Compensated], count: int) -> tuple[np.ndarray, np.ndarray]:
-    second, cross = (part.value() / count for part in sums)
-    symmetrise(second)
-    return second, cross
+def _moments(sums: _Sums, count: int) -> list[np.ndarray]:
+    own, cross, converted = (part.value() / count for part in sums)
+    symmetrise(own)
+    symmetrise(converted)
+    return [own, cross, converted]
 
 
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums",))
@@ -175,21 +193,22 @@ def _add_both(
     theirs: Float[Array, "B L D"],
     ours: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
-    sums: Mapping[str, tuple[Compensated, Compensated]],
+    sums: Mapping[str, _Sums],
     *,
     config: DecoderConfig,
     kind: int,
-) -> tuple[Array, dict[str, tuple[Compensated, Compensated]]]:
+) -> tuple[Array, dict[str, _Sums]]:
     """Run a layer of both models on a batch; returns the dense stream after it and the sums."""
     layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
     (after, _), at_theirs = layer.apply({"params": dense}, theirs, positions, mutable=[BLOCK_INPUTS])
     _, at_ours = layer.apply({"params": compact}, ours, positions, mutable=[BLOCK_INPUTS])
     mask = (positions >= 0).astype(jnp.float32)[..., None]
-    new = {}
+    new: dict[str, _Sums] = {}
     for role, site in INPUT_SITE.items():
         x, y = (sown_input(sown[BLOCK_INPUTS], role).astype(jnp.float32) * mask for sown in (at_theirs, at_ours))
-        second, cross = (jnp.einsum("bli,blj->ij", a, y, precision="highest") for a in (y, x))
-        new[site] = (sums[site][0].add(second), sums[site][1].add(cross))
+        products = (jnp.einsum("bli,blj->ij", a, b, precision="highest") for a, b in ((x, x), (x, y), (y, y)))
+        first, second, third = (total.add(product) for total, product in zip(sums[site], products, strict=True))
+        new[site] = (first, second, third)
     return after, new
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from ngc_jax.convert.methods import METHODS, Method
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
-from ngc_jax.groups.topology import parse
+from ngc_jax.groups.topology import parse, spans_layers
 
 Allocation = Literal["uniform", "svd_llm_v2", "loss"]
 GradientGeometry = Literal["full", "diagonal"]
@@ -37,7 +37,7 @@ class Recipe:
         shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1. Directions that the
             calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
         propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; 0 takes no
-            time.
+            time. If None, nothing at full rank, with another kernel, or where groups may span layers.
         kernel: How two states make a weight. Others than `bilinear` have no closed form and no gauge to fix: every
             group is fitted by gradient steps from the bilinear solution, at the rank that stores no more than that.
         metric_rank: riemannian: rank of the metric's part beside the diagonal.
@@ -59,7 +59,7 @@ class Recipe:
     rounds: int | None = None
     sensitivities: bool | None = None
     shrinkage: float | None = None
-    propagation: float = 0.0
+    propagation: float | None = None
     kernel: KernelName = "bilinear"
     metric_rank: int = 0
     lift: int = 0
@@ -86,12 +86,18 @@ class Recipe:
             raise UsageError("sensitivities are found when gradients are measured again; add a round or leave them out")
         if not 0 <= self.resolved_shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
-        if not 0 <= self.propagation <= 1:
-            raise UsageError(
-                f"propagation {self.propagation:g} is outside [0, 1]; 0 fits every layer to the dense model's"
-            )
-        if self.propagation and self.definition.needs == "nothing":
-            raise UsageError(f"method {self.method} looks at no inputs; leave out propagation")
+        if self.propagation:
+            if not 0 < self.propagation <= 1:
+                raise UsageError(
+                    f"propagation {self.propagation:g} is outside [0, 1]; 0 fits every layer to the dense model's"
+                )
+            if self.definition.needs == "nothing":
+                raise UsageError(f"method {self.method} looks at no inputs; leave out propagation")
+            if self.may_span_layers:
+                raise UsageError(
+                    f"errors are propagated in groups within layers only, and groups of topology "
+                    f"{self.resolved_topology} may span layers; leave out propagation"
+                )
         if not self.is_bilinear:
             if self.propagation:
                 raise UsageError(f"kernel {self.kernel!r} is fitted once; leave out propagation")
@@ -117,6 +123,11 @@ class Recipe:
     def is_bilinear(self) -> bool:
         """Whether the states have a closed form."""
         return self.kernel == "bilinear"
+
+    @property
+    def may_span_layers(self) -> bool:
+        """Whether groups may have members in several layers."""
+        return self.resolved_topology == AUTO or spans_layers(parse(self.resolved_topology))
 
     @property
     def interaction(self) -> Kernel:
@@ -154,3 +165,11 @@ class Recipe:
     def resolved_shrinkage(self) -> float:
         """How far second moments are drawn to their diagonals."""
         return self.definition.shrinkage if self.shrinkage is None else self.shrinkage
+
+    @property
+    def resolved_propagation(self) -> float:
+        """How far layers are fitted anew on what the converted layers below them send."""
+        if self.propagation is not None:
+            return self.propagation
+        fitting = self.is_bilinear and self.rank != "full" and self.definition.propagation > 0
+        return self.definition.propagation if fitting and not self.may_span_layers else 0.0

@@ -39,6 +39,7 @@ __all__ = [
     "expand",
     "format_topology",
     "parse",
+    "spans_layers",
 ]
 
 
@@ -102,6 +103,12 @@ def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
     rows += [(layers, f"dense: {' '.join(names)}", "") for layers, names in by_layers.items() if layers]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def spans_layers(topology: Topology) -> bool:
+    """Whether any group has members in several layers."""
+    patterns = [members for section in topology.sections for _, members in _patterns(section)]
+    return any(len({layer for layer, _ in members}) > 1 for members in patterns)
 
 
 def _patterns(section: Section) -> list[tuple[int, list[tuple[int, str]]]]:

@@ -5,7 +5,7 @@ import pytest
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.fit import fit
 from ngc_jax.convert.pipeline import convert, measure
-from ngc_jax.convert.propagate import propagate, regression
+from ngc_jax.convert.propagate import carried_over, propagate, regression
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import sown_input
 from ngc_jax.errors import UsageError
@@ -39,6 +39,23 @@ def test_the_shifted_target_is_the_least_squares_solution():
     assert loss(target) < 0.8 * loss(weight)
     # Inputs that have not changed move nothing.
     np.testing.assert_allclose(regression(x.T @ x / 5000, x.T @ x / 5000), np.eye(7), atol=1e-12)
+
+
+def test_what_some_tokens_tell_is_carried_over_to_all():
+    """If x' = B x + rest with one B everywhere, moments of x' over all tokens follow from few of them."""
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((40_000, 6)) @ generator.standard_normal((6, 6))
+    x[:2000] *= 2.0  # what the few tokens read is not typical
+    y = x @ (np.eye(6) + 0.3 * generator.standard_normal((6, 6))) + 0.2 * generator.standard_normal(x.shape)
+    few = x[:2000].T @ x[:2000] / 2000, x[:2000].T @ y[:2000] / 2000, y[:2000].T @ y[:2000] / 2000
+    moment, cross = carried_over(x.T @ x / len(x), *few)
+    for ours, true, of_few in ((moment, y.T @ y / len(x), few[2]), (cross, x.T @ y / len(x), few[1])):
+        assert np.linalg.norm(ours - true) < 0.05 * np.linalg.norm(true) < 0.05 * np.linalg.norm(of_few - true)
+    # All tokens told of: just theirs.
+    whole = x.T @ x / len(x), x.T @ y / len(x), y.T @ y / len(x)
+    np.testing.assert_allclose(
+        carried_over(whole[0], *whole)[0], whole[2], rtol=0.02, atol=0.02 * np.abs(whole[2]).max()
+    )
 
 
 def stream_error(model, compact):
@@ -84,8 +101,9 @@ def test_full_rank_stays_exact():
 
 
 def test_groups_across_layers_are_refused():
-    with pytest.raises(UsageError, match="spans layers"):
-        converted(0.5, "qq-kk-vv", rounds=0)
+    for topology in ("qq-kk-vv", "auto"):
+        with pytest.raises(UsageError, match="may span layers"):
+            converted(0.5, topology, rounds=0)
 
 
 def test_a_group_of_the_first_layer_is_fitted_as_before():

@@ -67,5 +67,10 @@ def test_what_is_given_goes_before_the_method_s_own():
     assert Recipe("ngc", rank=5).resolved_allocation == "uniform"
     assert Recipe("ngc", rank=5, allocation="uniform").resolved_allocation == "uniform"
     assert Recipe("ngc", AUTO).resolved_topology == AUTO
+    assert Recipe("ngc").resolved_propagation == METHODS["ngc"].propagation > 0
+    assert Recipe("ngc", "qkv-o").resolved_propagation > 0
+    assert Recipe("svd_llm").resolved_propagation == 0
+    for elsewhere in ({"topology": AUTO}, {"topology": "qq-kk"}, {"rank": "full"}, {"kernel": "lifted", "lift": 9}):
+        assert Recipe("ngc", **elsewhere).resolved_propagation == 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.keep = 0.5
