@@ -127,7 +127,7 @@ def bars(rows: Rows, dense: Mapping[str, Any]) -> Figure:
             axes.barh(
                 place, min(value, ceiling), color=_OURS if name.split(",")[0] == "ngc" else COLOURS[1], height=0.7
             )
-            text = f"{value:.2f}" if value < ceiling else "> broken"
+            text = f"{value:.2f}" if value < ceiling else "broken"
             axes.annotate(
                 text, (min(value, ceiling), place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
             )

@@ -20,6 +20,7 @@ from ngc_jax.groups.topology import (
     expand,
     format_topology,
     parse,
+    spans_layers,
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "topology.md"
@@ -162,6 +163,13 @@ def topologies(draw):
 @given(topologies())
 def test_random_partition(case):
     check_against_oracle(*case)
+
+
+@given(bodies())
+def test_whether_groups_span_layers(body):
+    groups = expand(parse(body), 12)  # every period of `bodies` fits into 12 layers
+    several = any(len({member.split(".")[1] for member in group.members}) > 1 for group in groups)
+    assert spans_layers(parse(body)) == several
 
 
 def test_periods_are_counted_within_a_section():
