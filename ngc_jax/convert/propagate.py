@@ -63,12 +63,11 @@ def carried_over(
         converted: E[x' x'^T] of the same.
     """
     b_IxI = regression(own, cross.T)
-    seen = b_IxI @ cross
-    rest = converted - seen - seen.T + b_IxI @ own @ b_IxI.T
-    moved = b_IxI @ second_moment
-    total = moved @ b_IxI.T + rest
+    carried = second_moment @ b_IxI.T
+    # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, from as few products as do.
+    total = converted + b_IxI @ (carried + own @ b_IxI.T - 2 * cross)
     symmetrise(total)
-    return total, moved.T
+    return total, carried
 
 
 def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
@@ -81,7 +80,12 @@ def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray,
     floor = np.diag(np.diag(second_moment)) + RIDGE * mean_diagonal(second_moment) * np.eye(len(cross))
     ours = (1 - _SHRINKAGE) * second_moment + _SHRINKAGE * floor
     both = (1 - _SHRINKAGE) * cross + _SHRINKAGE * floor
-    return scipy.linalg.solve(ours, both.T, assume_a="pos").T
+    try:
+        factor = scipy.linalg.cho_factor(ours, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        # Carried over from too few tokens to make a second moment of anything: nothing is known of how x changed.
+        return np.eye(len(second_moment))
+    return np.asarray(scipy.linalg.cho_solve(factor, both.T, check_finite=False)).T
 
 
 def propagate(
