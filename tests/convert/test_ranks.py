@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ngc_jax.convert.allocate import DENSE
@@ -46,6 +46,7 @@ def planned(cells, ranks, gauge):
     return Plan(tuple(groups), tuple(dense))
 
 
+@example([2], 2, math.nextafter(1.0, 0.0), True)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 40), st.floats(0.01, 1), st.booleans())
 def test_uniform_rank_is_the_largest_that_fits(outputs, inputs, keep, gauge):
     members = [Block(str(index), width, inputs) for index, width in enumerate(outputs)]
