@@ -10,6 +10,7 @@ Legend: I inputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -17,7 +18,7 @@ import scipy.linalg
 from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, mean_diagonal, square_root
 from ngc_jax.errors import UsageError
 
-# Pivots of a Cholesky factor below this share of the largest are rounding as much as they are numbers.
+# Numbers below this share of the largest of their kind are rounding as much as they are numbers.
 _RESOLVED = 1e-6
 
 
@@ -52,7 +53,7 @@ def pooled_states(
     outputs = []
     for weight, moment, metric in zip(weights, moments, pulled, strict=True):
         own = input_states[: weight.shape[1]]
-        triangle = _triangle(own, moment)
+        triangle = _triangle(own.T @ moment @ own, own, moment)
         # Orthonormal in C, and nested: the first r columns span what the first r input states span.
         basis = scipy.linalg.solve_triangular(triangle, own.T, lower=True).T
         reached = moment @ basis
@@ -61,9 +62,8 @@ def pooled_states(
     return States(input_states, tuple(outputs), energies)
 
 
-def _triangle(input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
-    """A lower triangle T with T T^T = Q^T C Q + ridge."""
-    gram = input_states.T @ second_moment @ input_states
+def _triangle(gram: np.ndarray, input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
+    """A lower triangle T with T T^T = Q^T C Q + ridge, given Q^T C Q."""
     ridge = _ridge(gram)
     try:
         triangle = np.linalg.cholesky(gram + ridge * np.eye(len(gram)))
@@ -78,7 +78,10 @@ def _triangle(input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray
 
 
 def positive_definite(second_moment: np.ndarray) -> np.ndarray:
-    """C with its ridge; where rounding has made it indefinite (fewer tokens than inputs), without what did."""
+    """C with its ridge; where rounding has made it indefinite (fewer tokens than inputs), without what did.
+
+    Of any other symmetric matrix that is positive semidefinite but for rounding, too.
+    """
     ridged = second_moment + RIDGE * mean_diagonal(second_moment) * np.eye(len(second_moment))
     try:
         np.linalg.cholesky(ridged)
@@ -97,8 +100,8 @@ def best_outputs(weight: np.ndarray, second_moment: np.ndarray, input_states: np
 def _regression(second_moment: np.ndarray, input_states: np.ndarray) -> np.ndarray:
     """X = C Q (Q^T C Q)^-1, (I, R)."""
     reached = second_moment @ input_states
-    gram = input_states.T @ reached
-    return scipy.linalg.solve(gram + _ridge(gram) * np.eye(len(gram)), reached.T, assume_a="pos").T
+    triangle = _triangle(input_states.T @ reached, input_states, second_moment)
+    return np.asarray(scipy.linalg.cho_solve((triangle, True), reached.T, check_finite=False)).T
 
 
 def _ridge(gram: np.ndarray) -> float:
@@ -137,11 +140,10 @@ def alternate(
     moments = [pad_square(c, width) for c in second_moments]
     targets = [moment @ metric for moment, metric in zip(moments, metrics, strict=True)]
     input_states = states.input_states
-    pooled = np.sum(moments, axis=0)
-    pair = _both_diagonal(moments[0], moments[1]) if len(moments) == 2 else None
+    pair = _both_diagonal(*moments) if len(moments) == 2 else None
+    pooled = None if pair else _factor(np.sum(moments, axis=0))
     for _ in range(sweeps):
-        # An orthonormal basis of the same latent space keeps the small systems well-conditioned.
-        input_states, _ = np.linalg.qr(input_states)
+        input_states = _orthonormal(input_states)
         regressions = [_regression(moment, input_states) for moment in moments]
         grams = [x.T @ metric @ x for x, metric in zip(regressions, metrics, strict=True)]
         right = sum(target @ x for target, x in zip(targets, regressions, strict=True))
@@ -149,18 +151,24 @@ def alternate(
         def operator(x: np.ndarray, grams: Sequence[np.ndarray] = tuple(grams)) -> np.ndarray:
             return sum(moment @ x @ gram for moment, gram in zip(moments, grams, strict=True))
 
-        if pair is None:
-            input_states = _conjugate_gradients(operator, right, input_states, pooled, np.sum(grams, axis=0))
-        else:
+        if pair:
             input_states = input_states + _solve_pair(pair, _both_diagonal(*grams), right - operator(input_states))
+        else:
+            factors = pooled, _factor(np.sum(grams, axis=0))
+            input_states = _conjugate_gradients(operator, right, input_states, factors)
+    input_states = _orthonormal(input_states)
     outputs = [best_outputs(w, c, input_states) for w, c in zip(weights, second_moments, strict=True)]
     return States(input_states, tuple(outputs))
 
 
+def _orthonormal(input_states: np.ndarray) -> np.ndarray:
+    """A basis of the same latent space that keeps the small systems well-conditioned."""
+    return np.linalg.qr(input_states)[0]
+
+
 def _both_diagonal(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A and d in [0, 1] with A^T first A = diag(1 - d) and A^T second A = diag(d)."""
-    both = first + second
-    both[np.diag_indices_from(both)] += _ridge(both)
+    both = positive_definite(first + second)
     shares, coordinates = scipy.linalg.eigh(second, both, driver="gvd", check_finite=False)
     return coordinates, np.clip(shares, 0.0, 1.0)
 
@@ -176,22 +184,18 @@ def _solve_pair(
     return a @ ((a.T @ target @ b) / scale) @ b.T
 
 
+def _factor(total: np.ndarray) -> Any:
+    return scipy.linalg.cho_factor(positive_definite(total), check_finite=False)
+
+
 def _conjugate_gradients(
-    operator: Callable[[np.ndarray], np.ndarray],
-    right: np.ndarray,
-    x: np.ndarray,
-    left_sum: np.ndarray,
-    right_sum: np.ndarray,
-    steps: int = 20,
+    operator: Callable[[np.ndarray], np.ndarray], right: np.ndarray, x: np.ndarray, factors: Any, steps: int = 20
 ) -> np.ndarray:
     """Approximately solve operator(x) = right, operator symmetric positive semidefinite on matrices.
 
-    The preconditioner is left_sum x right_sum, which would be the operator were all its terms alike.
+    The preconditioner is (sum of left factors) x (sum of right factors), which would be the operator were all its terms
+    alike; `factors` are the Cholesky factors of the two sums.
     """
-    factors = [
-        scipy.linalg.cho_factor(total + _ridge(total) * np.eye(len(total)), check_finite=False)
-        for total in (left_sum, right_sum)
-    ]
 
     def precondition(residual: np.ndarray) -> np.ndarray:
         half = scipy.linalg.cho_solve(factors[0], residual, check_finite=False)
