@@ -129,9 +129,7 @@ class Comparison:
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.convert.pipeline import finish, fit_groups
-        from ngc_jax.convert.propagate import propagate
-        from ngc_jax.convert.remeasure import remeasure, tokens_again
+        from ngc_jax.convert.pipeline import finish, fit_groups, refine
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
@@ -156,24 +154,16 @@ class Comparison:
                 for entry in same:
                     started = time.perf_counter()
                     compact = finish(dense, entry.recipe, fitted)
-                    again = statistics
-                    for _ in range(entry.recipe.resolved_rounds):
-                        some = tokens_again(tokens, self.config.gradient_tokens)
-                        again = remeasure(dense, entry.recipe, compact, again, some, window=self.config.window)
-                        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as round_directory:
-                            stream = [restrict(layer, entry.recipe) for layer in again]
-                            compact = finish(
-                                dense, entry.recipe, fit_groups(dense, entry.recipe, stream, round_directory)
-                            )
-                    if entry.recipe.resolved_propagation:
-                        compact = propagate(
-                            dense,
-                            entry.recipe,
-                            compact,
-                            [restrict(layer, entry.recipe) for layer in again],
-                            tokens[: self.config.propagation_tokens],
-                            window=self.config.window,
-                        )
+                    compact = refine(
+                        dense,
+                        entry.recipe,
+                        compact,
+                        [restrict(layer, entry.recipe) for layer in layers],
+                        tokens,
+                        gradient_tokens=self.config.gradient_tokens,
+                        propagation_tokens=self.config.propagation_tokens,
+                        window=self.config.window,
+                    )
                     finish_seconds = time.perf_counter() - started
                     row = self._evaluate_saved(entry, compact, tokenizer)
                     kinds = {"nothing": [], "inputs": ["inputs"]}.get(entry.recipe.definition.needs)

@@ -46,7 +46,7 @@ def convert(
     donate: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`.
+    """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`, `refine`.
 
     Args:
         model: The dense model.
@@ -77,7 +77,8 @@ def convert(
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     kept: list[dict[str, Statistics]] = []
-    if recipe.resolved_rounds or recipe.resolved_propagation:
+    refined = bool(recipe.resolved_rounds or recipe.resolved_propagation)
+    if refined:
         stream = _keep(stream, kept)
     else:
         # Nothing looks at them again: shrunk where they are, which saves a copy of the largest.
@@ -85,28 +86,75 @@ def convert(
         recipe = dataclasses.replace(recipe, shrinkage=0.0)
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
-        rounds = recipe.resolved_rounds
-        give_up = donate and not rounds and not recipe.resolved_propagation
-        compact = finish(model, recipe, fitted, donate=give_up, progress=progress)
-        for left in reversed(range(rounds)):
-            some = tokens_again(tokens, gradient_tokens)
-            kept = remeasure(model, recipe, compact, kept, some, window=window, progress=progress)
-            fitted = fit_groups(model, recipe, kept, directory, ranks=ranks, progress=progress)
-            give_up = donate and not left and not recipe.resolved_propagation
-            compact = finish(model, recipe, fitted, donate=give_up, progress=progress)
-        if recipe.resolved_propagation:
-            compact = propagate(
-                model,
-                recipe,
-                compact,
-                kept,
-                tokens[:propagation_tokens],
-                window=window,
-                batch_size=batch_size,
-                donate=donate,
-                progress=progress,
-            )
+        compact = finish(model, recipe, fitted, donate=donate and not refined, progress=progress)
+    del fitted
+    return refine(
+        model,
+        recipe,
+        compact,
+        kept,
+        tokens,
+        gradient_tokens=gradient_tokens,
+        propagation_tokens=propagation_tokens,
+        window=window,
+        batch_size=batch_size,
+        donate=donate,
+        progress=progress,
+    )
+
+
+def refine(
+    model: LanguageModel,
+    recipe: Recipe,
+    compact: LanguageModel,
+    statistics: list[dict[str, Statistics]],
+    tokens: np.ndarray,
+    *,
+    gradient_tokens: int = GRADIENT_TOKENS,
+    propagation_tokens: int = PROPAGATION_TOKENS,
+    window: int = 1024,
+    batch_size: int = 4,
+    donate: bool = False,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Convert anew as often as a recipe has rounds, on gradients measured again, then propagate errors.
+
+    Args:
+        model: The dense model.
+        recipe: What to do; with neither, the compact model is returned as it is.
+        compact: From `finish`.
+        statistics: What it was converted with, layer by layer. What is measured again takes its place in the list, so
+            that the old gradients are let go.
+        tokens: (T,) calibration tokens.
+        gradient_tokens: As for `convert`.
+        propagation_tokens: As for `convert`.
+        window: Tokens in a calibration window.
+        batch_size: Windows that run at once.
+        donate: Delete the dense kernels that states replace.
+        progress: Called with (stage, done, in all).
+    """
+    groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
+    ranks = given_ranks(recipe, groups) or None
+    for left in reversed(range(recipe.resolved_rounds)):
+        some = tokens_again(tokens, gradient_tokens)
+        statistics[:] = remeasure(model, recipe, compact, statistics, some, window=window, progress=progress)
+        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+            fitted = fit_groups(model, recipe, statistics, directory, ranks=ranks, progress=progress)
+            last = not left and not recipe.resolved_propagation
+            compact = finish(model, recipe, fitted, donate=donate and last, progress=progress)
+    if not recipe.resolved_propagation:
         return compact
+    return propagate(
+        model,
+        recipe,
+        compact,
+        statistics,
+        tokens[:propagation_tokens],
+        window=window,
+        batch_size=batch_size,
+        donate=donate,
+        progress=progress,
+    )
 
 
 def _keep(

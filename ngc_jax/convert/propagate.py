@@ -77,9 +77,10 @@ def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray,
         second_moment: E[y y^T].
         cross: E[x y^T].
     """
-    floor = np.diag(np.diag(second_moment)) + RIDGE * mean_diagonal(second_moment) * np.eye(len(cross))
-    ours = (1 - _SHRINKAGE) * second_moment + _SHRINKAGE * floor
-    both = (1 - _SHRINKAGE) * cross + _SHRINKAGE * floor
+    ours, both = (1 - _SHRINKAGE) * second_moment, (1 - _SHRINKAGE) * cross
+    floor = np.diag(second_moment) + RIDGE * mean_diagonal(second_moment)
+    for matrix in (ours, both):
+        matrix[np.diag_indices_from(matrix)] += _SHRINKAGE * floor
     try:
         factor = scipy.linalg.cho_factor(ours, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
@@ -158,8 +159,7 @@ def propagate(
         here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
         for plan in here:
             members = [moved[member.name] for member in plan.members]
-            fitted = fit(chosen[plan.name], recipe, params, members, plan.rank)
-            found[plan.name] = Fitted(fitted.states.truncated(plan.rank), fitted.input_scale)
+            found[plan.name] = fit(chosen[plan.name], recipe, params, members, plan.rank)
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions) in enumerate(batches):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)

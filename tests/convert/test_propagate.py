@@ -101,6 +101,17 @@ def test_full_rank_stays_exact():
     assert np.abs(full - dense).max() / np.abs(dense).max() < 2e-3
 
 
+def test_as_many_tokens_as_asked_for_are_propagated_on():
+    model, recipe = tiny_model("llama_untied"), Recipe("svd_llm", keep=0.5)
+    statistics = list(measure(model, recipe, TOKENS, window=60, batch_size=4))
+    compact = convert(model, recipe, TOKENS, window=60, batch_size=4)
+    recipe = Recipe("svd_llm", keep=0.5, propagation=0.5)
+    by_hand = propagate(model, recipe, compact, statistics, TOKENS[:300], window=60, batch_size=4)
+    made = convert(model, recipe, TOKENS, propagation_tokens=300, window=60, batch_size=4)
+    for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_groups_across_layers_are_refused():
     for topology in ("qq-kk-vv", "auto"):
         with pytest.raises(UsageError, match="may span layers"):
