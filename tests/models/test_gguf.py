@@ -1,10 +1,7 @@
 """GGUF files against the gguf package's own writer, reader and tables, and against the meaning of rotary order."""
 
 import math
-import struct
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,129 +9,35 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.errors import UsageError
 from ngc_jax.models import gguf_file
 from ngc_jax.models.gguf_config import rope_scaling_from_factors
 from ngc_jax.models.gguf_file import GgufFile
 from ngc_jax.models.gguf_source import GgufSource
+from tests.models.gguf_files import (
+    LAYERS,
+    D,
+    F,
+    H,
+    K,
+    N,
+    V,
+    gguf_tensors,
+    hf_tensors,
+    make,
+    metadata,
+    refused,
+    write,
+)
 
-# Vocabulary, hidden, head, MLP, heads: no two dimensions alike, rows multiples of 32 so that blocks fit.
-V, D, H, F, N, K, LAYERS = 40, 64, 24, 160, 4, 2, 3
 QUANTISED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 READABLE = [
     *QUANTISED,
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 ]
-
-
-def metadata(arch: str, **changes: Any) -> dict[str, Any]:
-    keys = {
-        "block_count": LAYERS,
-        "context_length": 128,
-        "embedding_length": D,
-        "feed_forward_length": F,
-        "attention.head_count": N,
-        "attention.head_count_kv": K,
-        "attention.key_length": H,
-        "attention.value_length": H,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 50_000.0,
-        "rope.dimension_count": H,
-    }
-    if arch == "gemma3":
-        keys["attention.sliding_window"] = 512
-    return {f"{arch}.{key}": value for key, value in (keys | changes).items()}
-
-
-def hf_tensors(arch: str, *, tied: bool = True, biases: bool = False) -> dict[str, np.ndarray]:
-    """Random tensors under the names that transformers' models have."""
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if arch == "gemma3":
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not tied:
-        shapes["lm_head.weight"] = (V, D)
-    for layer in range(LAYERS):
-        parts: dict[str, tuple[int, ...]] = {f"{norm}.weight": (D,) for norm in norms}
-        for role, rows in (("q", N * H), ("k", K * H), ("v", K * H)):
-            parts[f"self_attn.{role}_proj.weight"] = (rows, D)
-            if biases:
-                parts[f"self_attn.{role}_proj.bias"] = (rows,)
-        if arch in ("qwen3", "gemma3"):
-            parts |= {"self_attn.q_norm.weight": (H,), "self_attn.k_norm.weight": (H,)}
-        parts |= {"self_attn.o_proj.weight": (D, N * H), "mlp.gate_proj.weight": (F, D)}
-        parts |= {"mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
-    rng = np.random.default_rng(7)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def interleave(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """What converters do to llama's q and k, written as a list: rows 0, H/2, 1, H/2 + 1, ... of every head."""
-    order = [head * H + half * (H // 2) + pair for head in range(n_heads) for pair in range(H // 2) for half in (0, 1)]
-    return rows[order]
-
-
-def gguf_tensors(arch: str, hf: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], LAYERS)
-    tensors = {}
-    for name, tensor in hf.items():
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            tensor = interleave(tensor, N if "q_proj" in name else K)
-        if arch == "gemma3" and name.endswith("norm.weight"):
-            tensor = tensor + 1
-        gguf_name = names.get_name(name, (".weight", ".bias"))
-        assert gguf_name is not None
-        tensors[gguf_name] = tensor
-    return tensors
-
-
-def write(
-    path: Path,
-    arch: str,
-    tensors: Mapping[str, np.ndarray],
-    keys: Mapping[str, Any],
-    *,
-    kind: str = "F32",
-    split: int = 0,
-) -> Path:
-    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
-    adders: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    for key, value in keys.items():
-        adders[type(value)](key, value)
-    for name, tensor in tensors.items():
-        quantised = kind if tensor.ndim > 1 else "F32"
-        writer.add_tensor(name, gguf.quantize(tensor, Type[quantised]), raw_dtype=Type[quantised])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def make(path: Path, arch: str = "llama", **changes: Any) -> Path:
-    return write(path, arch, gguf_tensors(arch, hf_tensors(arch)), metadata(arch, **changes))
-
-
-@contextmanager
-def refused(*parts: str) -> Iterator[None]:
-    """Expects a UsageError of one line that says all of `parts`."""
-    with pytest.raises(UsageError) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # --- the file ---------------------------------------------------------------------------------------------------
@@ -465,167 +368,6 @@ def test_factors_in_a_file_become_the_config(tmp_path: Path) -> None:
     tensors["rope_freqs.weight"] = np.ones(5, np.float32)
     with refused("5 factors", "12"):
         GgufSource(write(tmp_path / "bad.gguf", "llama", tensors, metadata("llama")))
-
-
-# --- what is refused --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"expert_count": 8}, ["llama.expert_count", "mixtures"]),
-        ({"rope.dimension_count": 16}, ["rope.dimension_count", "head size 24"]),
-        ({"attention.value_length": 16}, ["attention.value_length"]),
-        ({"attention.key_length": 23}, ["attention.key_length", "even"]),
-        ({"attention.head_count": [3, 4]}, ["attention.head_count", "[3, 4]"]),
-        ({"attention.head_count": "three"}, ["attention.head_count", "'three'"]),
-        ({"attention.layer_norm_rms_epsilon": -1.0}, ["epsilon", "positive"]),
-        ({"attention.layer_norm_rms_epsilon": float("nan")}, ["epsilon", "nan"]),
-        ({"rope.scaling.type": "longrope"}, ["rope.scaling.type", "longrope", "yarn"]),
-        ({"block_count": 4}, ["block_count", "last layer"]),
-        ({"block_count": 0}, ["block_count", "0"]),
-    ],
-)
-def test_settings_that_are_not_supported(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
-    with refused("m.gguf", *parts):
-        GgufSource(make(tmp_path / "m.gguf", **changes))
-
-
-def test_a_list_of_equal_head_counts_is_one_number(tmp_path: Path) -> None:
-    with GgufSource(make(tmp_path / "m.gguf", **{"attention.head_count": [N, N]})) as source:
-        assert source.config["num_attention_heads"] == N
-
-
-@pytest.mark.parametrize(
-    "key", [key for key in metadata("gemma3") if "length" in key or "count" in key or "window" in key]
-)
-def test_metadata_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
-    keys = metadata("gemma3")
-    del keys[key]
-    optional = ("key_length", "value_length", "head_count_kv", "dimension_count")
-    path = write(tmp_path / "m.gguf", "gemma3", gguf_tensors("gemma3", hf_tensors("gemma3")), keys)
-    if key.endswith(optional):
-        return
-    with refused(key, "missing"):
-        GgufSource(path)
-
-
-def test_other_architectures_are_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    with refused("'qwen2moe'", "did you mean qwen2?"):
-        GgufSource(write(tmp_path / "m.gguf", "qwen2moe", {"t.weight": np.ones((4, 4), np.float32)}, {}))
-
-
-def test_embeddings_are_required(tmp_path: Path) -> None:
-    tensors = gguf_tensors("llama", hf_tensors("llama"))
-    del tensors["token_embd.weight"]
-    with refused("token_embd.weight"):
-        GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama")))
-
-
-def test_types_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    for key, value in metadata("llama").items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    for name, tensor in gguf_tensors("llama", hf_tensors("llama")).items():
-        writer.add_tensor(name, tensor)
-    writer.add_tensor("blk.0.odd.weight", np.arange(6, dtype=np.int32).reshape(2, 3))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with refused("'blk.0.odd.weight'", "I32", "requantise"):
-        GgufSource(tmp_path / "m.gguf")
-
-
-def test_rows_that_do_not_fit_the_heads(tmp_path: Path) -> None:
-    tensors = gguf_tensors("llama", hf_tensors("llama"))
-    tensors["blk.0.attn_k.weight"] = np.ones((K * H + 2, D), np.float32)
-    with GgufSource(write(tmp_path / "m.gguf", "llama", tensors, metadata("llama"))) as source, refused("50 rows"):
-        source.read("model.layers.0.self_attn.k_proj.weight")
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (b"", ["not a GGUF file"]),
-        (b"GG", ["not a GGUF file"]),
-        (b"PK\x03\x04 a zip file", ["not a GGUF file"]),
-        (b"GGUF" + struct.pack("<I", 1) + bytes(16), ["version 1"]),
-        (b"GGUF" + struct.pack(">I", 3) + bytes(16), ["big-endian"]),
-        (b"GGUF" + struct.pack("<IQQ", 3, 2**64 - 1, 0), ["truncated"]),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**64 - 1), ["truncated"]),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), ["truncated"]),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 99), ["unknown type 99"]),
-        # A list of 2^60 numbers; lists within lists without end.
-        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**60), ["truncated"]),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 5000, ["unknown type"]),
-        (b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"\xff") + bytes(20), ["UTF-8"]),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIB", 1, b"k", 0, 5) * 2, ["'k' occurs twice"]),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), ["9 dimensions"]),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 4, 77, 0), ["unknown type number 77"]),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 8, 0), ["Q8_0 blocks"]),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), ["F32 blocks"]),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**62, 0, 0), ["truncated", "'t'"]),
-    ],
-)
-def test_files_that_are_not_what_they_say(tmp_path: Path, content: bytes, parts: list[str]) -> None:
-    (tmp_path / "bad.gguf").write_bytes(content)
-    with refused("bad.gguf", *parts):
-        GgufFile(tmp_path / "bad.gguf")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hf = hf_tensors("llama")
-    keys = metadata("llama") | {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"],
-        "tokenizer.ggml.token_type": [1, 1, 1, 3],
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.eos_token_id": 3,
-    }
-    path = write(tmp_path_factory.mktemp("whole") / "m.gguf", "llama", gguf_tensors("llama", hf), keys, kind="Q8_0")
-    return path
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 1))
-def test_any_truncation_is_told(whole: Path, tmp_path: Path, share: float) -> None:
-    path = tmp_path / "cut.gguf"
-    content = whole.read_bytes()
-    # The last tensor ends less than one alignment before the end of the file.
-    path.write_bytes(content[: int(share * (len(content) - 32))])
-    with refused("cut.gguf"):
-        GgufSource(path)
-
-
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), min_size=1, max_size=3))
-def test_any_corruption_of_the_header_is_told_or_harmless(
-    whole: Path, tmp_path: Path, changes: list[tuple[int, int]]
-) -> None:
-    changed = bytearray(whole.read_bytes())
-    header = changed.index(b"output_norm.weight") + 60
-    for position, byte in changes:
-        changed[position % header] = byte
-    path = tmp_path / "odd.gguf"
-    path.write_bytes(changed)
-    with suppress(UsageError), GgufSource(path) as source, np.errstate(all="ignore"):
-        source.tokenizer()
-        for name in source.shapes:
-            assert source.read(name).shape == source.shapes[name]
-
-
-def test_a_file_that_shrinks_while_open(whole: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(whole.read_bytes())
-    with GgufSource(path) as source:
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size // 4)
-        with refused("ends inside tensor"):
-            for name in source.shapes:
-                source.read(name)
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------
