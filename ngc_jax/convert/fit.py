@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,21 +30,44 @@ from ngc_jax.models.load import LanguageModel, Params, kernel_of
 _SMALL_MATRIX = 4096
 
 
-def fit(
-    group: Candidate, recipe: Recipe, params: Params, statistics: Sequence[Statistics], rank: int | None = None
-) -> Fitted:
-    """Fit one group's states to its members' dense weights, in float64.
+def fit_all(
+    groups: Sequence[Candidate],
+    recipe: Recipe,
+    params: Params,
+    statistics: Sequence[Sequence[Statistics]],
+    ranks: Sequence[int | None],
+) -> Iterator[Fitted]:
+    """Fit the states of groups to their members' dense weights, in float64; small groups side by side.
 
     Args:
-        group: The group.
+        groups: The groups.
         recipe: Its method fits.
         params: Dense parameters.
-        statistics: Of each member; none for a method that needs none.
-        rank: Full rank if None.
+        statistics: Of each group's members; none for a method that needs none.
+        ranks: Of each group; full rank if None.
+
+    Yields:
+        The states of each group, in order.
 
     Raises:
         UsageError: If weights or statistics are not finite.
     """
+
+    def run(group: Candidate, entries: Sequence[Statistics], rank: int | None) -> Fitted:
+        return _fit(group, recipe, params, entries, rank)
+
+    # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
+    # that does anything else besides they cost tens of times more than one. So there is one for a group.
+    if all(max(member.d_out, member.d_in) < _SMALL_MATRIX for group in groups for member in group.members):
+        with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from pool.map(run, groups, statistics, ranks)
+    else:
+        yield from map(run, groups, statistics, ranks)
+
+
+def _fit(
+    group: Candidate, recipe: Recipe, params: Params, statistics: Sequence[Statistics], rank: int | None
+) -> Fitted:
     kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
     for member, kernel in zip(group.members, kernels, strict=True):
         if not np.isfinite(kernel).all():
@@ -51,12 +76,8 @@ def fit(
         if not _is_finite(entry):
             raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
     statistics = shrunk(statistics, recipe.resolved_shrinkage)
-    # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
-    # that does anything else besides they cost tens of times more than one.
-    small = max(max(kernel.shape) for kernel in kernels) < _SMALL_MATRIX
     rank = full_rank(group.members) if rank in (None, DENSE) else rank
-    with threadpool_limits(limits=1 if small else None, user_api="blas"):
-        states = recipe.definition.factorise(kernels, statistics, rank)
+    states = recipe.definition.factorise(kernels, statistics, rank)
     scale = None
     if statistics:
         power = np.zeros(group.inputs)

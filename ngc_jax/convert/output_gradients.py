@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.convert.statistics import OutputGradients, layer_kind, run_layer, sown_input
+from ngc_jax.convert.statistics import OutputGradients, gram, layer_kind, run_layer, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import hidden_divergences, hidden_log_likelihoods, sample_targets
 from ngc_jax.groups.plan import Plan
@@ -48,7 +48,7 @@ def _add(sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array, x_TxI: A
     if "second_moment" in sums:
         d_out, d_in = teacher_MxI.shape
         z = g_TxM if d_out <= d_in else g_TxM @ teacher_MxI.astype(jnp.float32)
-        new["second_moment"] = sums["second_moment"] + jnp.einsum("ti,tj->ij", z, z, precision="highest")
+        new["second_moment"] = sums["second_moment"] + gram(z)
     if "slope" in sums:
         change = kernel_MxI.astype(jnp.float32) - teacher_MxI.astype(jnp.float32)
         new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ change.T)

@@ -15,7 +15,7 @@ import numpy as np
 from ngc_jax.convert.allocate import DENSE
 from ngc_jax.convert.best_states import States
 from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
-from ngc_jax.convert.fit import assemble, fit, shrunk, shrunk_in_place
+from ngc_jax.convert.fit import assemble, fit_all, shrunk, shrunk_in_place
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.kernel_fit import fit_kernel
 from ngc_jax.convert.output_gradients import measure_output_gradients
@@ -270,14 +270,15 @@ def fit_groups(
     waiting = list(fitted.groups)
 
     def fit_ready() -> None:
-        for group in list(waiting):
-            statistics = []
-            if recipe.definition.needs != "nothing":
-                if any(member.name not in measured for member in group.members):
-                    continue
-                statistics = [measured[member.name] for member in group.members]
-            rank = None if ranks is None else ranks[group.name]
-            fitted.spill.put(group.name, fit(group, recipe, model.params, statistics, rank))
+        ready = list(waiting)
+        known: list[list[Statistics]] = [[] for _ in waiting]
+        if recipe.definition.needs != "nothing":
+            ready = [group for group in waiting if all(member.name in measured for member in group.members)]
+            known = [[measured[member.name] for member in group.members] for group in ready]
+        wanted = [None if ranks is None else ranks[group.name] for group in ready]
+        states = fit_all(ready, recipe, model.params, known, wanted)
+        for group, statistics, found in zip(ready, known, states, strict=True):
+            fitted.spill.put(group.name, found)
             if not recipe.is_bilinear or (ranks is None and not fitted.spill.nested(group.name)):
                 fitted.statistics[group.name] = statistics
             waiting.remove(group)
@@ -326,9 +327,15 @@ def finish(
         if group.name in fitted.statistics and ranks[group.name] != DENSE and not fitted.spill.nested(group.name)
     ]
     refitted: dict[str, Fitted] = {}
-    for done, group in enumerate(again, start=1):
-        rank, statistics = ranks[group.name], fitted.statistics[group.name]
-        refitted[group.name] = fit(group, recipe, model.params, statistics, rank)
+    states_again = fit_all(
+        again,
+        recipe,
+        model.params,
+        [fitted.statistics[group.name] for group in again],
+        [ranks[group.name] for group in again],
+    )
+    for done, (group, found) in enumerate(zip(again, states_again, strict=True), start=1):
+        refitted[group.name] = found
         report("refit", done, len(again))
 
     def states(name: str) -> Fitted:

@@ -29,11 +29,11 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.convert.best_states import RIDGE, States, mean_diagonal
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.fit import assemble, fit
+from ngc_jax.convert.fit import assemble, fit_all
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.spill import Fitted
-from ngc_jax.convert.statistics import Compensated, Statistics, layer_kind, run_layer, sown_input, symmetrise
+from ngc_jax.convert.statistics import Compensated, Statistics, gram, layer_kind, run_layer, sown_input, symmetrise
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
@@ -157,9 +157,9 @@ def propagate(
             moved[name] = dataclasses.replace(entry, second_moment=moments[site], gradients=gradients)
         params = traverse_util.unflatten_dict({tuple(path.split("/")): value for path, value in targets.items()})
         here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
-        for plan in here:
-            members = [moved[member.name] for member in plan.members]
-            found[plan.name] = fit(chosen[plan.name], recipe, params, members, plan.rank)
+        members = [[moved[member.name] for member in plan.members] for plan in here]
+        states = fit_all([chosen[plan.name] for plan in here], recipe, params, members, [plan.rank for plan in here])
+        found.update(zip((plan.name for plan in here), states, strict=True))
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions) in enumerate(batches):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)
@@ -209,10 +209,13 @@ def _add_both(
     mask = (positions >= 0).astype(jnp.float32)[..., None]
     new: dict[str, _Sums] = {}
     for role, site in INPUT_SITE.items():
-        x, y = (sown_input(sown[BLOCK_INPUTS], role).astype(jnp.float32) * mask for sown in (at_theirs, at_ours))
-        products = (jnp.einsum("bli,blj->ij", a, b, precision="highest") for a, b in ((x, x), (x, y), (y, y)))
-        first, second, third = (total.add(product) for total, product in zip(sums[site], products, strict=True))
-        new[site] = (first, second, third)
+        x, y = (
+            (sown_input(sown[BLOCK_INPUTS], role).astype(jnp.float32) * mask).reshape(mask.size, -1)
+            for sown in (at_theirs, at_ours)
+        )
+        own, cross, converted = sums[site]
+        both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
+        new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))
     return after, new
 
 

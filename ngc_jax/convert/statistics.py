@@ -22,6 +22,9 @@ from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLay
 from ngc_jax.models.load import Params
 from ngc_jax.text import split_windows
 
+# Widest band of columns in a product of a matrix with itself.
+_BAND = 384
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputGradients:
@@ -98,6 +101,21 @@ def init_moments(width: int) -> Moments:
     return Moments(zeros(width, width), zeros(width))
 
 
+def gram(x_TxD: Float[Array, "T D"]) -> Float[Array, "D D"]:
+    """x^T x in float32; bands of columns, so that what is the same by symmetry is not computed twice."""
+    count = -(-x_TxD.shape[1] // _BAND)
+    bands = jnp.array_split(x_TxD, count, axis=1)
+    blocks: list[list[Array]] = []
+    for row in range(count):
+        above = [blocks[earlier][row].T for earlier in range(row)]
+        here = [
+            jnp.einsum("ti,tj->ij", bands[row], band, precision="highest", preferred_element_type=jnp.float32)
+            for band in bands[row:]
+        ]
+        blocks.append(above + here)
+    return jnp.block(blocks)
+
+
 def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"]) -> Moments:
     """Add the tokens whose mask is 1.
 
@@ -107,8 +125,7 @@ def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float
         mask_BxL: 1 for a token, 0 for padding.
     """
     x_TxD = (x_BxLxD.astype(jnp.float32) * mask_BxL[..., None]).reshape(-1, x_BxLxD.shape[-1])
-    second = jnp.einsum("ti,tj->ij", x_TxD, x_TxD, precision="highest", preferred_element_type=jnp.float32)
-    return Moments(moments.second.add(second), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
+    return Moments(moments.second.add(gram(x_TxD)), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
 
 
 def layer_kind(config: DecoderConfig, layer: int) -> int:

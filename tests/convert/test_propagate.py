@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.fit import fit
+from ngc_jax.convert.fit import fit_all
 from ngc_jax.convert.pipeline import convert, measure
 from ngc_jax.convert.propagate import carried_over, propagate, regression
 from ngc_jax.convert.recipe import Recipe
@@ -131,6 +131,7 @@ def test_a_group_of_the_first_layer_is_fitted_as_before():
     name = group.members[0].name
     assert name == "layers.0.attn.q"
     rank = again.plan.groups[0].rank
-    expected = fit(group, recipe, model.params, [statistics[0][name]], rank).states.truncated(rank).weights()[0]
+    (fitted,) = fit_all([group], recipe, model.params, [[statistics[0][name]]], [rank])
+    expected = fitted.states.truncated(rank).weights()[0]
     found = weights(again.plan.groups[0].kernel, again.params["groups"][group.name], name)
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ngc_jax.convert.best_states import DAMPING, best_states, mean_diagonal, output_metric, pulled_metric
 from ngc_jax.convert.candidates import Candidate
+from ngc_jax.convert.fit import fit_all
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.pipeline import convert, fit
+from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.errors import UsageError
@@ -278,10 +279,11 @@ def test_statistics_that_are_not_finite(field, method):
         gradients = OutputGradients(9, parts["mean_square"], parts["gradients"])
         return Statistics(9, parts["second_moment"], parts["absolute_mean"], parts["fisher"], gradients)
 
-    assert np.isfinite(fit(group, Recipe(method), dense.params, [statistics()]).states.energies).all()
+    (fitted,) = fit_all([group], Recipe(method), dense.params, [[statistics()]], [None])
+    assert np.isfinite(fitted.states.energies).all()
     parts[field].flat[-1] = np.nan
     with pytest.raises(UsageError, match=r"statistics of layers\.1\.mlp\.d are not finite"):
-        fit(group, Recipe(method), dense.params, [statistics()])
+        list(fit_all([group], Recipe(method), dense.params, [[statistics()]], [None]))
 
 
 @pytest.mark.parametrize("topology", [None, "qkv-o-ug-d"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.statistics import Compensated, calibrate, layer_kind
+from ngc_jax.convert.statistics import Compensated, calibrate, gram, layer_kind
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import BLOCK_INPUTS
 from ngc_jax.text import split_windows
@@ -29,6 +29,13 @@ def block_inputs(model, tokens):
         for role, (value,) in sites.items():
             inputs[f"layers.{layer}.{role}"] = np.asarray(value[0], np.float64)
     return inputs
+
+
+@pytest.mark.parametrize("width", [1, 7, 384, 385, 1000])
+def test_gram_is_the_whole_product(width):
+    x = np.random.default_rng(0).normal(size=(40, width)).astype(np.float32)
+    found = np.asarray(jax.jit(gram)(x))
+    np.testing.assert_allclose(found, x.T.astype(np.float64) @ x, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", HF_CONFIGS)
