@@ -6,7 +6,7 @@ distils each on the same fresh problems, and writes exact-match accuracy and per
     python -m experiments.reasoner.run --out runs/reasoner             # about an hour on 2 cores
     python -m experiments.reasoner.run --quick --out runs/reasoner     # minutes; the dense model is far from done
 
-Interrupted, the same command goes on: what is done is in OUT/seed-*/.
+Interrupted, the same command goes on: what is done is in OUT/full-seed-*/ or OUT/quick-seed-*/.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def main() -> None:
     """Run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/reasoner"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else Settings()
