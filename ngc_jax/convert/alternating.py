@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, mean_diagonal, square_root
+from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, mean_diagonal, solve_transposed, square_root
 from ngc_jax.errors import UsageError
 
 # Numbers below this share of the largest of their kind are rounding as much as they are numbers.
@@ -48,7 +48,7 @@ def pooled_states(
     root = square_root(np.sum([pad_square(c, width) for c in moments], axis=0))
     _, leading = eigenvectors(root.T @ sum(pad_square(h, width) for h in pulled) @ root)
     rank = min(sum(len(weight) for weight in weights), width)
-    input_states = np.linalg.solve(root.T, leading[:, :rank])
+    input_states = solve_transposed(root, leading[:, :rank])
     energies = np.zeros(rank)
     outputs = []
     for weight, moment, metric in zip(weights, moments, pulled, strict=True):

@@ -66,6 +66,7 @@ def best_states(
     gradients: Sequence[OutputGradients | None] | None = None,
     *,
     damping: float = DAMPING,
+    rank: int | None = None,
 ) -> States:
     """The exact minimiser for members that read the same input, by one eigenproblem on the smaller side.
 
@@ -78,32 +79,33 @@ def best_states(
         second_moment_IxI: C; symmetric, positive semidefinite, possibly singular.
         gradients: Of each member, None for G = I.
         damping: Added to G, relative to its mean diagonal.
+        rank: R; min(M, I) if None. States of lower rank are the first of those of higher rank.
 
     Returns:
-        States of rank min(M, I) with energies.
+        States with energies.
     """
     gradients = gradients or [None] * len(weights)
     stacked = np.concatenate(weights)
     outputs, inputs = stacked.shape
+    rank = min(outputs, inputs) if rank is None else min(rank, outputs, inputs)
     metrics = [output_metric(g, len(w), damping) for w, g in zip(weights, gradients, strict=True)]
     if outputs <= inputs and not any(metric is None for metric in metrics):
-        gram = stacked @ second_moment_IxI @ stacked.T
-        # Directions that calibration never reached are ordered by the weight's own energy.
-        gram += RIDGE * mean_diagonal(second_moment_IxI) * (stacked @ stacked.T)
+        # With the ridge directions that calibration never reached are ordered by the weight's own energy.
+        gram = (stacked @ second_moment_IxI + RIDGE * mean_diagonal(second_moment_IxI) * stacked) @ stacked.T
         roots = [np.diag(np.sqrt(m)) if m.ndim == 1 else square_root(m) for m in metrics if m is not None]
         root = scipy.linalg.block_diag(*roots) if len(roots) > 1 else roots[0]
         energies, leading = eigenvectors(root.T @ gram @ root)
-        output_states = np.linalg.solve(root.T, leading)
+        leading = leading[:, :rank]
+        output_states = solve_transposed(root, leading)
         input_states = stacked.T @ (root @ leading)
     else:
         pulled = sum(pulled_metric(w, g, damping) for w, g in zip(weights, gradients, strict=True))
         root = square_root(second_moment_IxI)
         energies, leading = eigenvectors(root.T @ pulled @ root)
-        rank = min(outputs, inputs)
-        energies, leading = energies[:rank], leading[:, :rank]
-        input_states = np.linalg.solve(root.T, leading)
+        leading = leading[:, :rank]
+        input_states = solve_transposed(root, leading)
         output_states = stacked @ (root @ leading)
-    return split_members(input_states, output_states, weights, energies)
+    return split_members(input_states, output_states, weights, energies[:rank])
 
 
 def split_members(
@@ -148,6 +150,13 @@ def square_root(second_moment: np.ndarray) -> np.ndarray:
     except np.linalg.LinAlgError:
         values, vectors = scipy.linalg.eigh(ridged)
         return vectors * np.sqrt(np.maximum(values, ridge))
+
+
+def solve_transposed(root: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """L^-T times `right`, for L of `square_root`."""
+    if np.triu(root, 1).any():
+        return np.linalg.solve(root.T, right)
+    return np.asarray(scipy.linalg.solve_triangular(root, right, lower=True, trans=1, check_finite=False))
 
 
 def mean_diagonal(second_moment: np.ndarray) -> float:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from threadpoolctl import threadpool_limits
 
 from ngc_jax.convert.allocate import DENSE
 from ngc_jax.convert.best_states import States
 from ngc_jax.convert.candidates import Candidate
 from ngc_jax.convert.ranks import full_rank
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.spill import Fitted
 from ngc_jax.convert.statistics import Statistics
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import fix_gauge
 from ngc_jax.groups.kernel_spec import Kernel
-from ngc_jax.groups.plan import Block, GroupPlan, Plan
+from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
-
-# Widest matrix for which BLAS runs on one thread.
-_SMALL_MATRIX = 4096
 
 
 def fit_all(
@@ -52,17 +47,16 @@ def fit_all(
     Raises:
         UsageError: If weights or statistics are not finite.
     """
+    yield from side_by_side(
+        lambda item: _fit(item[0], recipe, params, item[1], item[2]),
+        list(zip(groups, statistics, ranks, strict=True)),
+        costs=[float(sum(m.d_out * m.d_in * (m.d_out + m.d_in) for m in group.members)) for group in groups],
+        widths=_widths(groups),
+    )
 
-    def run(group: Candidate, entries: Sequence[Statistics], rank: int | None) -> Fitted:
-        return _fit(group, recipe, params, entries, rank)
 
-    # BLAS threads wait for each other by spinning. On matrices of this size two gain little alone, and on a machine
-    # that does anything else besides they cost tens of times more than one. So there is one for a group.
-    if all(max(member.d_out, member.d_in) < _SMALL_MATRIX for group in groups for member in group.members):
-        with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(run, groups, statistics, ranks)
-    else:
-        yield from map(run, groups, statistics, ranks)
+def _widths(groups: Sequence[Candidate]) -> list[int]:
+    return [max(max(member.d_out, member.d_in) for member in group.members) for group in groups]
 
 
 def _fit(
@@ -146,34 +140,35 @@ def assemble(
         kernel: Of all groups; bilinear if None.
         params_of: The parameters of a group from its bilinear states; as they are if None.
     """
-    kernel = kernel or Kernel()
-    plans: list[GroupPlan] = []
-    states: dict[str, Any] = {}
-    dense: list[Block] = []
-    for group in groups:
-        rank = ranks[group.name]
-        if rank == DENSE:
-            dense += group.members
-            continue
+
+    def states(group: Candidate) -> tuple[States, tuple[int, ...] | None]:
         fitted = states_of(group.name)
-        found, pivots = fitted.states.truncated(rank), None
-        if gauge:
-            with threadpool_limits(limits=1, user_api="blas"):
-                pivots, rest, outputs = fix_gauge(found.input_states, found.output_states, fitted.input_scale)
-            found = States(rest, tuple(outputs))
-        plans.append(GroupPlan(group.name, group.members, rank, kernel, pivots))
-        made = _group_params(group, found, model.dtype) if params_of is None else params_of(group, found)
-        states[group.name] = made
+        found = fitted.states.truncated(ranks[group.name])
+        if not gauge:
+            return found, None
+        pivots, rest, outputs = fix_gauge(found.input_states, found.output_states, fitted.input_scale)
+        return States(rest, tuple(outputs)), pivots
+
+    kernel = kernel or Kernel()
+    grouped = [group for group in groups if ranks[group.name] != DENSE]
+    costs = [group.inputs * float(ranks[group.name]) ** 2 for group in grouped]
+    found_states = side_by_side(states, grouped, costs=costs, widths=_widths(grouped))
+    plans: list[GroupPlan] = []
+    made: dict[str, Any] = {}
+    for group, (found, pivots) in zip(grouped, found_states, strict=True):
+        plans.append(GroupPlan(group.name, group.members, ranks[group.name], kernel, pivots))
+        made[group.name] = _group_params(group, found, model.dtype) if params_of is None else params_of(group, found)
         if donate:
             for member in group.members:
                 kernel_of(model.params, member.name).delete()
+    dense = [member for group in groups if ranks[group.name] == DENSE for member in group.members]
     plan = Plan(tuple(plans), tuple(dense))
     flat = traverse_util.flatten_dict(dict(model.params))
     for block in plan.group_of:
         del flat[(*block.split("."), "kernel")]
     params = traverse_util.unflatten_dict(flat)
     if plans:
-        params["groups"] = states
+        params["groups"] = made
     return dataclasses.replace(model, plan=plan, params=params)
 
 

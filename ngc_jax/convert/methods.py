@@ -83,9 +83,8 @@ def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> t
 def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
     """Best states of the stacked members in the pooled geometry."""
     stacked, pooled = _stack(weights, geometries)
-    states = best_states([stacked], pooled)
-    states = split_members(states.input_states, states.output_states[0], weights, states.energies)
-    return states.truncated(rank)
+    states = best_states([stacked], pooled, rank=rank)
+    return split_members(states.input_states, states.output_states[0], weights, states.energies)
 
 
 def svd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
@@ -174,7 +173,7 @@ def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: i
     moments = [entry.second_moment for entry in statistics]
     gradients = [entry.gradients for entry in statistics]
     if len({id(moment) for moment in moments}) == 1:
-        return best_states(weights, moments[0], gradients).truncated(rank)
+        return best_states(weights, moments[0], gradients, rank=rank)
     pulled = [pulled_metric(weight, g) for weight, g in zip(weights, gradients, strict=True)]
     states = pooled_states(weights, moments, pulled)
     if rank >= states.rank:

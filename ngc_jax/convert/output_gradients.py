@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ngc_jax.convert.statistics import OutputGradients, gram, layer_kind, run_layer, sown_input
 from ngc_jax.errors import UsageError
-from ngc_jax.evaluate.likelihood import hidden_divergences, hidden_log_likelihoods, sample_targets
+from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
@@ -41,24 +41,34 @@ def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool)
     return sums
 
 
-def _add(sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array, x_TxI: Array, g_TxM: Array) -> dict[str, Array]:
-    """Add the tokens of a batch to a block's sums; padded tokens have no gradient."""
+def _add(
+    sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array
+) -> dict[str, Array]:
+    """Add the tokens of a batch to a block's sums; padded tokens have no gradient.
+
+    With None for the teacher's kernel, where it is the block's own, XLA finds W^T g in the backward pass.
+    """
+    teacher_MxI = kernel_MxI if teacher_MxI is None else teacher_MxI
     x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
     new = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
+    kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
+    narrows = kernel_MxI.shape[0] > kernel_MxI.shape[1]
+    pulled_TxI = g_TxM @ teacher_MxI if narrows else None
     if "second_moment" in sums:
-        d_out, d_in = teacher_MxI.shape
-        z = g_TxM if d_out <= d_in else g_TxM @ teacher_MxI.astype(jnp.float32)
-        new["second_moment"] = sums["second_moment"] + gram(z)
+        new["second_moment"] = sums["second_moment"] + gram(g_TxM if pulled_TxI is None else pulled_TxI)
     if "slope" in sums:
-        change = kernel_MxI.astype(jnp.float32) - teacher_MxI.astype(jnp.float32)
-        new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ change.T)
+        if pulled_TxI is None:
+            slope = jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
+        else:
+            slope = jnp.vdot(g_TxM @ kernel_MxI - pulled_TxI, x_TxI)
+        new["slope"] = sums["slope"] + slope
     return new
 
 
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums", "upstream"))
 def _backward(
     params: Params,
-    teacher: Params,
+    teacher: Params | None,
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
     upstream: Float[Array, "B L D"],
@@ -69,7 +79,7 @@ def _backward(
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
     """Run a layer, carry the gradient from its output to its input, and add what passes its blocks to the sums.
 
-    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs.
+    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if it is the dense model.
     """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
     nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
@@ -91,7 +101,7 @@ def _backward(
         new[name] = _add(
             block_sums,
             params[part][role]["kernel"],
-            teacher[part][role]["kernel"],
+            None if teacher is None else teacher[part][role]["kernel"],
             read.reshape(-1, read.shape[-1]),
             gradient.reshape(-1, gradient.shape[-1]),
         )
@@ -118,15 +128,16 @@ def _loss_gradient(
 
     if loss == "sampled":
         assert key is not None
-        tokens = sample_targets(decoder, ends, jax.lax.stop_gradient(normed(x)), tokens, key)
+        tokens = sample_targets(decoder, ends, normed(x), tokens, key)
 
-    def total(x: Array) -> Array:
-        if loss == "teacher":
-            assert teacher is not None
-            return hidden_divergences(decoder, ends, normed(x), normed(teacher), positions)[0].sum()
-        return -hidden_log_likelihoods(decoder, ends, normed(x), tokens, positions)[0].sum()
-
-    return jax.value_and_grad(total)(x)
+    hidden, pull = jax.vjp(normed, x)
+    if loss == "teacher":
+        assert teacher is not None
+        total, gradient = divergence_gradient(decoder, ends, hidden, normed(teacher), positions)
+    else:
+        likelihood, rise = log_likelihood_gradient(decoder, ends, hidden, tokens, positions)
+        total, gradient = -likelihood, -rise
+    return total, pull(gradient)[0]
 
 
 def measure_output_gradients(
@@ -214,7 +225,7 @@ def measure_output_gradients(
             kind = layer_kind(config, layer)
             upstream, new = _backward(
                 ours(layer),
-                teacher_layers(layer),
+                None if layer_params is None else teacher_layers(layer),
                 kept.pop(),
                 positions,
                 upstream,

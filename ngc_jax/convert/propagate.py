@@ -32,8 +32,19 @@ from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.fit import assemble, fit_all
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
+from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.spill import Fitted
-from ngc_jax.convert.statistics import Compensated, Statistics, gram, layer_kind, run_layer, sown_input, symmetrise
+from ngc_jax.convert.statistics import (
+    Compensated,
+    Statistics,
+    gram,
+    layer_kind,
+    run_layer,
+    sown_input,
+    symmetrise,
+    token_mask,
+    token_rows,
+)
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
@@ -64,29 +75,45 @@ def carried_over(
     """
     b_IxI = regression(own, cross.T)
     carried = second_moment @ b_IxI.T
+    # E[x x^T] B^T, as the equations that B solves say it; they can be solved, for E[x x^T] is a sum of squares.
+    reached = cross + _SHRINKAGE / (1 - _SHRINKAGE) * _floor(own)[:, None] * (np.eye(len(own)) - b_IxI.T)
     # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, from as few products as do.
-    total = converted + b_IxI @ (carried + own @ b_IxI.T - 2 * cross)
+    total = converted + b_IxI @ (carried + reached - 2 * cross)
     symmetrise(total)
     return total, carried
 
 
-def regression(second_moment: Float[np.ndarray, "I I"], cross: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
-    """R, with which R y is the best linear guess of x.
+def regression(
+    second_moment: Float[np.ndarray, "I I"],
+    cross: Float[np.ndarray, "I I"],
+    weight: Float[np.ndarray, "M I"] | None = None,
+) -> Float[np.ndarray, "M I"]:
+    """W R, with R y the best linear guess of x.
 
     Args:
         second_moment: E[y y^T].
         cross: E[x y^T].
+        weight: W; the identity if None.
     """
-    ours, both = (1 - _SHRINKAGE) * second_moment, (1 - _SHRINKAGE) * cross
-    floor = np.diag(second_moment) + RIDGE * mean_diagonal(second_moment)
-    for matrix in (ours, both):
-        matrix[np.diag_indices_from(matrix)] += _SHRINKAGE * floor
+    floor = _SHRINKAGE * _floor(second_moment)
+    ours = (1 - _SHRINKAGE) * second_moment
+    ours[np.diag_indices_from(ours)] += floor
+    if weight is None:
+        both = (1 - _SHRINKAGE) * cross
+        both[np.diag_indices_from(both)] += floor
+    else:
+        both = (1 - _SHRINKAGE) * (weight @ cross) + weight * floor
     try:
         factor = scipy.linalg.cho_factor(ours, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         # Carried over from too few tokens to make a second moment of anything: nothing is known of how x changed.
-        return np.eye(len(second_moment))
-    return np.asarray(scipy.linalg.cho_solve(factor, both.T, check_finite=False)).T
+        return np.eye(len(second_moment)) if weight is None else weight
+    return np.asarray(scipy.linalg.cho_solve(factor, both.T, overwrite_b=True, check_finite=False)).T
+
+
+def _floor(second_moment: Float[np.ndarray, "I I"]) -> Float[np.ndarray, " I"]:
+    """What a second moment is drawn to."""
+    return np.diag(second_moment) + RIDGE * mean_diagonal(second_moment)
 
 
 def propagate(
@@ -120,48 +147,28 @@ def propagate(
     assert compact.plan is not None
     config, share = model.config, recipe.resolved_propagation
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
-    batches = [(jnp.asarray(t), jnp.asarray(p)) for t, p in split_windows(tokens, window, batch_size)]
+    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in split_windows(tokens, window, batch_size)]
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
-    ours = [embed({"embed": model.params["embed"]}, t) for t, _ in batches]
+    ours = [embed({"embed": model.params["embed"]}, t) for t, *_ in batches]
     theirs = list(ours)
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
         dense, once = model.params["layers"][str(layer)], dense_layer(model, compact, layer)
         kind = layer_kind(config, layer)
         sums = {site: _no_sums(config.block(0, role).d_in) for role, site in INPUT_SITE.items()}
-        for index, (_, positions) in enumerate(batches):
+        for index, (_, positions, mask) in enumerate(batches):
             theirs[index], sums = _add_both(
-                dense, once, theirs[index], ours[index], positions, sums, config=config, kind=kind
+                dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind
             )
-        moments, maps = {}, {}
-        for role, site in INPUT_SITE.items():
-            if site in sums:
-                # Blocks of one input share one array, by which they are known.
-                dense_moment = statistics[layer][block_name(layer, role)].second_moment
-                moment, cross = carried_over(dense_moment, *_moments(sums.pop(site), len(tokens)))
-                r_IxI = regression(moment, cross)
-                maps[site] = (1 - share) * np.eye(len(r_IxI)) + share * r_IxI
-                moments[site] = (1 - share) * dense_moment + share * moment
-        targets: dict[str, Any] = {}
-        moved: dict[str, Statistics] = {}
-        for role, site in INPUT_SITE.items():
-            name = block_name(layer, role)
-            entry, r_IxI = statistics[layer][name], maps[site]
-            weight = np.asarray(kernel_of(model.params, name), np.float64)
-            targets[f"layers/{layer}/{'/'.join(name.split('.')[2:])}/kernel"] = weight @ r_IxI
-            gradients = entry.gradients
-            metric = None if gradients is None else gradients.second_moment
-            if gradients is not None and metric is not None and len(metric) != len(weight):
-                # W^T G W was measured; (W R)^T G (W R) is wanted.
-                gradients = dataclasses.replace(gradients, second_moment=r_IxI.T @ metric @ r_IxI)
-            moved[name] = dataclasses.replace(entry, second_moment=moments[site], gradients=gradients)
-        params = traverse_util.unflatten_dict({tuple(path.split("/")): value for path, value in targets.items()})
+        moments = {site: _moments(sums.pop(site), len(tokens)) for site in list(sums)}
+        targets, moved = _moved(model, layer, statistics[layer], moments, share)
+        params = traverse_util.unflatten_dict({(*name.split("."), "kernel"): w for name, w in targets.items()})
         here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
         members = [[moved[member.name] for member in plan.members] for plan in here]
         states = fit_all([chosen[plan.name] for plan in here], recipe, params, members, [plan.rank for plan in here])
         found.update(zip((plan.name for plan in here), states, strict=True))
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
-        for index, (_, positions) in enumerate(batches):
+        for index, (_, positions, _) in enumerate(batches):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)
         if progress is not None:
             progress("propagate", layer + 1, config.num_layers)
@@ -170,6 +177,55 @@ def propagate(
     made = assemble(model, groups, ranks, found.__getitem__, gauge=recipe.resolved_gauge, donate=donate)
     assert made.plan is not None
     return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
+
+
+def _moved(
+    model: LanguageModel,
+    layer: int,
+    statistics: Mapping[str, Statistics],
+    moments: Mapping[str, Sequence[np.ndarray]],
+    share: float,
+) -> tuple[dict[str, np.ndarray], dict[str, Statistics]]:
+    """The weights that a layer's blocks are to approximate, and the statistics to do it by, both by block name.
+
+    Args:
+        model: The dense model.
+        layer: Its number.
+        statistics: Of its blocks.
+        moments: By site: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
+        share: How far to go from the dense model's (0) to the converted one's (1).
+    """
+
+    def at_site(site: str) -> dict[str, tuple[np.ndarray, Statistics]]:
+        names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
+        weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
+        dense_moment = statistics[names[0]].second_moment
+        total, cross = carried_over(dense_moment, *moments[site])
+        # Blocks of one input share one array, by which they are known.
+        moment = (1 - share) * dense_moment + share * total
+        towards = None
+        if sum(len(weight) for weight in weights) > len(total):
+            towards = share * regression(total, cross)
+            towards[np.diag_indices_from(towards)] += 1 - share
+        found = {}
+        for name, weight in zip(names, weights, strict=True):
+            gradients = statistics[name].gradients
+            metric = None if gradients is None else gradients.second_moment
+            if towards is None:
+                target = (1 - share) * weight + share * regression(total, cross, weight)
+            else:
+                target = weight @ towards
+                if gradients is not None and metric is not None and len(metric) != len(weight):
+                    # W^T G W was measured; (W R)^T G (W R) is wanted.
+                    gradients = dataclasses.replace(gradients, second_moment=towards.T @ metric @ towards)
+            found[name] = target, dataclasses.replace(statistics[name], second_moment=moment, gradients=gradients)
+        return found
+
+    sites = list(moments)
+    widths = [len(moments[site][0]) for site in sites]
+    found = side_by_side(at_site, sites, costs=[float(width) for width in widths], widths=widths)
+    blocks = {name: both for site in found for name, both in site.items()}
+    return {name: target for name, (target, _) in blocks.items()}, {name: moved for name, (_, moved) in blocks.items()}
 
 
 # E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens.
@@ -197,6 +253,7 @@ def _add_both(
     theirs: Float[Array, "B L D"],
     ours: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
+    mask: Float[Array, "B L"] | None,
     sums: Mapping[str, _Sums],
     *,
     config: DecoderConfig,
@@ -206,13 +263,9 @@ def _add_both(
     layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
     (after, _), at_theirs = layer.apply({"params": dense}, theirs, positions, mutable=[BLOCK_INPUTS])
     _, at_ours = layer.apply({"params": compact}, ours, positions, mutable=[BLOCK_INPUTS])
-    mask = (positions >= 0).astype(jnp.float32)[..., None]
     new: dict[str, _Sums] = {}
     for role, site in INPUT_SITE.items():
-        x, y = (
-            (sown_input(sown[BLOCK_INPUTS], role).astype(jnp.float32) * mask).reshape(mask.size, -1)
-            for sown in (at_theirs, at_ours)
-        )
+        x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), mask) for sown in (at_theirs, at_ours))
         own, cross, converted = sums[site]
         both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
         new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))

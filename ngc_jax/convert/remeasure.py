@@ -14,6 +14,7 @@ from flax import traverse_util
 from ngc_jax.convert.best_states import RIDGE, mean_diagonal
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.models.config import ROLES
@@ -92,12 +93,17 @@ def remeasure(
     power = correction_power(len(tokens))
     factors = {name: 1.0 for layer in statistics for name in layer}
     if recipe.resolved_sensitivities:
-        predicted = {}
-        for number, layer in enumerate(statistics):
-            for name, entry in layer.items():
-                weight = np.asarray(kernel_of(model.params, name), np.float64)
-                now = kernel_of(layers[number], ".".join(name.split(".")[2:]))
-                predicted[name] = predicted_slope(weight, np.asarray(now, np.float64) - weight, entry)
+
+        def slope(block: tuple[int, str, Statistics]) -> float:
+            number, name, entry = block
+            weight = np.asarray(kernel_of(model.params, name), np.float64)
+            now = kernel_of(layers[number], ".".join(name.split(".")[2:]))
+            return predicted_slope(weight, np.asarray(now, np.float64) - weight, entry)
+
+        blocks = [(number, name, entry) for number, layer in enumerate(statistics) for name, entry in layer.items()]
+        inputs = [len(entry.second_moment) for _, _, entry in blocks]
+        slopes = side_by_side(slope, blocks, costs=inputs, widths=inputs)
+        predicted = {name: found for (_, name, _), found in zip(blocks, slopes, strict=True)}
         factors = sensitivity_corrections(predicted, {name: again[name].slope or 0.0 for name in predicted})
 
     def mixed(before: OutputGradients | None, now: OutputGradients, factor: float) -> OutputGradients:

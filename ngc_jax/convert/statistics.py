@@ -116,16 +116,29 @@ def gram(x_TxD: Float[Array, "T D"]) -> Float[Array, "D D"]:
     return jnp.block(blocks)
 
 
-def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"]) -> Moments:
+def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Moments:
     """Add the tokens whose mask is 1.
 
     Args:
         moments: Sums so far.
         x_BxLxD: Inputs of a block.
-        mask_BxL: 1 for a token, 0 for padding.
+        mask_BxL: 1 for a token, 0 for padding; None if there is none.
     """
-    x_TxD = (x_BxLxD.astype(jnp.float32) * mask_BxL[..., None]).reshape(-1, x_BxLxD.shape[-1])
+    x_TxD = token_rows(x_BxLxD, mask_BxL)
     return Moments(moments.second.add(gram(x_TxD)), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
+
+
+def token_rows(x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Float[Array, "T D"]:
+    """The tokens of a batch below each other, in float32; rows of zeros where the mask is 0."""
+    x = x_BxLxD.astype(jnp.float32)
+    # Multiplying what needs no mask would take a fifth of the time of the sums on a CPU.
+    return (x if mask_BxL is None else x * mask_BxL[..., None]).reshape(-1, x.shape[-1])
+
+
+def token_mask(positions_BxL: Int[np.ndarray, "B L"]) -> np.ndarray | None:
+    """1 for a token, 0 for padding, in float32; None if there is no padding."""
+    tokens = positions_BxL >= 0
+    return None if tokens.all() else tokens.astype(np.float32)
 
 
 def layer_kind(config: DecoderConfig, layer: int) -> int:
@@ -147,6 +160,7 @@ def _layer_step(
     params: Params,
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
+    mask: Float[Array, "B L"] | None,
     moments: Mapping[str, Moments],
     *,
     config: DecoderConfig,
@@ -155,7 +169,6 @@ def _layer_step(
     """Run one dense layer on one batch and add what its blocks read to the sums."""
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
     (x, _), sown = layer.apply({"params": params}, x, positions, mutable=[BLOCK_INPUTS])
-    mask = (positions >= 0).astype(jnp.float32)
     new = {}
     for site, sums in moments.items():
         new[site] = add_tokens(sums, _at_site(sown[BLOCK_INPUTS], site), mask)
@@ -204,19 +217,20 @@ def calibrate(
     """
     if len(tokens) < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    batches = [(jnp.asarray(t), jnp.asarray(p)) for t, p in split_windows(tokens, window, batch_size)]
+    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in split_windows(tokens, window, batch_size)]
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, param_dtype=dtype)
     embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
-    streams = [embed({"embed": params["embed"]}, t) for t, _ in batches]
+    streams = [embed({"embed": params["embed"]}, t) for t, *_ in batches]
     sites = {INPUT_SITE[role]: config.block(0, role).d_in for role in INPUT_SITE}
     for layer in range(config.num_layers):
         moments = {site: init_moments(width) for site, width in sites.items()}
-        for index, (_, positions) in enumerate(batches):
+        for index, (_, positions, mask) in enumerate(batches):
             streams[index], moments = _layer_step(
                 params["layers"][str(layer)],
                 streams[index],
                 positions,
+                mask,
                 moments,
                 config=config,
                 kind=layer_kind(config, layer),

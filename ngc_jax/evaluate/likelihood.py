@@ -51,12 +51,24 @@ def hidden_log_likelihoods(
     targets_BxL = tokens_BxL[:, 1:]
     mask_BxL = (positions_BxL[:, 1:] >= 0).astype(jnp.float32)
 
-    def score(hidden_BxcxD: Array, targets_Bxc: Array) -> Array:
-        logits_BxcxV = _logits(decoder, params, hidden_BxcxD)
-        chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
-
+    score = partial(_log_likelihood, decoder, params)
     return in_chunks(score, hidden_BxLxD[:, :-1], targets_BxL, chunk=chunk) * mask_BxL, mask_BxL
+
+
+def log_likelihood_gradient(
+    decoder: Decoder,
+    params: Params,
+    hidden_BxLxD: Float[Array, "B L D"],
+    tokens_BxL: Int[Array, "B L"],
+    positions_BxL: Int[Array, "B L"],
+    *,
+    chunk: int = 256,
+) -> tuple[Float[Array, ""], Float[Array, "B L D"]]:
+    """The sum of `hidden_log_likelihoods` and its gradient by the hidden states; no logits are computed twice."""
+    mask_BxL = (positions_BxL[:, 1:] >= 0).astype(jnp.float32)
+    score = partial(_log_likelihood, decoder, params)
+    total, gradient = _sum_and_gradient(score, mask_BxL, hidden_BxLxD[:, :-1], tokens_BxL[:, 1:], chunk=chunk)
+    return total, jnp.pad(gradient, ((0, 0), (0, 1), (0, 0)))
 
 
 def sample_targets(
@@ -103,13 +115,47 @@ def hidden_divergences(
         Divergences (float32; 0 where padded) and the mask, 1 for a token.
     """
     mask_BxL = (positions_BxL >= 0).astype(jnp.float32)
-
-    def score(hidden_BxcxD: Array, teacher_BxcxD: Array) -> Array:
-        ours = jax.nn.log_softmax(_logits(decoder, params, hidden_BxcxD), axis=-1)
-        theirs = jax.nn.log_softmax(_logits(decoder, params, teacher_BxcxD), axis=-1)
-        return (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
-
+    score = partial(_divergence, decoder, params)
     return in_chunks(score, hidden_BxLxD, teacher_BxLxD, chunk=chunk) * mask_BxL, mask_BxL
+
+
+def divergence_gradient(
+    decoder: Decoder,
+    params: Params,
+    hidden_BxLxD: Float[Array, "B L D"],
+    teacher_BxLxD: Float[Array, "B L D"],
+    positions_BxL: Int[Array, "B L"],
+    *,
+    chunk: int = 256,
+) -> tuple[Float[Array, ""], Float[Array, "B L D"]]:
+    """The sum of `hidden_divergences` and its gradient by the student's hidden states; no logits are computed twice."""
+    mask_BxL = (positions_BxL >= 0).astype(jnp.float32)
+    return _sum_and_gradient(partial(_divergence, decoder, params), mask_BxL, hidden_BxLxD, teacher_BxLxD, chunk=chunk)
+
+
+def _log_likelihood(decoder: Decoder, params: Params, hidden_BxcxD: Array, targets_Bxc: Array) -> Array:
+    logits_BxcxV = _logits(decoder, params, hidden_BxcxD)
+    chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
+
+
+def _divergence(decoder: Decoder, params: Params, hidden_BxcxD: Array, teacher_BxcxD: Array) -> Array:
+    ours = jax.nn.log_softmax(_logits(decoder, params, hidden_BxcxD), axis=-1)
+    theirs = jax.nn.log_softmax(_logits(decoder, params, teacher_BxcxD), axis=-1)
+    return (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+
+def _sum_and_gradient(
+    score: Callable[..., Array], mask_BxL: Array, hidden_BxLxD: Array, *others: Array, chunk: int
+) -> tuple[Array, Array]:
+    """The sum of masked scores and its gradient by the hidden states, each piece's while its logits are there."""
+
+    def both(mask_Bxc: Array, hidden_BxcxD: Array, *others: Array) -> tuple[Array, Array]:
+        scores_Bxc, pull = jax.vjp(lambda hidden: score(hidden, *others) * mask_Bxc, hidden_BxcxD)
+        return scores_Bxc, pull(jnp.ones_like(scores_Bxc))[0]
+
+    scores_BxL, gradient_BxLxD = in_chunks(both, mask_BxL, hidden_BxLxD, *others, chunk=chunk)
+    return scores_BxL.sum(), gradient_BxLxD
 
 
 def _logits(decoder: Decoder, params: Params, hidden: Array) -> Array:
@@ -120,12 +166,12 @@ def in_chunks(score: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
     """Map `score` over pieces of the length axis (the second), keeping no piece's logits for the backward pass.
 
     Args:
-        score: From pieces (B, c, ...) of the arrays to one array (B, c), or a pytree of such.
+        score: From pieces (B, c, ...) of the arrays to one array (B, c, ...), or a pytree of such.
         *arrays: (B, L, ...).
         chunk: c.
 
     Returns:
-        As `score`, with (B, L) in place of (B, c).
+        As `score`, with L in place of c.
     """
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
@@ -137,4 +183,6 @@ def in_chunks(score: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
     scores = jax.lax.map(jax.checkpoint(lambda piece: score(*piece)), tuple(pieces(x) for x in arrays))
-    return jax.tree.map(lambda each: jnp.moveaxis(each, 0, 1).reshape(batch, -1)[:, :length], scores)
+    return jax.tree.map(
+        lambda each: jnp.moveaxis(each, 0, 1).reshape(batch, count * chunk, *each.shape[3:])[:, :length], scores
+    )
