@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.convert.statistics import OutputGradients, gram, layer_kind, run_layer, sown_input
+from ngc_jax.convert.statistics import (
+    InputSums,
+    OutputGradients,
+    gram,
+    layer_kind,
+    read_layer,
+    run_layer,
+    sown_input,
+    token_mask,
+)
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Plan
@@ -150,6 +159,7 @@ def measure_output_gradients(
     geometry: GradientGeometry = "full",
     slopes: bool = False,
     layers: Sequence[int] | None = None,
+    inputs: InputSums | None = None,
     key: Key[Array, ""] | None = None,
     window: int = 1024,
     batch_size: int = 2,
@@ -170,6 +180,7 @@ def measure_output_gradients(
         geometry: Sum `full` second moments, or only their diagonal.
         slopes: Also sum the loss's slope along the way from the teacher's weights to those of the model measured.
         layers: Which to measure; all if None. The backward pass stops at the lowest.
+        inputs: Add what the blocks read on the way forward, for `calibrate` to go on with. Of the teacher only.
         key: For sampled tokens.
         window: Tokens in a window.
         batch_size: Windows that run at once.
@@ -185,6 +196,8 @@ def measure_output_gradients(
         raise UsageError("there are too few tokens to take gradients on; give a longer text")
     if loss == "sampled" and key is None:
         raise ValueError("sampled tokens need a key")
+    if inputs is not None and layer_params is not None:
+        raise ValueError("only the teacher's inputs can be added up")
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, None, dtype)
     ends = {name: value for name, value in params.items() if name != "layers"}
@@ -203,10 +216,16 @@ def measure_output_gradients(
     total = 0.0
     for done, (batch, positions) in enumerate(batches, start=1):
         kept = [embed({"embed": params["embed"]}, batch)]
-        teacher = kept[0]
+        teacher, mask = kept[0], token_mask(positions)
         for layer in range(config.num_layers):
             kind = layer_kind(config, layer)
-            kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind))
+            if inputs is None:
+                kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind))
+            else:
+                y, inputs.layers[layer] = read_layer(
+                    ours(layer), kept[-1], positions, mask, inputs.layers[layer], config=config, kind=kind
+                )
+                kept.append(y)
             if loss == "teacher":
                 teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind)
         if key is not None:
@@ -235,6 +254,8 @@ def measure_output_gradients(
             )
             if layer in sums:
                 sums[layer] = new
+        if inputs is not None:
+            inputs.count += int((positions >= 0).sum())
         total += float(value)
         if progress is not None:
             progress(done, len(batches))

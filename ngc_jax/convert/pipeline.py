@@ -24,7 +24,7 @@ from ngc_jax.convert.ranks import choose_ranks, given_ranks
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import remeasure, tokens_again
 from ngc_jax.convert.spill import Fitted, Spill
-from ngc_jax.convert.statistics import Statistics, calibrate
+from ngc_jax.convert.statistics import InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.models.load import LanguageModel, kernel_of
 
@@ -64,12 +64,14 @@ def convert(
     Raises:
         UsageError: If the model is compact already, or calibration fails.
     """
+    refined = bool(recipe.resolved_rounds or recipe.resolved_propagation)
     stream: Iterable[dict[str, Statistics]] = measure(
         model,
         recipe,
         tokens,
         gradient_tokens=gradient_tokens,
         layers_per_pass=layers_per_pass,
+        at_once=refined,
         window=window,
         batch_size=batch_size,
         progress=progress,
@@ -77,7 +79,6 @@ def convert(
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     kept: list[dict[str, Statistics]] = []
-    refined = bool(recipe.resolved_rounds or recipe.resolved_propagation)
     if refined:
         stream = _keep(stream, kept)
     else:
@@ -172,11 +173,24 @@ def measure(
     *,
     gradient_tokens: int = GRADIENT_TOKENS,
     layers_per_pass: int | None = None,
+    at_once: bool = False,
     window: int = 1024,
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Statistics]]:
-    """What a recipe needs to know of every block, one layer at a time; arguments as for `convert`.
+    """What a recipe needs to know of every block, one layer at a time; other arguments as for `convert`.
+
+    Args:
+        model: The dense model.
+        recipe: What to measure for.
+        tokens: (T,) calibration tokens.
+        gradient_tokens: How many of them, from the first, gradients are taken on.
+        layers_per_pass: Layers whose gradient statistics are held at once; all if None.
+        at_once: The statistics of all layers will be held anyway. Then tokens that gradients are taken on are read
+            once less: one forward pass serves gradients and inputs.
+        window: Tokens in a calibration window.
+        batch_size: Windows that run at once.
+        progress: Called with (stage, done, in all).
 
     Raises:
         UsageError: If the model is compact already, or there is nothing to measure.
@@ -192,28 +206,38 @@ def measure(
     fisher = None
     if needs == "fisher":
         fisher = measure_fisher(model, tokens, window=window, progress=lambda *a: report("gradients", *a))
+
+    def gradients_of(layers: Iterable[int], inputs: InputSums | None = None) -> dict[str, OutputGradients]:
+        return measure_output_gradients(
+            config,
+            model.params,
+            tokens[:gradient_tokens],
+            geometry=recipe.gradients,
+            layers=list(layers),
+            inputs=inputs,
+            window=window,
+            batch_size=max(batch_size // 2, 1),
+            progress=lambda *a: report("gradients", *a),
+        )[0]
+
+    gradients: dict[str, OutputGradients] = {}
+    begun: InputSums | None = None
+    step = layers_per_pass or config.num_layers
+    if needs == "gradients" and at_once and step >= config.num_layers:
+        begun = InputSums(config)
+        gradients = gradients_of(range(config.num_layers), begun)
     stream = calibrate(
         config,
         model.params,
-        tokens,
+        tokens if begun is None else tokens[begun.count :],
+        begun=begun,
         window=window,
         batch_size=batch_size,
         progress=lambda *a: report("calibrate", *a),
     )
-    gradients: dict[str, Any] = {}
-    step = layers_per_pass or config.num_layers
     for layer, statistics in stream:
-        if needs == "gradients" and layer % step == 0:
-            gradients, _ = measure_output_gradients(
-                config,
-                model.params,
-                tokens[:gradient_tokens],
-                geometry=recipe.gradients,
-                layers=range(layer, min(layer + step, config.num_layers)),
-                window=window,
-                batch_size=max(batch_size // 2, 1),
-                progress=lambda *a: report("gradients", *a),
-            )
+        if needs == "gradients" and begun is None and layer % step == 0:
+            gradients = gradients_of(range(layer, min(layer + step, config.num_layers)))
         if fisher is not None:
             statistics = {n: dataclasses.replace(s, fisher=fisher[n]) for n, s in statistics.items()}
         if gradients:

@@ -101,6 +101,23 @@ def init_moments(width: int) -> Moments:
     return Moments(zeros(width, width), zeros(width))
 
 
+class InputSums:
+    """What the blocks of every layer have read so far: begun by a pass that reads some tokens, ended by `calibrate`.
+
+    Attributes:
+        count: Tokens read.
+        layers: By layer and input site.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.count = 0
+        self.layers = {layer: _init_sites(config) for layer in range(config.num_layers)}
+
+
+def _init_sites(config: DecoderConfig) -> dict[str, Moments]:
+    return {INPUT_SITE[role]: init_moments(config.block(0, role).d_in) for role in INPUT_SITE}
+
+
 def gram(x_TxD: Float[Array, "T D"]) -> Float[Array, "D D"]:
     """x^T x in float32; bands of columns, so that what is the same by symmetry is not computed twice."""
     count = -(-x_TxD.shape[1] // _BAND)
@@ -156,7 +173,7 @@ def run_layer(
 
 
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("moments",))
-def _layer_step(
+def read_layer(
     params: Params,
     x: Float[Array, "B L D"],
     positions: Int[Array, "B L"],
@@ -166,7 +183,20 @@ def _layer_step(
     config: DecoderConfig,
     kind: int,
 ) -> tuple[Array, dict[str, Moments]]:
-    """Run one dense layer on one batch and add what its blocks read to the sums."""
+    """Run one dense layer on one batch and add what its blocks read to the sums.
+
+    Args:
+        params: The layer's.
+        x: The residual stream before it.
+        positions: Of the tokens.
+        mask: 1 for a token, 0 for padding; None if there is none.
+        moments: Sums so far, by input site.
+        config: The architecture.
+        kind: From `layer_kind`.
+
+    Returns:
+        The residual stream after it, and the sums.
+    """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
     (x, _), sown = layer.apply({"params": params}, x, positions, mutable=[BLOCK_INPUTS])
     new = {}
@@ -192,6 +222,7 @@ def calibrate(
     params: Params,
     tokens: np.ndarray,
     *,
+    begun: InputSums | None = None,
     window: int = 1024,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
@@ -205,6 +236,7 @@ def calibrate(
         config: The architecture.
         params: Dense parameters.
         tokens: (T,), one stream of token ids; cut into windows.
+        begun: Sums over tokens that were read before these; taken from it layer by layer.
         window: Tokens in a window.
         batch_size: Windows that run at once.
         progress: Called with (layer batches done, in all).
@@ -215,18 +247,19 @@ def calibrate(
     Raises:
         UsageError: If there are no tokens, or a layer's activations are not finite.
     """
-    if len(tokens) < 1:
+    count = len(tokens) + (0 if begun is None else begun.count)
+    if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in split_windows(tokens, window, batch_size)]
+    cut = split_windows(tokens, window, batch_size) if len(tokens) else []
+    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in cut]
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, param_dtype=dtype)
     embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
     streams = [embed({"embed": params["embed"]}, t) for t, *_ in batches]
-    sites = {INPUT_SITE[role]: config.block(0, role).d_in for role in INPUT_SITE}
     for layer in range(config.num_layers):
-        moments = {site: init_moments(width) for site, width in sites.items()}
+        moments = _init_sites(config) if begun is None else begun.layers.pop(layer)
         for index, (_, positions, mask) in enumerate(batches):
-            streams[index], moments = _layer_step(
+            streams[index], moments = read_layer(
                 params["layers"][str(layer)],
                 streams[index],
                 positions,
@@ -238,7 +271,7 @@ def calibrate(
             if progress is not None:
                 jax.block_until_ready(moments)
                 progress(layer * len(batches) + index + 1, config.num_layers * len(batches))
-        by_site = {site: _statistics(moments.pop(site), len(tokens)) for site in sites}
+        by_site = {site: _statistics(moments.pop(site), count) for site in list(moments)}
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(

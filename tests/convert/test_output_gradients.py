@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.convert.output_gradients import measure_output_gradients
+from ngc_jax.convert.statistics import InputSums
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
@@ -240,6 +241,18 @@ def test_sampled_tokens_are_those_of_the_key():
     assert np.abs(first - other).max() > 1e-3 * first.max()
     with pytest.raises(ValueError, match="need a key"):
         measure_output_gradients(model.config, model.params, tokens, loss="sampled")
+
+
+def test_inputs_of_another_model_are_not_added_up():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="only the teacher's inputs"):
+        measure_output_gradients(
+            model.config,
+            model.params,
+            random_tokens(5),
+            layer_params=lambda layer: model.params["layers"][str(layer)],
+            inputs=InputSums(model.config),
+        )
 
 
 def test_too_few_tokens():

@@ -92,12 +92,37 @@ def test_progress_counts_to_its_end():
         model,
         Recipe("ngc", rank=2, topology="qkv-o-ug-d", rounds=0),
         random_tokens(50),
+        gradient_tokens=25,
         window=25,
         progress=lambda s, *a: seen.setdefault(s, []).append(a),
     )
     assert seen["fit"] == [(done, 12) for done in range(1, 13)]
     assert seen["calibrate"][-1] == (3, 3)
     assert seen["gradients"][-1] == (1, 1)
+
+
+@pytest.mark.parametrize("gradient_tokens", [40, 80, 500])
+def test_one_forward_pass_serves_gradients_and_inputs(gradient_tokens):
+    """Whether or not all layers are held at once, the same tokens are counted, once each."""
+    model, tokens = tiny_model(), random_tokens(150)
+    settings = {"gradient_tokens": gradient_tokens, "window": 40, "batch_size": 4}
+
+    def measured(at_once):
+        layers = measure(model, Recipe("ngc"), tokens, at_once=at_once, **settings)
+        return {name: statistics for layer in layers for name, statistics in layer.items()}
+
+    apart, together = measured(False), measured(True)
+    assert list(apart) == list(together)
+    for name, expected in apart.items():
+        found = together[name]
+        assert (found.count, found.gradients.count) == (150, min(gradient_tokens, 150))
+        for ours, theirs in (
+            (found.second_moment, expected.second_moment),
+            (found.absolute_mean, expected.absolute_mean),
+            (found.gradients.second_moment, expected.gradients.second_moment),
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    assert together["layers.0.attn.q"].second_moment is together["layers.0.attn.v"].second_moment
 
 
 def test_a_compact_model_is_not_converted_again():

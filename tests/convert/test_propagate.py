@@ -37,8 +37,11 @@ def test_the_shifted_target_is_the_least_squares_solution():
 
     assert loss(best.T) <= loss(target) < 1.02 * loss(best.T)
     assert loss(target) < 0.8 * loss(weight)
+    of_weight = regression(noisy.T @ noisy / 5000, x.T @ noisy / 5000, weight)
+    np.testing.assert_allclose(of_weight, target, atol=1e-12)
     # What is no second moment tells nothing; inputs that have not changed move nothing.
     np.testing.assert_array_equal(regression(np.diag([1.0, -1.0]), np.ones((2, 2))), np.eye(2))
+    np.testing.assert_array_equal(regression(np.diag([1.0, -1.0]), np.ones((2, 2)), np.ones((3, 2))), np.ones((3, 2)))
     np.testing.assert_allclose(regression(x.T @ x / 5000, x.T @ x / 5000), np.eye(7), atol=1e-12)
 
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ngc_jax.evaluate.likelihood import hidden_divergences, hidden_log_likelihoods, sample_targets
+from ngc_jax.evaluate.likelihood import (
+    divergence_gradient,
+    hidden_divergences,
+    hidden_log_likelihoods,
+    log_likelihood_gradient,
+    sample_targets,
+)
 from tests.tiny import tiny_model
 
 BATCH, LENGTH = 2, 11
@@ -56,6 +62,25 @@ def test_scores_and_gradients_do_not_depend_on_the_chunk(chunk):
     np.testing.assert_array_equal(gradient[1, 7:], 0)
     moved, _ = evaluate(ours.at[1, 7:].add(3.0), chunk)
     np.testing.assert_allclose(moved[0], evaluate(ours, chunk)[0][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 500])
+def test_gradients_from_one_pass_are_those_of_automatic_differentiation(chunk):
+    decoder, params, ours, theirs, tokens, positions = setting()
+
+    def divergence(hidden):
+        return hidden_divergences(decoder, params, hidden, theirs, positions)[0].sum()
+
+    def likelihood(hidden):
+        return hidden_log_likelihoods(decoder, params, hidden, tokens, positions)[0].sum()
+
+    for found, total in (
+        (divergence_gradient(decoder, params, ours, theirs, positions, chunk=chunk), divergence),
+        (log_likelihood_gradient(decoder, params, ours, tokens, positions, chunk=chunk), likelihood),
+    ):
+        value, gradient = jax.value_and_grad(total)(ours)
+        np.testing.assert_allclose(found[0], value, rtol=1e-5)
+        np.testing.assert_allclose(found[1], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_sampled_targets_depend_on_the_key_alone():
