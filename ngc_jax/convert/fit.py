@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -174,7 +175,8 @@ def assemble(
 
 def _group_params(group: Candidate, states: States, dtype: jnp.dtype) -> dict[str, Any]:
     outputs = zip(group.members, states.output_states, strict=True)
+    # Not jnp.asarray, which compiles a program for every shape, and every rank is another.
     return {
-        "input_states": jnp.asarray(states.input_states.astype(dtype)),
-        "output_states": {member.name: jnp.asarray(output.astype(dtype)) for member, output in outputs},
+        "input_states": jax.device_put(states.input_states.astype(dtype)),
+        "output_states": {member.name: jax.device_put(output.astype(dtype)) for member, output in outputs},
     }
