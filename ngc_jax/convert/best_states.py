@@ -90,8 +90,9 @@ def best_states(
     rank = min(outputs, inputs) if rank is None else min(rank, outputs, inputs)
     metrics = [output_metric(g, len(w), damping) for w, g in zip(weights, gradients, strict=True)]
     if outputs <= inputs and not any(metric is None for metric in metrics):
-        # With the ridge directions that calibration never reached are ordered by the weight's own energy.
-        gram = (stacked @ second_moment_IxI + RIDGE * mean_diagonal(second_moment_IxI) * stacked) @ stacked.T
+        gram = stacked @ second_moment_IxI @ stacked.T
+        # Directions that calibration never reached are ordered by the weight's own energy.
+        gram += RIDGE * mean_diagonal(second_moment_IxI) * (stacked @ stacked.T)
         roots = [np.diag(np.sqrt(m)) if m.ndim == 1 else square_root(m) for m in metrics if m is not None]
         root = scipy.linalg.block_diag(*roots) if len(roots) > 1 else roots[0]
         energies, leading = eigenvectors(root.T @ gram @ root)
