@@ -23,7 +23,7 @@ from ngc_jax.commands.convert import calibration_tokens
 from ngc_jax.convert.best_states import States, best_states
 from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
 from ngc_jax.convert.kernel_fit import fit_kernel, local_loss, loss_roots
-from ngc_jax.convert.pipeline import measure
+from ngc_jax.convert.measure import measure
 from ngc_jax.convert.ranks import fitting_rank, full_rank, uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import Statistics

@@ -6,8 +6,9 @@ import pytest
 
 from ngc_jax.convert.fit import shrunk, shrunk_in_place
 from ngc_jax.convert.gradients import measure_fisher
+from ngc_jax.convert.measure import measure
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.pipeline import convert, measure
+from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError

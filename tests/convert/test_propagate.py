@@ -4,7 +4,8 @@ import pytest
 
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.fit import fit_all
-from ngc_jax.convert.pipeline import convert, measure
+from ngc_jax.convert.measure import measure
+from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.propagate import carried_over, propagate, regression
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import sown_input

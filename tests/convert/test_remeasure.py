@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ngc_jax.convert.measure import measure
 from ngc_jax.convert.output_gradients import measure_output_gradients
-from ngc_jax.convert.pipeline import convert, measure
+from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import (
     correction_power,
