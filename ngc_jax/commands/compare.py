@@ -115,8 +115,13 @@ class Comparison:
                 write_json(dense_file, {"key": self._key(None), **row})
             for text in dict.fromkeys(entry.text for entry in missing):
                 self._run_text(dense, tokenizer, text, [entry for entry in missing if entry.text == text])
-            for entry in missing:
-                self._measure_cost(entry)
+        for entry in self.entries:
+            finished = self._read(entry)
+            if entry.own_process and finished is not None and "cost" not in finished:
+                cost = self._measure_cost(entry)
+                write_json(self._file(entry), finished | {"cost": cost})
+                peak = cost["peak_bytes"] / 2**30
+                console.print(f"{entry.variant}: {cost['seconds']:.0f} s, peak {peak:.2f} GiB in its own process")
         results = {
             "settings": self._settings(),
             "dense": json.loads(dense_file.read_text(encoding="utf-8")),
@@ -276,14 +281,8 @@ class Comparison:
 
         return calibration_tokens(dense, tokenizer, text, self.config.calibration_tokens, window=self.config.window)
 
-    def _measure_cost(self, entry: Entry) -> None:
-        """Convert in a fresh process, and add its seconds and peak memory to the entry."""
-        from ngc_jax.cli import write_json
-        from ngc_jax.commands.console import console
-
-        row = self._read(entry)
-        if not entry.own_process or row is None:
-            return
+    def _measure_cost(self, entry: Entry) -> dict[str, float]:
+        """Convert in a fresh process; its seconds and peak memory."""
         recipe, c = entry.recipe, self.config
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
@@ -300,9 +299,7 @@ class Comparison:
             summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
         # In KiB on Linux, in bytes on macOS.
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        row["cost"] = {"seconds": summary["seconds"], "peak_bytes": peak}
-        write_json(self._file(entry), row)
-        console.print(f"{entry.variant}: {summary['seconds']:.0f} s, peak {peak / 2**30:.2f} GiB in its own process")
+        return {"seconds": summary["seconds"], "peak_bytes": peak}
 
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ngc_jax import cli
+from ngc_jax.commands.compare import Comparison
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.models.save import save_model
 from ngc_jax.report.comparison import excess, markdown
@@ -91,6 +92,30 @@ def test_a_second_run_only_does_what_is_missing(compared, monkeypatch):
     again = json.loads((out / "results.json").read_text())
     for old, new in zip(results["entries"], again["entries"], strict=True):
         assert new["perplexity"] == old["perplexity"]
+
+
+def test_costs_that_an_interrupted_run_did_not_measure_are_measured(compared, monkeypatch, tmp_path):
+    flags, out, _ = compared
+    config = tmp_path / "compare.yaml"
+    config.write_text(yaml.safe_dump({"variants": {"svd": {"method": "svd", "cost": True}}, "keep": [0.7, 0.5]}))
+    flags = [str(config) if flag.endswith(".yaml") else flag for flag in flags] + ["--window", "32"]
+    measured = []
+
+    def interrupted(self, entry):
+        raise KeyboardInterrupt
+
+    def measure(self, entry):
+        measured.append((entry.variant, entry.recipe.keep))
+        return {"seconds": 1.5, "peak_bytes": 2**20}
+
+    monkeypatch.setattr(Comparison, "_measure_cost", interrupted)
+    assert cli.main(flags) != 0
+    monkeypatch.setattr(Comparison, "_measure_cost", measure)
+    for _ in range(2):
+        assert cli.main(flags) == 0
+    assert measured == [("svd", 0.7)]
+    row = json.loads((out / "entries" / "svd-0.7.json").read_text())
+    assert row["cost"] == {"seconds": 1.5, "peak_bytes": 2**20}
 
 
 @pytest.mark.parametrize(
