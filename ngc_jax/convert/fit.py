@@ -42,13 +42,13 @@ def fit_all(
         statistics: Of each group's members; none for a method that needs none.
         ranks: Of each group; full rank if None.
 
-    Yields:
-        The states of each group, in order.
+    Returns:
+        The states of each group, in order; found as they are asked for.
 
     Raises:
         UsageError: If weights or statistics are not finite.
     """
-    yield from side_by_side(
+    return side_by_side(
         lambda item: _fit(item[0], recipe, params, item[1], item[2]),
         list(zip(groups, statistics, ranks, strict=True)),
         costs=[float(sum(m.d_out * m.d_in * (m.d_out + m.d_in) for m in group.members)) for group in groups],

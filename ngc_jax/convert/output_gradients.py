@@ -61,16 +61,12 @@ def _add(
     x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
     new = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
     kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
-    narrows = kernel_MxI.shape[0] > kernel_MxI.shape[1]
-    pulled_TxI = g_TxM @ teacher_MxI if narrows else None
     if "second_moment" in sums:
-        new["second_moment"] = sums["second_moment"] + gram(g_TxM if pulled_TxI is None else pulled_TxI)
+        d_out, d_in = teacher_MxI.shape
+        new["second_moment"] = sums["second_moment"] + gram(g_TxM if d_out <= d_in else g_TxM @ teacher_MxI)
     if "slope" in sums:
-        if pulled_TxI is None:
-            slope = jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
-        else:
-            slope = jnp.vdot(g_TxM @ kernel_MxI - pulled_TxI, x_TxI)
-        new["slope"] = sums["slope"] + slope
+        # The difference of the weights, not of two products: those may be of few bits.
+        new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
     return new
 
 
