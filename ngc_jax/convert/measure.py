@@ -10,7 +10,7 @@ import numpy as np
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.statistics import InputSums, OutputGradients, Statistics, calibrate
+from ngc_jax.convert.statistics import BATCHES_PER_CALL, InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.models.load import LanguageModel
 
@@ -69,6 +69,8 @@ def measure(
             inputs=inputs,
             window=window,
             batch_size=max(batch_size // 2, 1),
+            # Where statistics of a few layers are to be held at once, so are streams.
+            batches_per_call=1 if inputs is None else BATCHES_PER_CALL,
             progress=lambda *a: report("gradients", *a),
         )[0]
 

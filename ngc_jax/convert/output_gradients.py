@@ -4,12 +4,13 @@ With C = E[x x^T] of a block's inputs and G = E[g g^T] of the gradient by its ou
 the loss by about tr(G E C E^T) / 2 per token (K-FAC, Martens and Grosse 2015, arXiv 1503.05671, section 3). A block
 with more outputs than inputs only ever needs W^T G W, the second moment of W^T g, so that is what is summed.
 
-Legend: B batch, L tokens, T tokens of a batch in one row, D residual width, M outputs of a block, I its inputs.
+Legend: K batches of a stack, B windows of a batch, L tokens, T tokens of a batch in one row, D residual width, M
+outputs of a block, I its inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,14 +20,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ngc_jax.convert.statistics import (
+    BATCHES_PER_CALL,
     InputSums,
     OutputGradients,
+    each_batch,
     gram,
     layer_kind,
     read_layer,
     run_layer,
     sown_input,
-    token_mask,
+    stack_batches,
 )
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
@@ -34,7 +37,6 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
 from ngc_jax.models.load import Params
-from ngc_jax.text import split_windows
 
 GradientGeometry = Literal["full", "diagonal"]
 Loss = Literal["text", "sampled", "teacher"]
@@ -74,15 +76,15 @@ def _add(
 def _backward(
     params: Params,
     teacher: Params | None,
-    x: Float[Array, "B L D"],
-    positions: Int[Array, "B L"],
-    upstream: Float[Array, "B L D"],
-    sums: Mapping[str, dict[str, Array]],
+    x: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    upstream: Float[Array, "K B L D"],
+    sums: dict[str, dict[str, Array]],
     *,
     config: DecoderConfig,
     kind: int,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """Run a layer, carry the gradient from its output to its input, and add what passes its blocks to the sums.
+    """Run a layer on a stack, carry the gradient from its output to its input, and add what passes its blocks to sums.
 
     `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if it is the dense model.
     """
@@ -90,27 +92,32 @@ def _backward(
     nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
     for role in ROLES:
         _, _, part, _ = (block := config.block(kind, role)).name.split(".")
-        nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
+        nothing[part][role] = {"output": jnp.zeros((*x.shape[1:3], block.d_out), x.dtype)}
 
-    def run(x: Array, moved: Params) -> tuple[Array, Any]:
-        (y, _), sown = layer.apply({"params": params, "perturbations": moved}, x, positions, mutable=[BLOCK_INPUTS])
-        return y, sown[BLOCK_INPUTS]
+    def step(k: Array, carry: tuple[Array, dict[str, dict[str, Array]]]) -> tuple[Array, dict[str, dict[str, Array]]]:
+        def run(x: Array, moved: Params) -> tuple[Array, Any]:
+            variables = {"params": params, "perturbations": moved}
+            (y, _), sown = layer.apply(variables, x, positions[k], mutable=[BLOCK_INPUTS])
+            return y, sown[BLOCK_INPUTS]
 
-    _, pull, sown = jax.vjp(run, x, nothing, has_aux=True)
-    downstream, gradients = pull(upstream)
-    new = {}
-    for name, block_sums in sums.items():
-        part, role = name.split(".")
-        gradient = gradients[part][role]["output"]
-        read = sown_input(sown, role)
-        new[name] = _add(
-            block_sums,
-            params[part][role]["kernel"],
-            None if teacher is None else teacher[part][role]["kernel"],
-            read.reshape(-1, read.shape[-1]),
-            gradient.reshape(-1, gradient.shape[-1]),
-        )
-    return downstream, new
+        upstream, sums = carry
+        _, pull, sown = jax.vjp(run, x[k], nothing, has_aux=True)
+        downstream, gradients = pull(upstream[k])
+        new = {}
+        for name, block_sums in sums.items():
+            part, role = name.split(".")
+            gradient = gradients[part][role]["output"]
+            read = sown_input(sown, role)
+            new[name] = _add(
+                block_sums,
+                params[part][role]["kernel"],
+                None if teacher is None else teacher[part][role]["kernel"],
+                read.reshape(-1, read.shape[-1]),
+                gradient.reshape(-1, gradient.shape[-1]),
+            )
+        return upstream.at[k].set(downstream), new
+
+    return each_batch(step, (upstream, sums), positions)
 
 
 @partial(jax.jit, static_argnames=("decoder", "loss"))
@@ -159,12 +166,13 @@ def measure_output_gradients(
     key: Key[Array, ""] | None = None,
     window: int = 1024,
     batch_size: int = 2,
+    batches_per_call: int = BATCHES_PER_CALL,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, OutputGradients], float]:
     """Measure the gradients of the loss by the outputs of the blocks of a decoder.
 
-    A batch runs forward keeping only the input of every layer, then backward one layer at a time; one compiled
-    function serves every layer. Memory: the residual stream of a batch times layers, and the sums.
+    A stack of batches runs forward keeping only the input of every layer, then backward one layer at a time; one
+    compiled function serves every layer. Memory: the residual streams of a stack times layers, and the sums.
 
     Args:
         config: The architecture.
@@ -180,6 +188,7 @@ def measure_output_gradients(
         key: For sampled tokens.
         window: Tokens in a window.
         batch_size: Windows that run at once.
+        batches_per_call: Batches of a stack.
         progress: Called with (batches done, in all).
 
     Returns:
@@ -208,11 +217,13 @@ def measure_output_gradients(
         }
         for layer in chosen
     }
-    batches = split_windows(tokens, window, batch_size)
+    stacks = stack_batches(tokens, window, batch_size, batches_per_call)
+    done, in_all = 0, sum(stack.used() for stack in stacks)
     total = 0.0
-    for done, (batch, positions) in enumerate(batches, start=1):
+    for stack in stacks:
+        batch, positions, mask = stack
         kept = [embed({"embed": params["embed"]}, batch)]
-        teacher, mask = kept[0], token_mask(positions)
+        teacher = kept[0]
         for layer in range(config.num_layers):
             kind = layer_kind(config, layer)
             if inputs is None:
@@ -224,18 +235,22 @@ def measure_output_gradients(
                 kept.append(y)
             if loss == "teacher":
                 teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind)
-        if key is not None:
-            key, batch_key = jax.random.split(key)
-        value, upstream = _loss_gradient(
-            ends,
-            kept.pop(),
-            teacher if loss == "teacher" else None,
-            batch,
-            positions,
-            batch_key if loss == "sampled" else None,
-            decoder=decoder,
-            loss=loss,
-        )
+        upstream = jnp.zeros_like(last := kept.pop())
+        for k in range(stack.used()):
+            if key is not None:
+                key, batch_key = jax.random.split(key)
+            value, gradient = _loss_gradient(
+                ends,
+                last[k],
+                teacher[k] if loss == "teacher" else None,
+                batch[k],
+                positions[k],
+                batch_key if loss == "sampled" else None,
+                decoder=decoder,
+                loss=loss,
+            )
+            upstream = upstream.at[k].set(gradient)
+            total += float(value)
         for layer in range(config.num_layers - 1, chosen[0] - 1, -1):
             kind = layer_kind(config, layer)
             upstream, new = _backward(
@@ -252,9 +267,10 @@ def measure_output_gradients(
                 sums[layer] = new
         if inputs is not None:
             inputs.count += int((positions >= 0).sum())
-        total += float(value)
+        done += stack.used()
         if progress is not None:
-            progress(done, len(batches))
+            jax.block_until_ready(upstream)
+            progress(done, in_all)
     if not np.isfinite(total):
         raise UsageError("the loss on the calibration text is not finite; load the model with --dtype float32")
     found = {}

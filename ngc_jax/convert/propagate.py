@@ -10,7 +10,8 @@ so that one fit with W R in place of W and C' in place of C does it. How x' come
 on some tokens, and carried over to C, which is known from more. Layers are taken from the first to the last, as in
 SVD-LLM's sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks stay as they are.
 
-Legend: B batch, L tokens, D width of the stream, T tokens in all, I inputs of a block.
+Legend: K batches of a stack, B windows of a batch, L tokens, D width of the stream, T tokens in all, I inputs of a
+block.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ from ngc_jax.convert.spill import Fitted
 from ngc_jax.convert.statistics import (
     Compensated,
     Statistics,
+    each_batch,
     gram,
     layer_kind,
+    mask_of,
     run_layer,
     sown_input,
+    stack_batches,
     symmetrise,
-    token_mask,
     token_rows,
 )
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
-from ngc_jax.text import split_windows
 
 Progress = Callable[[str, int, int], None]
 # Correlations of dense and converted inputs are trusted no further than this: R tends to the identity where the two
@@ -147,16 +149,16 @@ def propagate(
     assert compact.plan is not None
     config, share = model.config, recipe.resolved_propagation
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
-    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in split_windows(tokens, window, batch_size)]
+    stacks = stack_batches(tokens, window, batch_size)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
-    ours = [embed({"embed": model.params["embed"]}, t) for t, *_ in batches]
+    ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
     theirs = list(ours)
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
         dense, once = model.params["layers"][str(layer)], dense_layer(model, compact, layer)
         kind = layer_kind(config, layer)
         sums = {site: _no_sums(config.block(0, role).d_in) for role, site in INPUT_SITE.items()}
-        for index, (_, positions, mask) in enumerate(batches):
+        for index, (_, positions, mask) in enumerate(stacks):
             theirs[index], sums = _add_both(
                 dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind
             )
@@ -168,7 +170,7 @@ def propagate(
         states = fit_all([chosen[plan.name] for plan in here], recipe, params, members, [plan.rank for plan in here])
         found.update(zip((plan.name for plan in here), states, strict=True))
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
-        for index, (_, positions, _) in enumerate(batches):
+        for index, (_, positions, _) in enumerate(stacks):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)
         if progress is not None:
             progress("propagate", layer + 1, config.num_layers)
@@ -223,7 +225,7 @@ def _moved(
 
     sites = list(moments)
     widths = [len(moments[site][0]) for site in sites]
-    found = side_by_side(at_site, sites, costs=[float(width) for width in widths], widths=widths)
+    found = side_by_side(at_site, sites, costs=[float(width) ** 3 for width in widths], widths=widths)
     blocks = {name: both for site in found for name, both in site.items()}
     return {name: target for name, (target, _) in blocks.items()}, {name: moved for name, (_, moved) in blocks.items()}
 
@@ -250,26 +252,31 @@ def _moments(sums: _Sums, count: int) -> list[np.ndarray]:
 def _add_both(
     dense: Params,
     compact: Params,
-    theirs: Float[Array, "B L D"],
-    ours: Float[Array, "B L D"],
-    positions: Int[Array, "B L"],
-    mask: Float[Array, "B L"] | None,
-    sums: Mapping[str, _Sums],
+    theirs: Float[Array, "K B L D"],
+    ours: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    mask: Float[Array, "K B L"] | None,
+    sums: dict[str, _Sums],
     *,
     config: DecoderConfig,
     kind: int,
 ) -> tuple[Array, dict[str, _Sums]]:
-    """Run a layer of both models on a batch; returns the dense stream after it and the sums."""
+    """Run a layer of both models on a stack; returns the dense streams after it and the sums."""
     layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
-    (after, _), at_theirs = layer.apply({"params": dense}, theirs, positions, mutable=[BLOCK_INPUTS])
-    _, at_ours = layer.apply({"params": compact}, ours, positions, mutable=[BLOCK_INPUTS])
-    new: dict[str, _Sums] = {}
-    for role, site in INPUT_SITE.items():
-        x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), mask) for sown in (at_theirs, at_ours))
-        own, cross, converted = sums[site]
-        both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
-        new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))
-    return after, new
+
+    def step(k: Array, carry: tuple[Array, dict[str, _Sums]]) -> tuple[Array, dict[str, _Sums]]:
+        theirs, sums = carry
+        (after, _), at_theirs = layer.apply({"params": dense}, theirs[k], positions[k], mutable=[BLOCK_INPUTS])
+        _, at_ours = layer.apply({"params": compact}, ours[k], positions[k], mutable=[BLOCK_INPUTS])
+        new: dict[str, _Sums] = {}
+        for role, site in INPUT_SITE.items():
+            x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), mask_of(mask, k)) for sown in (at_theirs, at_ours))
+            own, cross, converted = sums[site]
+            both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
+            new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))
+        return theirs.at[k].set(after), new
+
+    return each_batch(step, (theirs, sums), positions)
 
 
 def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:

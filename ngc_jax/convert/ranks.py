@@ -40,7 +40,8 @@ def uniform_rank(
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
     wanted, both = keep * sum(block.d_out * block.d_in for block in members), outputs + inputs
     # A little above, so that a whole root is not rounded down; a double root moves by the root of what is added.
-    exact = both / 2 - math.sqrt(max(both**2 / 4 - wanted * (1 + 1e-12), 0.0)) + 1e-9 if gauge else wanted / both
+    wanted *= 1 + 1e-12
+    exact = both / 2 - math.sqrt(max(both**2 / 4 - wanted, 0.0)) + 1e-9 if gauge else wanted / both
     rank = rounding(exact)
     if rank < 1:
         names = ", ".join(block.name for block in members)

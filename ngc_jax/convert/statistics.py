@@ -1,6 +1,6 @@
 """Calibration: what the inputs of every block look like, streamed layer by layer.
 
-Legend: B batch, L tokens, D width of a block's input.
+Legend: K batches of a stack, B windows of a batch, L tokens, D width of a block's input.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLay
 from ngc_jax.models.load import Params
 from ngc_jax.text import split_windows
 
+Carry = TypeVar("Carry")
+# Batches that a compiled layer takes in turn in one call. The memory it works in comes from the system anew at every
+# call, page by page, which on a CPU takes a tenth as long as the work on one batch.
+BATCHES_PER_CALL = 4
 # Widest band of columns in a product of a matrix with itself.
 _BAND = 384
 
@@ -152,10 +156,58 @@ def token_rows(x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | N
     return (x if mask_BxL is None else x * mask_BxL[..., None]).reshape(-1, x.shape[-1])
 
 
-def token_mask(positions_BxL: Int[np.ndarray, "B L"]) -> np.ndarray | None:
-    """1 for a token, 0 for padding, in float32; None if there is no padding."""
-    tokens = positions_BxL >= 0
-    return None if tokens.all() else tokens.astype(np.float32)
+class Stack(NamedTuple):
+    """Batches that one call takes in turn.
+
+    Attributes:
+        tokens: (K, B, L).
+        positions: (K, B, L); -1 for padding. Batches of nothing else come last, and are not touched.
+        mask: (K, B, L), 1 for a token, 0 for padding; None if there is none in the batches that are touched.
+    """
+
+    tokens: Int[Array, "K B L"]
+    positions: Int[Array, "K B L"]
+    mask: Float[Array, "K B L"] | None
+
+    def used(self) -> int:
+        """Batches that have tokens."""
+        return int((np.asarray(self.positions) >= 0).any(axis=(1, 2)).sum())
+
+
+def stack_batches(
+    tokens: Int[np.ndarray, " T"], window: int, batch_size: int, batches_per_call: int = BATCHES_PER_CALL
+) -> list[Stack]:
+    """Cut a token stream into stacks of batches of windows, all of one shape.
+
+    Args:
+        tokens: (T,), one stream.
+        window: L, if there are so many tokens.
+        batch_size: B.
+        batches_per_call: K, if there are so many batches.
+    """
+    batches = split_windows(tokens, window, batch_size)
+    count = min(batches_per_call, len(batches))
+    stacks = []
+    for start in range(0, len(batches), count):
+        some = batches[start : start + count]
+        missing = ((0, count - len(some)), (0, 0), (0, 0))
+        ids, positions = (np.stack(part) for part in zip(*some, strict=True))
+        is_token = positions >= 0
+        mask = None if is_token.all() else jax.device_put(np.pad(is_token.astype(np.float32), missing))
+        positions = np.pad(positions, missing, constant_values=-1)
+        stacks.append(Stack(jax.device_put(np.pad(ids, missing)), jax.device_put(positions), mask))
+    return stacks
+
+
+def each_batch(step: Callable[[Array, Carry], Carry], carry: Carry, positions: Int[Array, "K B L"]) -> Carry:
+    """`step(k, carry)` for each batch of a stack that has tokens."""
+    count = (positions >= 0).any(axis=(1, 2)).sum()
+    return jax.lax.fori_loop(0, count, step, carry)
+
+
+def mask_of(stack_mask: Float[Array, "K B L"] | None, k: Array) -> Float[Array, "B L"] | None:
+    """The mask of one batch of a stack."""
+    return None if stack_mask is None else stack_mask[k]
 
 
 def layer_kind(config: DecoderConfig, layer: int) -> int:
@@ -166,28 +218,33 @@ def layer_kind(config: DecoderConfig, layer: int) -> int:
 
 @partial(jax.jit, static_argnames=("config", "kind"))
 def run_layer(
-    params: Params, x: Float[Array, "B L D"], positions: Int[Array, "B L"], *, config: DecoderConfig, kind: int
-) -> Float[Array, "B L D"]:
-    """The residual stream after a dense layer; `kind` from `layer_kind`."""
-    return DecoderLayer(config, Plan(), kind, x.dtype).apply({"params": params}, x, positions)[0]
+    params: Params, x: Float[Array, "K B L D"], positions: Int[Array, "K B L"], *, config: DecoderConfig, kind: int
+) -> Float[Array, "K B L D"]:
+    """The residual streams of a stack after a dense layer; `kind` from `layer_kind`."""
+    layer = DecoderLayer(config, Plan(), kind, x.dtype)
+
+    def step(k: Array, x: Array) -> Array:
+        return x.at[k].set(layer.apply({"params": params}, x[k], positions[k])[0])
+
+    return each_batch(step, x, positions)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("moments",))
 def read_layer(
     params: Params,
-    x: Float[Array, "B L D"],
-    positions: Int[Array, "B L"],
-    mask: Float[Array, "B L"] | None,
-    moments: Mapping[str, Moments],
+    x: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    mask: Float[Array, "K B L"] | None,
+    moments: dict[str, Moments],
     *,
     config: DecoderConfig,
     kind: int,
 ) -> tuple[Array, dict[str, Moments]]:
-    """Run one dense layer on one batch and add what its blocks read to the sums.
+    """Run one dense layer on a stack of batches and add what its blocks read to the sums.
 
     Args:
         params: The layer's.
-        x: The residual stream before it.
+        x: The residual streams before it.
         positions: Of the tokens.
         mask: 1 for a token, 0 for padding; None if there is none.
         moments: Sums so far, by input site.
@@ -195,14 +252,18 @@ def read_layer(
         kind: From `layer_kind`.
 
     Returns:
-        The residual stream after it, and the sums.
+        The residual streams after it, and the sums.
     """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
-    (x, _), sown = layer.apply({"params": params}, x, positions, mutable=[BLOCK_INPUTS])
-    new = {}
-    for site, sums in moments.items():
-        new[site] = add_tokens(sums, _at_site(sown[BLOCK_INPUTS], site), mask)
-    return x, new
+
+    def step(k: Array, carry: tuple[Array, dict[str, Moments]]) -> tuple[Array, dict[str, Moments]]:
+        x, moments = carry
+        (y, _), sown = layer.apply({"params": params}, x[k], positions[k], mutable=[BLOCK_INPUTS])
+        inputs = sown[BLOCK_INPUTS]
+        new = {site: add_tokens(sums, _at_site(inputs, site), mask_of(mask, k)) for site, sums in moments.items()}
+        return x.at[k].set(y), new
+
+    return each_batch(step, (x, moments), positions)
 
 
 def sown_input(sown: Mapping[str, Any], role: str) -> Array:
@@ -250,27 +311,27 @@ def calibrate(
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    cut = split_windows(tokens, window, batch_size) if len(tokens) else []
-    batches = [(jnp.asarray(t), jnp.asarray(p), token_mask(p)) for t, p in cut]
+    stacks = stack_batches(tokens, window, batch_size) if len(tokens) else []
+    counts = np.cumsum([stack.used() for stack in stacks])
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, param_dtype=dtype)
     embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
-    streams = [embed({"embed": params["embed"]}, t) for t, *_ in batches]
+    streams = [embed({"embed": params["embed"]}, stack.tokens) for stack in stacks]
     for layer in range(config.num_layers):
         moments = _init_sites(config) if begun is None else begun.layers.pop(layer)
-        for index, (_, positions, mask) in enumerate(batches):
+        for index, stack in enumerate(stacks):
             streams[index], moments = read_layer(
                 params["layers"][str(layer)],
                 streams[index],
-                positions,
-                mask,
+                stack.positions,
+                stack.mask,
                 moments,
                 config=config,
                 kind=layer_kind(config, layer),
             )
             if progress is not None:
                 jax.block_until_ready(moments)
-                progress(layer * len(batches) + index + 1, config.num_layers * len(batches))
+                progress(layer * int(counts[-1]) + int(counts[index]), config.num_layers * int(counts[-1]))
         by_site = {site: _statistics(moments.pop(site), count) for site in list(moments)}
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():

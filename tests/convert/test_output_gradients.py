@@ -108,16 +108,19 @@ def test_second_moments_are_those_of_the_gradients_by_every_output(architecture)
 
 
 def test_padding_adds_nothing():
-    """However windows are put into batches, the last of which is filled up with empty ones."""
+    """However windows are put into batches and batches into stacks, the last of which are filled up with empty ones."""
     model, tokens = tiny_model(), random_tokens(COUNT)
     runs = [
-        measure_output_gradients(model.config, model.params, tokens, window=WINDOW, batch_size=batch_size)
-        for batch_size in (1, 2)
+        measure_output_gradients(
+            model.config, model.params, tokens, window=WINDOW, batch_size=batch_size, batches_per_call=per_call
+        )
+        for batch_size, per_call in ((1, 1), (2, 1), (1, 2))
     ]
-    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
-    for name, entry in runs[0][0].items():
-        for field in ("mean_square", "second_moment"):
-            assert_close(getattr(entry, field), getattr(runs[1][0][name], field))
+    for found, loss in runs[1:]:
+        assert loss == pytest.approx(runs[0][1], rel=1e-6)
+        for name, entry in runs[0][0].items():
+            for field in ("mean_square", "second_moment"):
+                assert_close(getattr(entry, field), getattr(found[name], field))
 
 
 def test_the_diagonal_alone():
@@ -178,7 +181,12 @@ def test_a_model_does_not_diverge_from_itself():
 def test_progress_counts_batches():
     model, seen = tiny_model(), []
     measure_output_gradients(
-        model.config, model.params, random_tokens(COUNT), window=WINDOW, progress=lambda *a: seen.append(a)
+        model.config,
+        model.params,
+        random_tokens(COUNT),
+        window=WINDOW,
+        batches_per_call=1,
+        progress=lambda *a: seen.append(a),
     )
     assert seen == [(1, 2), (2, 2)]
 

@@ -47,6 +47,7 @@ def planned(cells, ranks, gauge):
 
 
 @example([2], 2, math.nextafter(1.0, 0.0), True)
+@example([26, 40], 33, math.nextafter(1.0, 0.0), False)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 40), st.floats(0.01, 1), st.booleans())
 def test_uniform_rank_is_the_largest_that_fits(outputs, inputs, keep, gauge):
     members = [Block(str(index), width, inputs) for index, width in enumerate(outputs)]

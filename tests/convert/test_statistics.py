@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.statistics import Compensated, calibrate, gram, layer_kind
+from ngc_jax.convert.statistics import Compensated, calibrate, gram, layer_kind, stack_batches
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import BLOCK_INPUTS
 from ngc_jax.text import split_windows
@@ -55,14 +55,30 @@ def test_statistics_are_those_of_a_plain_forward_pass(architecture):
 
 def test_batch_size_and_padding_do_not_matter():
     model = tiny_model("gemma3")
-    tokens = random_tokens(45)
+    tokens = random_tokens(105)
     results = []
-    for batch_size in (1, 2, 4):  # windows of 20: the last is short, and 4 leaves an empty row
+    # Six windows of 20, the last of which is short: 4 leaves empty rows, and 1 a stack that is half empty.
+    for batch_size in (1, 2, 4):
         stream = calibrate(model.config, model.params, tokens, window=20, batch_size=batch_size)
         results.append({name: s.second_moment for _, statistics in stream for name, s in statistics.items()})
     for name, expected in results[0].items():
         for other in results[1:]:
             np.testing.assert_allclose(other[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@given(count=st.integers(1, 60), window=st.integers(1, 9), batch_size=st.integers(1, 3), per_call=st.integers(1, 5))
+def test_stacks_hold_every_token_once_and_in_order(count, window, batch_size, per_call):
+    tokens = np.arange(count, dtype=np.int32)
+    stacks = stack_batches(tokens, window, batch_size, per_call)
+    assert len({stack.tokens.shape for stack in stacks}) == 1
+    found = [np.asarray(stack.tokens)[np.asarray(stack.positions) >= 0] for stack in stacks]
+    np.testing.assert_array_equal(np.concatenate(found), tokens)
+    for stack in stacks:
+        is_token = np.asarray(stack.positions) >= 0
+        assert is_token[: stack.used()].any(axis=(1, 2)).all()
+        assert not is_token[stack.used() :].any()
+        mask = np.ones(is_token.shape) if stack.mask is None else np.asarray(stack.mask)
+        np.testing.assert_array_equal(mask[: stack.used()], is_token[: stack.used()])
 
 
 def test_blocks_with_one_input_share_their_statistics():
