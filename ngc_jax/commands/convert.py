@@ -74,7 +74,8 @@ class ConvertConfig:
         calibration_tokens: Tokens of the text to measure.
         skip_tokens: Tokens to drop at the beginning of the text.
         window: Tokens in a calibration window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
+        devices: Devices of this machine that the windows of a batch are shared out over.
         seed: For sampled text.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         overwrite: Replace the output directory if it exists.
@@ -107,6 +108,7 @@ class ConvertConfig:
     skip_tokens: int = 0
     window: int = 1024
     batch_size: int = 4
+    devices: int = 1
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
@@ -130,6 +132,8 @@ def convert_and_save(
     Raises:
         UsageError: If any input is at fault; before the weights are read where that can be known.
     """
+    import jax
+
     from ngc_jax.commands.console import console, progress_bar
     from ngc_jax.convert.candidates import candidate_cells
     from ngc_jax.convert.pipeline import convert
@@ -140,6 +144,7 @@ def convert_and_save(
     from ngc_jax.models.load import load_from_source
     from ngc_jax.models.save import check_output, save_model
     from ngc_jax.models.sources import open_source
+    from ngc_jax.train.sharding import make_mesh
 
     started = time.perf_counter()
     if config.out is None:
@@ -152,7 +157,11 @@ def convert_and_save(
         window=config.window,
         batch_size=config.batch_size,
         layers_per_pass=1 if config.layers_per_pass is None else config.layers_per_pass,
+        devices=config.devices,
     )
+    local = jax.local_devices()
+    if config.devices > len(local):
+        raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for no more")
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
     with open_source(config.model) as source:
@@ -183,6 +192,7 @@ def convert_and_save(
             window=config.window,
             batch_size=config.batch_size,
             donate=donate,
+            mesh=make_mesh(devices=local[: config.devices]) if config.devices > 1 else None,
             progress=lambda stage, done, total: bar(done, total, stage),
         )
     details = {

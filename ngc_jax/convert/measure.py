@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.output_gradients import measure_output_gradients
@@ -28,6 +29,7 @@ def measure(
     at_once: bool = False,
     window: int = 1024,
     batch_size: int = 4,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Statistics]]:
     """What a recipe needs to know of every block, one layer at a time; other arguments as for `convert`.
@@ -41,7 +43,9 @@ def measure(
         at_once: The statistics of all layers will be held anyway. Then tokens that gradients are taken on are read
             once less: one forward pass serves gradients and inputs.
         window: Tokens in a calibration window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
+        mesh: Its axis "data" shares out the windows of a batch; None for one device. The parameters are on all of its
+            devices.
         progress: Called with (stage, done, in all).
 
     Raises:
@@ -71,6 +75,7 @@ def measure(
             batch_size=max(batch_size // 2, 1),
             # Where statistics of a few layers are to be held at once, so are streams.
             batches_per_call=1 if inputs is None else BATCHES_PER_CALL,
+            mesh=mesh,
             progress=lambda *a: report("gradients", *a),
         )[0]
 
@@ -87,6 +92,7 @@ def measure(
         begun=begun,
         window=window,
         batch_size=batch_size,
+        mesh=mesh,
         progress=lambda *a: report("calibrate", *a),
     )
     for layer, statistics in stream:

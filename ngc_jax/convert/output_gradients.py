@@ -10,13 +10,14 @@ outputs of a block, I its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from ngc_jax.convert.statistics import (
@@ -72,7 +73,7 @@ def _add(
     return new
 
 
-@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums", "upstream"))
+@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums", "upstream"))
 def _backward(
     params: Params,
     teacher: Params | None,
@@ -83,26 +84,34 @@ def _backward(
     *,
     config: DecoderConfig,
     kind: int,
+    mesh: Mesh | None,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
     """Run a layer on a stack, carry the gradient from its output to its input, and add what passes its blocks to sums.
 
     `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if it is the dense model.
     """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
-    nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
-    for role in ROLES:
-        _, _, part, _ = (block := config.block(kind, role)).name.split(".")
-        nothing[part][role] = {"output": jnp.zeros((*x.shape[1:3], block.d_out), x.dtype)}
 
-    def step(k: Array, carry: tuple[Array, dict[str, dict[str, Array]]]) -> tuple[Array, dict[str, dict[str, Array]]]:
+    def step(
+        both: tuple[Params, Params | None],
+        data: Mapping[str, Array],
+        upstream: Array,
+        sums: dict[str, dict[str, Array]],
+    ) -> tuple[Array, dict[str, dict[str, Array]]]:
+        params, teacher = both
+        x, positions = data["x"], data["positions"]
+        nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
+        for role in ROLES:
+            _, _, part, _ = (block := config.block(kind, role)).name.split(".")
+            nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
+
         def run(x: Array, moved: Params) -> tuple[Array, Any]:
             variables = {"params": params, "perturbations": moved}
-            (y, _), sown = layer.apply(variables, x, positions[k], mutable=[BLOCK_INPUTS])
+            (y, _), sown = layer.apply(variables, x, positions, mutable=[BLOCK_INPUTS])
             return y, sown[BLOCK_INPUTS]
 
-        upstream, sums = carry
-        _, pull, sown = jax.vjp(run, x[k], nothing, has_aux=True)
-        downstream, gradients = pull(upstream[k])
+        _, pull, sown = jax.vjp(run, x, nothing, has_aux=True)
+        downstream, gradients = pull(upstream)
         new = {}
         for name, block_sums in sums.items():
             part, role = name.split(".")
@@ -115,9 +124,9 @@ def _backward(
                 read.reshape(-1, read.shape[-1]),
                 gradient.reshape(-1, gradient.shape[-1]),
             )
-        return upstream.at[k].set(downstream), new
+        return downstream, new
 
-    return each_batch(step, (upstream, sums), positions)
+    return each_batch(step, (params, teacher), {"x": x, "positions": positions}, upstream, sums, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("decoder", "loss"))
@@ -167,6 +176,7 @@ def measure_output_gradients(
     window: int = 1024,
     batch_size: int = 2,
     batches_per_call: int = BATCHES_PER_CALL,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, OutputGradients], float]:
     """Measure the gradients of the loss by the outputs of the blocks of a decoder.
@@ -187,8 +197,9 @@ def measure_output_gradients(
         inputs: Add what the blocks read on the way forward, for `calibrate` to go on with. Of the teacher only.
         key: For sampled tokens.
         window: Tokens in a window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
+        mesh: Its axis "data" shares out the windows of a batch; None for one device.
         progress: Called with (batches done, in all).
 
     Returns:
@@ -217,7 +228,7 @@ def measure_output_gradients(
         }
         for layer in chosen
     }
-    stacks = stack_batches(tokens, window, batch_size, batches_per_call)
+    stacks = stack_batches(tokens, window, batch_size, batches_per_call, mesh)
     done, in_all = 0, sum(stack.used() for stack in stacks)
     total = 0.0
     for stack in stacks:
@@ -227,14 +238,14 @@ def measure_output_gradients(
         for layer in range(config.num_layers):
             kind = layer_kind(config, layer)
             if inputs is None:
-                kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind))
+                kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind, mesh=mesh))
             else:
                 y, inputs.layers[layer] = read_layer(
-                    ours(layer), kept[-1], positions, mask, inputs.layers[layer], config=config, kind=kind
+                    ours(layer), kept[-1], positions, mask, inputs.layers[layer], config=config, kind=kind, mesh=mesh
                 )
                 kept.append(y)
             if loss == "teacher":
-                teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind)
+                teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind, mesh=mesh)
         upstream = jnp.zeros_like(last := kept.pop())
         for k in range(stack.used()):
             if key is not None:
@@ -262,6 +273,7 @@ def measure_output_gradients(
                 sums.get(layer, {}),
                 config=config,
                 kind=kind,
+                mesh=mesh,
             )
             if layer in sums:
                 sums[layer] = new

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngc_jax.convert.allocate import DENSE
 from ngc_jax.convert.best_states import States
@@ -40,6 +41,7 @@ def convert(
     window: int = 1024,
     batch_size: int = 4,
     donate: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`, `refine`.
@@ -52,14 +54,19 @@ def convert(
         propagation_tokens: How many of them, from the first, inputs of the converted layers are measured on.
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
         window: Tokens in a calibration window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
         donate: Give up the dense model: a kernel is deleted as soon as its states are made, so that both models never
             are in memory at once.
+        mesh: Its axis "data" shares out the windows of a batch; the parameters go to all of its devices, which this
+            process has. None for one device.
         progress: Called with (stage, done, in all).
 
     Raises:
         UsageError: If the model is compact already, or calibration fails.
     """
+    if mesh is not None:
+        params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()), donate=donate)
+        model = dataclasses.replace(model, params=params)
     refined = bool(recipe.resolved_rounds or recipe.resolved_propagation)
     stream: Iterable[dict[str, Statistics]] = measure(
         model,
@@ -70,6 +77,7 @@ def convert(
         at_once=refined,
         window=window,
         batch_size=batch_size,
+        mesh=mesh,
         progress=progress,
     )
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
@@ -95,6 +103,7 @@ def convert(
         propagation_tokens=propagation_tokens,
         window=window,
         batch_size=batch_size,
+        mesh=mesh,
         donate=donate,
         progress=progress,
     )
@@ -112,6 +121,7 @@ def refine(
     window: int = 1024,
     batch_size: int = 4,
     donate: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Convert anew as often as a recipe has rounds, on gradients measured again, then propagate errors.
@@ -126,15 +136,16 @@ def refine(
         gradient_tokens: As for `convert`.
         propagation_tokens: As for `convert`.
         window: Tokens in a calibration window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
         donate: Delete the dense kernels that states replace.
+        mesh: As for `convert`; the parameters are on all of its devices.
         progress: Called with (stage, done, in all).
     """
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     for left in reversed(range(recipe.resolved_rounds)):
         some = tokens_again(tokens, gradient_tokens)
-        statistics[:] = remeasure(model, recipe, compact, statistics, some, window=window, progress=progress)
+        statistics[:] = remeasure(model, recipe, compact, statistics, some, window=window, mesh=mesh, progress=progress)
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             fitted = fit_groups(model, recipe, statistics, directory, ranks=ranks, progress=progress)
             last = not left and not recipe.resolved_propagation
@@ -149,6 +160,7 @@ def refine(
         tokens[:propagation_tokens],
         window=window,
         batch_size=batch_size,
+        mesh=mesh,
         donate=donate,
         progress=progress,
     )

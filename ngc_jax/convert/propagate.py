@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.convert.best_states import RIDGE, States, mean_diagonal
@@ -41,7 +42,6 @@ from ngc_jax.convert.statistics import (
     each_batch,
     gram,
     layer_kind,
-    mask_of,
     run_layer,
     sown_input,
     stack_batches,
@@ -77,10 +77,15 @@ def carried_over(
     """
     b_IxI = regression(own, cross.T)
     carried = second_moment @ b_IxI.T
-    # E[x x^T] B^T, as the equations that B solves say it; they can be solved, for E[x x^T] is a sum of squares.
-    reached = cross + _SHRINKAGE / (1 - _SHRINKAGE) * _floor(own)[:, None] * (np.eye(len(own)) - b_IxI.T)
-    # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, from as few products as do.
-    total = converted + b_IxI @ (carried + reached - 2 * cross)
+    # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, from as few products and arrays as do:
+    # E[x x^T] B^T = E[x x'^T] + floor (I - B^T), as the equations that B solves say it. They can be solved, for
+    # E[x x^T] is a sum of squares.
+    floor_I = _SHRINKAGE / (1 - _SHRINKAGE) * _floor(own)
+    through = carried - cross
+    through -= floor_I[:, None] * b_IxI.T
+    through[np.diag_indices_from(through)] += floor_I
+    total = b_IxI @ through
+    total += converted
     symmetrise(total)
     return total, carried
 
@@ -128,6 +133,7 @@ def propagate(
     window: int = 1024,
     batch_size: int = 4,
     donate: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Fit all groups anew, layer by layer, at the ranks they have.
@@ -142,14 +148,15 @@ def propagate(
         statistics: What it was converted with, layer by layer.
         tokens: (T,) calibration tokens.
         window: Tokens in a window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
         donate: Delete the dense kernels that states replace.
+        mesh: Its axis "data" shares out the windows of a batch; None for one device.
         progress: Called with (stage, done, in all).
     """
     assert compact.plan is not None
     config, share = model.config, recipe.resolved_propagation
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
-    stacks = stack_batches(tokens, window, batch_size)
+    stacks = stack_batches(tokens, window, batch_size, mesh=mesh)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
     ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
     theirs = list(ours)
@@ -160,7 +167,7 @@ def propagate(
         sums = {site: _no_sums(config.block(0, role).d_in) for role, site in INPUT_SITE.items()}
         for index, (_, positions, mask) in enumerate(stacks):
             theirs[index], sums = _add_both(
-                dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind
+                dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind, mesh=mesh
             )
         moments = {site: _moments(sums.pop(site), len(tokens)) for site in list(sums)}
         targets, moved = _moved(model, layer, statistics[layer], moments, share)
@@ -171,7 +178,7 @@ def propagate(
         found.update(zip((plan.name for plan in here), states, strict=True))
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions, _) in enumerate(stacks):
-            ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind)
+            ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
         if progress is not None:
             progress("propagate", layer + 1, config.num_layers)
     groups = [chosen[plan.name] for plan in compact.plan.groups]
@@ -248,7 +255,7 @@ def _moments(sums: _Sums, count: int) -> list[np.ndarray]:
     return [own, cross, converted]
 
 
-@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("sums",))
+@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums",))
 def _add_both(
     dense: Params,
     compact: Params,
@@ -260,23 +267,27 @@ def _add_both(
     *,
     config: DecoderConfig,
     kind: int,
+    mesh: Mesh | None,
 ) -> tuple[Array, dict[str, _Sums]]:
     """Run a layer of both models on a stack; returns the dense streams after it and the sums."""
     layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
 
-    def step(k: Array, carry: tuple[Array, dict[str, _Sums]]) -> tuple[Array, dict[str, _Sums]]:
-        theirs, sums = carry
-        (after, _), at_theirs = layer.apply({"params": dense}, theirs[k], positions[k], mutable=[BLOCK_INPUTS])
-        _, at_ours = layer.apply({"params": compact}, ours[k], positions[k], mutable=[BLOCK_INPUTS])
+    def step(
+        params: tuple[Params, Params], data: Mapping[str, Any], theirs: Array, sums: dict[str, _Sums]
+    ) -> tuple[Array, dict[str, _Sums]]:
+        dense, compact = params
+        (after, _), at_theirs = layer.apply({"params": dense}, theirs, data["positions"], mutable=[BLOCK_INPUTS])
+        _, at_ours = layer.apply({"params": compact}, data["ours"], data["positions"], mutable=[BLOCK_INPUTS])
         new: dict[str, _Sums] = {}
         for role, site in INPUT_SITE.items():
-            x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), mask_of(mask, k)) for sown in (at_theirs, at_ours))
+            x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), data["mask"]) for sown in (at_theirs, at_ours))
             own, cross, converted = sums[site]
             both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
             new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))
-        return theirs.at[k].set(after), new
+        return after, new
 
-    return each_batch(step, (theirs, sums), positions)
+    data = {"positions": positions, "mask": mask, "ours": ours}
+    return each_batch(step, (dense, compact), data, theirs, sums, mesh=mesh)
 
 
 def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:

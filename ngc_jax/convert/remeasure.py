@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from ngc_jax.convert.best_states import RIDGE, mean_diagonal
 from ngc_jax.convert.output_gradients import measure_output_gradients
@@ -53,6 +54,7 @@ def remeasure(
     *,
     window: int = 1024,
     batch_size: int = 2,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Statistics]]:
     """Correct the gradients' second moments by what the converted model shows.
@@ -70,7 +72,8 @@ def remeasure(
         statistics: What it was converted with, layer by layer.
         tokens: (T,) to take gradients on.
         window: Tokens in a window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
+        mesh: Its axis "data" shares out the windows of a batch; None for one device.
         progress: Called with (stage, done, in all).
     """
     report = progress or (lambda stage, done, total: None)
@@ -85,6 +88,7 @@ def remeasure(
         geometry=recipe.gradients,
         window=window,
         batch_size=batch_size,
+        mesh=mesh,
         progress=lambda *a: report("again", *a),
     )
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
@@ -22,7 +23,10 @@ from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLay
 from ngc_jax.models.load import Params
 from ngc_jax.text import split_windows
 
-Carry = TypeVar("Carry")
+Streams = TypeVar("Streams")
+Sums = TypeVar("Sums")
+# The axis of a mesh that the windows of a batch are shared out over.
+_WINDOWS_AXIS = "data"
 # Batches that a compiled layer takes in turn in one call. The memory it works in comes from the system anew at every
 # call, page by page, which on a CPU takes a tenth as long as the work on one batch.
 BATCHES_PER_CALL = 4
@@ -175,17 +179,23 @@ class Stack(NamedTuple):
 
 
 def stack_batches(
-    tokens: Int[np.ndarray, " T"], window: int, batch_size: int, batches_per_call: int = BATCHES_PER_CALL
+    tokens: Int[np.ndarray, " T"],
+    window: int,
+    batch_size: int,
+    batches_per_call: int = BATCHES_PER_CALL,
+    mesh: Mesh | None = None,
 ) -> list[Stack]:
     """Cut a token stream into stacks of batches of windows, all of one shape.
 
     Args:
         tokens: (T,), one stream.
         window: L, if there are so many tokens.
-        batch_size: B.
+        batch_size: B, or what each device has of it.
         batches_per_call: K, if there are so many batches.
+        mesh: B is shared out over its axis "data"; None for one device.
     """
-    batches = split_windows(tokens, window, batch_size)
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, _WINDOWS_AXIS))
+    batches = split_windows(tokens, window, batch_size * (1 if mesh is None else mesh.shape[_WINDOWS_AXIS]))
     count = min(batches_per_call, len(batches))
     stacks = []
     for start in range(0, len(batches), count):
@@ -193,21 +203,74 @@ def stack_batches(
         missing = ((0, count - len(some)), (0, 0), (0, 0))
         ids, positions = (np.stack(part) for part in zip(*some, strict=True))
         is_token = positions >= 0
-        mask = None if is_token.all() else jax.device_put(np.pad(is_token.astype(np.float32), missing))
+        mask = None if is_token.all() else jax.device_put(np.pad(is_token.astype(np.float32), missing), place)
         positions = np.pad(positions, missing, constant_values=-1)
-        stacks.append(Stack(jax.device_put(np.pad(ids, missing)), jax.device_put(positions), mask))
+        stacks.append(Stack(jax.device_put(np.pad(ids, missing), place), jax.device_put(positions, place), mask))
     return stacks
 
 
-def each_batch(step: Callable[[Array, Carry], Carry], carry: Carry, positions: Int[Array, "K B L"]) -> Carry:
-    """`step(k, carry)` for each batch of a stack that has tokens."""
-    count = (positions >= 0).any(axis=(1, 2)).sum()
-    return jax.lax.fori_loop(0, count, step, carry)
+def each_batch(
+    step: Callable[[Any, Mapping[str, Any], Streams, Sums], tuple[Streams, Sums]],
+    params: Any,
+    data: Mapping[str, Any],
+    streams: Streams,
+    sums: Sums,
+    *,
+    mesh: Mesh | None,
+) -> tuple[Streams, Sums]:
+    """Take the batches of a stack that have tokens in turn.
+
+    Args:
+        step: From parameters, the data and streams of one batch, and the sums so far, to the streams and sums after it.
+        params: Parameters; the same on every device.
+        data: Arrays (K, B, ...) or None; those of "positions" say which batches have tokens.
+        streams: Pytree of arrays (K, B, ...).
+        sums: Pytree of sums over tokens; the same on every device.
+        mesh: Its axis "data" shares out B: a device adds up what its own windows give, and all are added once, at the
+            end. None for one device.
+
+    Returns:
+        Streams and sums.
+    """
+
+    def in_turn(params: Any, data: Mapping[str, Any], streams: Streams, sums: Sums) -> tuple[Streams, Sums]:
+        def one(k: Array, carry: tuple[Streams, Sums]) -> tuple[Streams, Sums]:
+            streams, sums = carry
+            data_k, streams_k = jax.tree.map(lambda leaf: leaf[k], (data, streams))
+            new_k, sums = step(params, data_k, streams_k, sums)
+            return jax.tree.map(lambda leaf, new: leaf.at[k].set(new), streams, new_k), sums
+
+        used = (data["positions"] >= 0).any(axis=(1, 2)).sum()
+        return jax.lax.fori_loop(0, used, one, (streams, sums))
+
+    if mesh is None:
+        return in_turn(params, data, streams, sums)
+
+    def on_device(params: Any, data: Mapping[str, Any], streams: Streams) -> tuple[Streams, Sums]:
+        streams, own = in_turn(
+            params, data, streams, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+        )
+        return streams, jax.lax.psum(own, _WINDOWS_AXIS)
+
+    same, shared_out = PartitionSpec(), PartitionSpec(None, _WINDOWS_AXIS)
+    streams, added = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(same, shared_out, shared_out),
+        out_specs=(shared_out, same),
+        check_vma=False,  # every device takes as many turns as it has batches, which the types cannot follow
+    )(params, data, streams)
+    return streams, _add_sums(sums, added)
 
 
-def mask_of(stack_mask: Float[Array, "K B L"] | None, k: Array) -> Float[Array, "B L"] | None:
-    """The mask of one batch of a stack."""
-    return None if stack_mask is None else stack_mask[k]
+def _add_sums(sums: Sums, added: Sums) -> Sums:
+    def add(one: Any, other: Any) -> Any:
+        if not isinstance(one, Compensated):
+            return one + other
+        total = one.add(other.total)
+        return Compensated(total.total, total.lost + other.lost)
+
+    return jax.tree.map(add, sums, added, is_leaf=lambda x: isinstance(x, Compensated))
 
 
 def layer_kind(config: DecoderConfig, layer: int) -> int:
@@ -216,20 +279,26 @@ def layer_kind(config: DecoderConfig, layer: int) -> int:
     return kinds.index(kinds[layer])
 
 
-@partial(jax.jit, static_argnames=("config", "kind"))
+@partial(jax.jit, static_argnames=("config", "kind", "mesh"))
 def run_layer(
-    params: Params, x: Float[Array, "K B L D"], positions: Int[Array, "K B L"], *, config: DecoderConfig, kind: int
+    params: Params,
+    x: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    *,
+    config: DecoderConfig,
+    kind: int,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "K B L D"]:
-    """The residual streams of a stack after a dense layer; `kind` from `layer_kind`."""
+    """The residual streams of a stack after a dense layer; `kind` from `layer_kind`, `mesh` as for `each_batch`."""
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
 
-    def step(k: Array, x: Array) -> Array:
-        return x.at[k].set(layer.apply({"params": params}, x[k], positions[k])[0])
+    def step(params: Params, data: Mapping[str, Array], x: Array, sums: None) -> tuple[Array, None]:
+        return layer.apply({"params": params}, x, data["positions"])[0], sums
 
-    return each_batch(step, x, positions)
+    return each_batch(step, params, {"positions": positions}, x, None, mesh=mesh)[0]
 
 
-@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("moments",))
+@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("moments",))
 def read_layer(
     params: Params,
     x: Float[Array, "K B L D"],
@@ -239,6 +308,7 @@ def read_layer(
     *,
     config: DecoderConfig,
     kind: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Moments]]:
     """Run one dense layer on a stack of batches and add what its blocks read to the sums.
 
@@ -250,20 +320,22 @@ def read_layer(
         moments: Sums so far, by input site.
         config: The architecture.
         kind: From `layer_kind`.
+        mesh: As for `each_batch`.
 
     Returns:
         The residual streams after it, and the sums.
     """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
 
-    def step(k: Array, carry: tuple[Array, dict[str, Moments]]) -> tuple[Array, dict[str, Moments]]:
-        x, moments = carry
-        (y, _), sown = layer.apply({"params": params}, x[k], positions[k], mutable=[BLOCK_INPUTS])
+    def step(
+        params: Params, data: Mapping[str, Any], x: Array, moments: dict[str, Moments]
+    ) -> tuple[Array, dict[str, Moments]]:
+        (y, _), sown = layer.apply({"params": params}, x, data["positions"], mutable=[BLOCK_INPUTS])
         inputs = sown[BLOCK_INPUTS]
-        new = {site: add_tokens(sums, _at_site(inputs, site), mask_of(mask, k)) for site, sums in moments.items()}
-        return x.at[k].set(y), new
+        new = {site: add_tokens(sums, _at_site(inputs, site), data["mask"]) for site, sums in moments.items()}
+        return y, new
 
-    return each_batch(step, (x, moments), positions)
+    return each_batch(step, params, {"positions": positions, "mask": mask}, x, moments, mesh=mesh)
 
 
 def sown_input(sown: Mapping[str, Any], role: str) -> Array:
@@ -286,6 +358,7 @@ def calibrate(
     begun: InputSums | None = None,
     window: int = 1024,
     batch_size: int = 4,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Statistics]]]:
     """Measure the inputs of every block of a dense model, one layer after the other.
@@ -299,7 +372,8 @@ def calibrate(
         tokens: (T,), one stream of token ids; cut into windows.
         begun: Sums over tokens that were read before these; taken from it layer by layer.
         window: Tokens in a window.
-        batch_size: Windows that run at once.
+        batch_size: Windows that run at once, on each device.
+        mesh: As for `each_batch`; the parameters are on all of its devices.
         progress: Called with (layer batches done, in all).
 
     Yields:
@@ -311,7 +385,7 @@ def calibrate(
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    stacks = stack_batches(tokens, window, batch_size) if len(tokens) else []
+    stacks = stack_batches(tokens, window, batch_size, mesh=mesh) if len(tokens) else []
     counts = np.cumsum([stack.used() for stack in stacks])
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, param_dtype=dtype)
@@ -328,6 +402,7 @@ def calibrate(
                 moments,
                 config=config,
                 kind=layer_kind(config, layer),
+                mesh=mesh,
             )
             if progress is not None:
                 jax.block_until_ready(moments)

@@ -144,9 +144,11 @@ def test_text_that_the_model_samples_itself(dense, tmp_path):
     assert json.loads(result.read_text())["calibration"] == {"text": "sampled", "tokens": 96, "window": 32}
 
 
-def test_full_rank_option(dense, text, tmp_path):
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_full_rank_option(dense, text, tmp_path, devices):
     out = tmp_path / "full"
-    assert cli.main(["convert", dense, "--rank", "full", "--text", text, *SHORT, "--out", str(out)]) == 0
+    flags = ["--rank", "full", "--text", text, *SHORT, "--devices", devices]
+    assert cli.main(["convert", dense, *flags, "--out", str(out)]) == 0
     tokens = random_tokens(20)
     before, after = (
         np.asarray(forward(model.params, tokens[None], decoder=model.decoder)[0])
@@ -159,6 +161,8 @@ BAD_INPUT = {
     "no such model": (["convert", "no/such/dir/model"], "no/such/dir/model"),
     "keep 0": (["convert", "{dense}", "--keep", "0"], "outside (0, 1]"),
     "keep 1.5": (["convert", "{dense}", "--keep", "1.5"], "outside (0, 1]"),
+    "no devices": (["convert", "{dense}", "--devices", "0"], "expected at least 1"),
+    "too many devices": (["convert", "{dense}", "--devices", "9"], "this machine has 8"),
     "keep word": (["convert", "{dense}", "--keep", "most"], "keep"),
     "tiny keep": (["convert", "{dense}", "--keep", "0.001"], "the least; raise it"),
     "topology syntax": (["convert", "{dense}", "--topology", "qk--v"], "^"),
