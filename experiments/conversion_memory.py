@@ -25,6 +25,7 @@ from flax import traverse_util
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.host_memory import peak_bytes
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import INPUT_SITE, Decoder
 from ngc_jax.models.load import LanguageModel
@@ -64,14 +65,6 @@ def synthetic_model(layers: int, seed: int = 0) -> LanguageModel:
         raise NotImplementedError("a synthetic model has no tokenizer")
 
     return LanguageModel("synthetic", config, None, traverse_util.unflatten_dict(flat), hf_config, no_tokenizer)
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def main() -> None:

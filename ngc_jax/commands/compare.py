@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -289,17 +288,12 @@ class Comparison:
             flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
             flags += ["--propagation-tokens", str(c.propagation_tokens)]
             flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ngc_jax.cli", "convert", *flags], stdout=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode != 0:
-                raise UsageError(f"converting {entry.variant} in its own process failed with {process.returncode}")
+            command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
+            returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+            if returned != 0:
+                raise UsageError(f"converting {entry.variant} in its own process failed with {returned}")
             summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
-        # In KiB on Linux, in bytes on macOS.
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"seconds": summary["seconds"], "peak_bytes": peak}
+        return {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"]}
 
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")

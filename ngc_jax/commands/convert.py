@@ -139,6 +139,7 @@ def convert_and_save(
     from ngc_jax.convert.pipeline import convert
     from ngc_jax.convert.ranks import check_budget
     from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
@@ -219,11 +220,12 @@ def convert_and_save(
             "total_dense_parameters": dense_parameters,
             "out": config.out,
             "seconds": time.perf_counter() - started,
+            "peak_bytes": peak_bytes(),
         }
     console.print(
         f"{config.out}: {summary['groups']} groups, keep ratio {summary['keep_ratio']:.4f} "
         f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
-        f"{summary['seconds']:.0f} s"
+        f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 2**30:.2f} GiB of memory at most"
     )
     return dense, compact, summary
 
