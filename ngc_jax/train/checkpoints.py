@@ -91,6 +91,7 @@ class Checkpoints:
         reasons = []
         for step in self.steps:
             try:
+                self._check_shapes(step, abstract)
                 found = self._manager.restore(
                     step,
                     args=ocp.args.Composite(
@@ -114,6 +115,23 @@ class Checkpoints:
             )
         return None
 
+    def _check_shapes(self, step: int, abstract: Any) -> None:
+        """Raises ValueError if an array has another shape than is wanted.
+
+        Orbax would notice while it reads, and leave the reading of the other arrays unfinished.
+        """
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(self._directory / str(step) / "state").item_metadata
+        shapes = _shapes(saved.tree)
+        for name, wanted in _shapes(abstract).items():
+            if shapes.get(name, wanted) != wanted:
+                raise ValueError(f"{name} has shape {shapes[name]}, expected {wanted}")
+
     def wait(self) -> None:
         """Until what was begun is written."""
         self._manager.wait_until_finished()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
