@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from ngc_jax.convert.gradients import measure_fisher
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.statistics import BATCHES_PER_CALL, InputSums, OutputGradients, Statistics, calibrate
+from ngc_jax.convert.stacks import BATCHES_PER_CALL
+from ngc_jax.convert.statistics import InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.models.load import LanguageModel
 

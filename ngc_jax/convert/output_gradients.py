@@ -20,18 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.convert.statistics import (
-    BATCHES_PER_CALL,
-    InputSums,
-    OutputGradients,
-    each_batch,
-    gram,
-    layer_kind,
-    read_layer,
-    run_layer,
-    sown_input,
-    stack_batches,
-)
+from ngc_jax.convert.stacks import BATCHES_PER_CALL, each_batch, stack_batches
+from ngc_jax.convert.statistics import InputSums, OutputGradients, gram, layer_kind, read_layer, run_layer, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Plan

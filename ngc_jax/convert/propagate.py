@@ -36,18 +36,8 @@ from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.spill import Fitted
-from ngc_jax.convert.statistics import (
-    Compensated,
-    Statistics,
-    each_batch,
-    gram,
-    layer_kind,
-    run_layer,
-    sown_input,
-    stack_batches,
-    symmetrise,
-    token_rows,
-)
+from ngc_jax.convert.stacks import Compensated, each_batch, stack_batches
+from ngc_jax.convert.statistics import Statistics, gram, layer_kind, run_layer, sown_input, symmetrise, token_rows
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer

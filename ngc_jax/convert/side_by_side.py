@@ -27,8 +27,7 @@ def side_by_side(
     """`run` of every item, in order; on as many threads as there are cores if all items are small.
 
     BLAS threads wait for each other by spinning. On small matrices two gain little alone, and on a machine that does
-    anything else besides they cost tens of times more than one. So there is one for an item, unless it is more work
-    than all others together.
+    anything else besides they cost tens of times more than one. So there is one for an item.
 
     Args:
         run: Pure, and mostly NumPy or SciPy, which let go of the interpreter.
@@ -39,14 +38,10 @@ def side_by_side(
     if not all(width < _SMALL_MATRIX for width in widths):
         yield from map(run, items)
         return
-    longest = max(range(len(items)), key=lambda index: costs[index], default=None)
-    alone: dict[int, Result] = {}
-    if longest is not None and costs[longest] > sum(costs) / 2:
-        alone[longest] = run(items[longest])
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(items), _AT_ONCE):
             some = range(start, min(start + _AT_ONCE, len(items)))
-            longest_first = sorted((index for index in some if index not in alone), key=lambda index: -costs[index])
+            longest_first = sorted(some, key=lambda index: -costs[index])
             futures = {index: pool.submit(run, items[index]) for index in longest_first}
             for index in some:
-                yield alone.pop(index) if index in alone else futures.pop(index).result()
+                yield futures.pop(index).result()

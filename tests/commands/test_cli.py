@@ -50,6 +50,7 @@ def test_convert_writes_a_model_and_counts_what_it_stored(compact, dense):
     assert summary["keep_ratio"] <= 0.6
     assert summary["total_parameters"] == model.count_parameters()
     assert summary["total_dense_parameters"] == load_model(dense).count_parameters()
+    assert 2**27 < summary["peak_bytes"] < 2**36
     assert model.conversion["topology"] == "qkv-o-ug-d"
     assert f"{summary['stored_parameters']:,}" in Path(out, "README.md").read_text()
 

@@ -99,7 +99,7 @@ def test_costs_that_an_interrupted_run_did_not_measure_are_measured(compared, mo
     config = tmp_path / "compare.yaml"
     config.write_text(yaml.safe_dump({"variants": {"svd": {"method": "svd", "cost": True}}, "keep": [0.7, 0.5]}))
     flags = [str(config) if flag.endswith(".yaml") else flag for flag in flags] + ["--window", "32"]
-    measured = []
+    measured, in_own_process = [], Comparison._measure_cost
 
     def interrupted(self, entry):
         raise KeyboardInterrupt
@@ -114,8 +114,17 @@ def test_costs_that_an_interrupted_run_did_not_measure_are_measured(compared, mo
     for _ in range(2):
         assert cli.main(flags) == 0
     assert measured == [("svd", 0.7)]
-    row = json.loads((out / "entries" / "svd-0.7.json").read_text())
+    file = out / "entries" / "svd-0.7.json"
+    row = json.loads(file.read_text())
     assert row["cost"] == {"seconds": 1.5, "peak_bytes": 2**20}
+
+    del row["cost"]
+    file.write_text(json.dumps(row))
+    monkeypatch.setattr(Comparison, "_measure_cost", in_own_process)
+    assert cli.main(flags) == 0
+    cost = json.loads(file.read_text())["cost"]
+    assert cost["seconds"] > 0
+    assert 2**27 < cost["peak_bytes"] < 2**36
 
 
 @pytest.mark.parametrize(

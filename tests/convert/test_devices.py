@@ -1,5 +1,7 @@
 """Windows shared out over devices: the same statistics and the same model as on one."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from ngc_jax.convert.measure import measure
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import remeasure
+from ngc_jax.convert.stacks import stack_batches
+from ngc_jax.convert.statistics import run_layer
 from ngc_jax.train.sharding import make_mesh
 from tests.tiny import random_tokens, tiny_model
 
@@ -42,7 +46,7 @@ def test_statistics_do_not_depend_on_how_many_devices_measure_them(at_once):
     options = {"gradient_tokens": 70, "window": 20, "batch_size": 2, "at_once": at_once}
     expected = list(measure(model, RECIPE, TOKENS, **options))
     mesh = mesh_of(3)
-    placed = type(model)(model.name, model.config, model.plan, on_all(model, mesh), model.hf_config, None)
+    placed = dataclasses.replace(model, params=on_all(model, mesh))
     found = list(measure(placed, RECIPE, TOKENS, mesh=mesh, **options))
     assert_same(found, expected)
 
@@ -65,8 +69,6 @@ def test_a_conversion_with_all_levers_makes_the_same_model():
 
 def test_devices_work_on_their_own_windows_only():
     """The compiled layer has no array of all windows on any device."""
-    from ngc_jax.convert.statistics import run_layer, stack_batches
-
     model, mesh = tiny_model(), mesh_of(4)
     (stack,) = stack_batches(TOKENS, 20, 2, mesh=mesh)
     x = jax.device_put(np.zeros((*stack.tokens.shape, model.config.embed_dim), np.float32), stack.tokens.sharding)

@@ -2,7 +2,6 @@ import threading
 import time
 
 import pytest
-from threadpoolctl import threadpool_info
 
 from ngc_jax.convert.side_by_side import side_by_side
 
@@ -30,14 +29,6 @@ def test_the_longest_begins_first_unless_there_is_a_large_one():
     assert begun([5, 5, 5, 5])[-1] == 0
     assert begun([5, 5, 5, 5])[-2] == 1
     assert begun([5, 5, 10_000, 5]) == [0, 1, 2, 3]
-
-
-def test_an_item_that_is_most_of_the_work_has_all_threads():
-    def threads(item):
-        return max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
-
-    before = threads(0)
-    assert list(side_by_side(threads, [0, 1, 2], costs=[1.0, 9.0, 2.0], widths=[5] * 3)) == [1, before, 1]
 
 
 def test_an_error_reaches_the_caller():

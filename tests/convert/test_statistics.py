@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.statistics import Compensated, calibrate, gram, layer_kind, stack_batches
+from ngc_jax.convert.stacks import Compensated, stack_batches
+from ngc_jax.convert.statistics import calibrate, gram, layer_kind
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import BLOCK_INPUTS
 from ngc_jax.text import split_windows

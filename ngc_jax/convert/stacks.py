@@ -1,0 +1,158 @@
+"""Batches of windows that one compiled call takes in turn, on one device or several, and sums over their tokens.
+
+Legend: K batches of a stack, B windows of a batch, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.text import split_windows
+
+Streams = TypeVar("Streams")
+Sums = TypeVar("Sums")
+# The axis of a mesh that the windows of a batch are shared out over.
+_WINDOWS_AXIS = "data"
+# Batches that a compiled layer takes in turn in one call. The memory it works in comes from the system anew at every
+# call, page by page, which on a CPU takes a tenth as long as the work on one batch.
+BATCHES_PER_CALL = 4
+
+
+class Compensated(NamedTuple):
+    """A float32 sum and the part of it that float32 lost."""
+
+    total: Array
+    lost: Array
+
+    def add(self, x: Array) -> Compensated:
+        """Add x without losing what the total cannot hold (Knuth's two-sum)."""
+        total = self.total + x
+        virtual = total - self.total
+        error = (self.total - (total - virtual)) + (x - virtual)
+        return Compensated(total, self.lost + error)
+
+    def value(self) -> np.ndarray:
+        """The sum in float64 on the host."""
+        value = np.array(self.total, np.float64)
+        value += np.asarray(self.lost)  # in place: these matrices are the largest things a conversion holds
+        return value
+
+
+class Stack(NamedTuple):
+    """Batches that one call takes in turn.
+
+    Attributes:
+        tokens: (K, B, L).
+        positions: (K, B, L); -1 for padding. Batches of nothing else come last, and are not touched.
+        mask: (K, B, L), 1 for a token, 0 for padding; None if there is none in the batches that are touched.
+    """
+
+    tokens: Int[Array, "K B L"]
+    positions: Int[Array, "K B L"]
+    mask: Float[Array, "K B L"] | None
+
+    def used(self) -> int:
+        """Batches that have tokens."""
+        return int((np.asarray(self.positions) >= 0).any(axis=(1, 2)).sum())
+
+
+def stack_batches(
+    tokens: Int[np.ndarray, " T"],
+    window: int,
+    batch_size: int,
+    batches_per_call: int = BATCHES_PER_CALL,
+    mesh: Mesh | None = None,
+) -> list[Stack]:
+    """Cut a token stream into stacks of batches of windows, all of one shape.
+
+    Args:
+        tokens: (T,), one stream.
+        window: L, if there are so many tokens.
+        batch_size: B, or what each device has of it.
+        batches_per_call: K, if there are so many batches.
+        mesh: B is shared out over its axis "data"; None for one device.
+    """
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, _WINDOWS_AXIS))
+    batches = split_windows(tokens, window, batch_size * (1 if mesh is None else mesh.shape[_WINDOWS_AXIS]))
+    count = min(batches_per_call, len(batches))
+    stacks = []
+    for start in range(0, len(batches), count):
+        some = batches[start : start + count]
+        missing = ((0, count - len(some)), (0, 0), (0, 0))
+        ids, positions = (np.stack(part) for part in zip(*some, strict=True))
+        is_token = positions >= 0
+        mask = None if is_token.all() else jax.device_put(np.pad(is_token.astype(np.float32), missing), place)
+        positions = np.pad(positions, missing, constant_values=-1)
+        stacks.append(Stack(jax.device_put(np.pad(ids, missing), place), jax.device_put(positions, place), mask))
+    return stacks
+
+
+def each_batch(
+    step: Callable[[Any, Mapping[str, Any], Streams, Sums], tuple[Streams, Sums]],
+    params: Any,
+    data: Mapping[str, Any],
+    streams: Streams,
+    sums: Sums,
+    *,
+    mesh: Mesh | None,
+) -> tuple[Streams, Sums]:
+    """Take the batches of a stack that have tokens in turn.
+
+    Args:
+        step: From parameters, the data and streams of one batch, and the sums so far, to the streams and sums after it.
+        params: Parameters; the same on every device.
+        data: Arrays (K, B, ...) or None; those of "positions" say which batches have tokens.
+        streams: Pytree of arrays (K, B, ...).
+        sums: Pytree of sums over tokens; the same on every device.
+        mesh: Its axis "data" shares out B: a device adds up what its own windows give, and all are added once, at the
+            end. None for one device.
+
+    Returns:
+        Streams and sums.
+    """
+
+    def in_turn(params: Any, data: Mapping[str, Any], streams: Streams, sums: Sums) -> tuple[Streams, Sums]:
+        def one(k: Array, carry: tuple[Streams, Sums]) -> tuple[Streams, Sums]:
+            streams, sums = carry
+            data_k, streams_k = jax.tree.map(lambda leaf: leaf[k], (data, streams))
+            new_k, sums = step(params, data_k, streams_k, sums)
+            return jax.tree.map(lambda leaf, new: leaf.at[k].set(new), streams, new_k), sums
+
+        used = (data["positions"] >= 0).any(axis=(1, 2)).sum()
+        return jax.lax.fori_loop(0, used, one, (streams, sums))
+
+    if mesh is None:
+        return in_turn(params, data, streams, sums)
+
+    def on_device(params: Any, data: Mapping[str, Any], streams: Streams) -> tuple[Streams, Sums]:
+        streams, own = in_turn(
+            params, data, streams, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+        )
+        return streams, jax.lax.psum(own, _WINDOWS_AXIS)
+
+    same, shared_out = PartitionSpec(), PartitionSpec(None, _WINDOWS_AXIS)
+    streams, added = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(same, shared_out, shared_out),
+        out_specs=(shared_out, same),
+        check_vma=False,  # every device takes as many turns as it has batches, which the types cannot follow
+    )(params, data, streams)
+    return streams, _add_sums(sums, added)
+
+
+def _add_sums(sums: Sums, added: Sums) -> Sums:
+    def add(one: Any, other: Any) -> Any:
+        if not isinstance(one, Compensated):
+            return one + other
+        total = one.add(other.total)
+        return Compensated(total.total, total.lost + other.lost)
+
+    return jax.tree.map(add, sums, added, is_leaf=lambda x: isinstance(x, Compensated))
