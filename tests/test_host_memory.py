@@ -1,9 +1,18 @@
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from ngc_jax.host_memory import peak_bytes
+from ngc_jax.host_memory import give_back_freed, peak_bytes
+
+
+def resident_bytes():
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
 
 
 def test_the_peak_is_this_process_s_own():
@@ -14,3 +23,14 @@ def test_the_peak_is_this_process_s_own():
     program = "from ngc_jax.host_memory import peak_bytes; print(peak_bytes())"
     child = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout)
     assert 2**20 < child < large.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give back what is freed by themselves")
+def test_freed_memory_is_given_back():
+    pieces = [bytearray(60_000) for _ in range(5_000)]  # each too small for a mapping of its own
+    pin = bytearray(60_000)  # what is below it in the pool cannot be given back by making the pool shorter
+    del pieces
+    before = resident_bytes()
+    give_back_freed()
+    assert resident_bytes() < before - 200_000_000
+    assert pin

@@ -14,6 +14,7 @@ from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.stacks import BATCHES_PER_CALL
 from ngc_jax.convert.statistics import InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
+from ngc_jax.host_memory import give_back_freed
 from ngc_jax.models.load import LanguageModel
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,9 @@ def measure(
     needs, config = recipe.definition.needs, model.config
     if needs == "nothing":
         return
+    # Where no more than a layer's statistics are held although there are gradients, memory matters more than time.
+    sparing = needs == "gradients" and not at_once
+    batches_per_call = 1 if sparing else BATCHES_PER_CALL
     fisher = None
     if needs == "fisher":
         fisher = measure_fisher(model, tokens, window=window, progress=lambda *a: report("gradients", *a))
@@ -74,8 +78,7 @@ def measure(
             inputs=inputs,
             window=window,
             batch_size=max(batch_size // 2, 1),
-            # Where statistics of a few layers are to be held at once, so are streams.
-            batches_per_call=1 if inputs is None else BATCHES_PER_CALL,
+            batches_per_call=batches_per_call,
             mesh=mesh,
             progress=lambda *a: report("gradients", *a),
         )[0]
@@ -93,6 +96,7 @@ def measure(
         begun=begun,
         window=window,
         batch_size=batch_size,
+        batches_per_call=batches_per_call,
         mesh=mesh,
         progress=lambda *a: report("calibrate", *a),
     )
@@ -103,5 +107,9 @@ def measure(
             statistics = {n: dataclasses.replace(s, fisher=fisher[n]) for n, s in statistics.items()}
         if gradients:
             statistics = {n: dataclasses.replace(s, gradients=gradients.pop(n)) for n, s in statistics.items()}
+        if sparing:
+            give_back_freed()
         yield statistics
         del statistics  # or it would live on while the next layer is measured
+        if sparing:
+            give_back_freed()

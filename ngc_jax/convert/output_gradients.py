@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from ngc_jax.convert.grams import gram, whole, zero_bands
 from ngc_jax.convert.stacks import BATCHES_PER_CALL, each_batch, stack_batches
-from ngc_jax.convert.statistics import InputSums, OutputGradients, gram, layer_kind, read_layer, run_layer, sown_input
+from ngc_jax.convert.statistics import InputSums, OutputGradients, layer_kind, read_layer, run_layer, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Plan
@@ -34,29 +35,30 @@ Loss = Literal["text", "sampled", "teacher"]
 LayerParams = Callable[[int], Params]
 
 
-def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool) -> dict[str, Array]:
-    sums = {"mean_square": jnp.zeros(d_out)}
+def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool) -> dict[str, Any]:
+    sums: dict[str, Any] = {"mean_square": jnp.zeros(d_out)}
     if geometry == "full":
-        sums["second_moment"] = jnp.zeros((min(d_out, d_in),) * 2)
+        sums["second_moment"] = zero_bands(min(d_out, d_in))
     if slopes:
         sums["slope"] = jnp.zeros(())
     return sums
 
 
 def _add(
-    sums: dict[str, Array], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array
-) -> dict[str, Array]:
+    sums: dict[str, Any], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array
+) -> dict[str, Any]:
     """Add the tokens of a batch to a block's sums; padded tokens have no gradient.
 
     With None for the teacher's kernel, where it is the block's own, XLA finds W^T g in the backward pass.
     """
     teacher_MxI = kernel_MxI if teacher_MxI is None else teacher_MxI
     x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
-    new = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
+    new: dict[str, Any] = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
     kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
     if "second_moment" in sums:
         d_out, d_in = teacher_MxI.shape
-        new["second_moment"] = sums["second_moment"] + gram(g_TxM if d_out <= d_in else g_TxM @ teacher_MxI)
+        products = gram(g_TxM if d_out <= d_in else g_TxM @ teacher_MxI)
+        new["second_moment"] = jax.tree.map(jnp.add, sums["second_moment"], products)
     if "slope" in sums:
         # The difference of the weights, not of two products: those may be of few bits.
         new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
@@ -70,12 +72,12 @@ def _backward(
     x: Float[Array, "K B L D"],
     positions: Int[Array, "K B L"],
     upstream: Float[Array, "K B L D"],
-    sums: dict[str, dict[str, Array]],
+    sums: dict[str, dict[str, Any]],
     *,
     config: DecoderConfig,
     kind: int,
     mesh: Mesh | None,
-) -> tuple[Array, dict[str, dict[str, Array]]]:
+) -> tuple[Array, dict[str, dict[str, Any]]]:
     """Run a layer on a stack, carry the gradient from its output to its input, and add what passes its blocks to sums.
 
     `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if it is the dense model.
@@ -86,8 +88,8 @@ def _backward(
         both: tuple[Params, Params | None],
         data: Mapping[str, Array],
         upstream: Array,
-        sums: dict[str, dict[str, Array]],
-    ) -> tuple[Array, dict[str, dict[str, Array]]]:
+        sums: dict[str, dict[str, Any]],
+    ) -> tuple[Array, dict[str, dict[str, Any]]]:
         params, teacher = both
         x, positions = data["x"], data["positions"]
         nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
@@ -280,7 +282,8 @@ def measure_output_gradients(
         for role in ROLES:
             block = config.block(layer, role)
             mean: dict[str, Any] = {
-                name: np.asarray(value, np.float64) / len(tokens)
+                name: (whole(map(np.asarray, value)) if isinstance(value, tuple) else np.asarray(value, np.float64))
+                / len(tokens)
                 for name, value in sums[layer].pop(".".join(block.name.split(".")[2:])).items()
             }
             if not all(np.isfinite(value).all() for value in mean.values()):

@@ -37,7 +37,16 @@ from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.spill import Fitted
 from ngc_jax.convert.stacks import Compensated, each_batch, stack_batches
-from ngc_jax.convert.statistics import Statistics, gram, layer_kind, run_layer, sown_input, symmetrise, token_rows
+from ngc_jax.convert.statistics import (
+    Statistics,
+    add_products,
+    layer_kind,
+    mean_product,
+    no_products,
+    run_layer,
+    sown_input,
+    token_rows,
+)
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
@@ -76,8 +85,17 @@ def carried_over(
     through[np.diag_indices_from(through)] += floor_I
     total = b_IxI @ through
     total += converted
-    symmetrise(total)
+    _symmetrise(total)
     return total, carried
+
+
+def _symmetrise(matrix: np.ndarray, rows: int = 512) -> None:
+    """Replace a square matrix by the mean of it and its transpose, in place, a band of rows at a time."""
+    for start in range(0, len(matrix), rows):
+        band = slice(start, start + rows)
+        mean = (matrix[band, start:] + matrix[start:, band].T) / 2
+        matrix[band, start:] = mean
+        matrix[start:, band] = mean.T
 
 
 def regression(
@@ -228,21 +246,16 @@ def _moved(
 
 
 # E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens.
-_Sums = tuple[Compensated, Compensated, Compensated]
+_Sums = tuple[tuple[Compensated, ...], Compensated, tuple[Compensated, ...]]
 
 
 def _no_sums(width: int) -> _Sums:
-    def zeros() -> Compensated:
-        return Compensated(jnp.zeros((width, width), jnp.float32), jnp.zeros((width, width), jnp.float32))
-
-    return zeros(), zeros(), zeros()
+    return no_products(width), Compensated.zeros_like(jnp.zeros((width, width))), no_products(width)
 
 
 def _moments(sums: _Sums, count: int) -> list[np.ndarray]:
-    own, cross, converted = (part.value() / count for part in sums)
-    symmetrise(own)
-    symmetrise(converted)
-    return [own, cross, converted]
+    own, cross, converted = sums
+    return [mean_product(own, count), cross.value() / count, mean_product(converted, count)]
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums",))
@@ -273,7 +286,7 @@ def _add_both(
             x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), data["mask"]) for sown in (at_theirs, at_ours))
             own, cross, converted = sums[site]
             both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
-            new[site] = (own.add(gram(x)), cross.add(both), converted.add(gram(y)))
+            new[site] = (add_products(own, x), cross.add(both), add_products(converted, y))
         return after, new
 
     data = {"positions": positions, "mask": mask, "ours": ours}

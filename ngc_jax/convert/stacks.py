@@ -31,6 +31,11 @@ class Compensated(NamedTuple):
     total: Array
     lost: Array
 
+    @classmethod
+    def zeros_like(cls, x: Array) -> Compensated:
+        """A sum of nothing."""
+        return cls(jnp.zeros_like(x), jnp.zeros_like(x))
+
     def add(self, x: Array) -> Compensated:
         """Add x without losing what the total cannot hold (Knuth's two-sum)."""
         total = self.total + x

@@ -16,15 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.convert.stacks import Compensated, each_batch, stack_batches
+from ngc_jax.convert.grams import gram, whole, zero_bands
+from ngc_jax.convert.stacks import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import Params
-
-# Widest band of columns in a product of a matrix with itself.
-_BAND = 384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +65,32 @@ class Statistics:
 
 
 class Moments(NamedTuple):
-    """Running sums over the tokens of one input site."""
+    """Running sums over the tokens of one input site; of second moments the `grams.Bands`."""
 
-    second: Compensated
+    second: tuple[Compensated, ...]
     absolute: Compensated
 
 
 def init_moments(width: int) -> Moments:
     """Sums over no tokens, for inputs of `width` neurons."""
+    return Moments(no_products(width), Compensated.zeros_like(jnp.zeros(width)))
 
-    def zeros(*shape: int) -> Compensated:
-        return Compensated(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
-    return Moments(zeros(width, width), zeros(width))
+def no_products(width: int) -> tuple[Compensated, ...]:
+    """Second moments of no tokens."""
+    return tuple(map(Compensated.zeros_like, zero_bands(width)))
+
+
+def add_products(sums: tuple[Compensated, ...], x_TxD: Float[Array, "T D"]) -> tuple[Compensated, ...]:
+    """Add x^T x."""
+    return tuple(total.add(band) for total, band in zip(sums, gram(x_TxD), strict=True))
+
+
+def mean_product(sums: tuple[Compensated, ...], count: int) -> Float[np.ndarray, "D D"]:
+    """E[x x^T] over so many tokens, in float64."""
+    mean = whole(band.value() for band in sums)
+    mean /= count
+    return mean
 
 
 class InputSums:
@@ -99,21 +110,6 @@ def _init_sites(config: DecoderConfig) -> dict[str, Moments]:
     return {INPUT_SITE[role]: init_moments(config.block(0, role).d_in) for role in INPUT_SITE}
 
 
-def gram(x_TxD: Float[Array, "T D"]) -> Float[Array, "D D"]:
-    """x^T x in float32; bands of columns, so that what is the same by symmetry is not computed twice."""
-    count = -(-x_TxD.shape[1] // _BAND)
-    bands = jnp.array_split(x_TxD, count, axis=1)
-    blocks: list[list[Array]] = []
-    for row in range(count):
-        above = [blocks[earlier][row].T for earlier in range(row)]
-        here = [
-            jnp.einsum("ti,tj->ij", bands[row], band, precision="highest", preferred_element_type=jnp.float32)
-            for band in bands[row:]
-        ]
-        blocks.append(above + here)
-    return jnp.block(blocks)
-
-
 def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Moments:
     """Add the tokens whose mask is 1.
 
@@ -123,7 +119,7 @@ def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float
         mask_BxL: 1 for a token, 0 for padding; None if there is none.
     """
     x_TxD = token_rows(x_BxLxD, mask_BxL)
-    return Moments(moments.second.add(gram(x_TxD)), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
+    return Moments(add_products(moments.second, x_TxD), moments.absolute.add(jnp.abs(x_TxD).sum(axis=0)))
 
 
 def token_rows(x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Float[Array, "T D"]:
@@ -218,6 +214,7 @@ def calibrate(
     begun: InputSums | None = None,
     window: int = 1024,
     batch_size: int = 4,
+    batches_per_call: int = BATCHES_PER_CALL,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Statistics]]]:
@@ -233,6 +230,7 @@ def calibrate(
         begun: Sums over tokens that were read before these; taken from it layer by layer.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
+        batches_per_call: Batches of a stack.
         mesh: As for `each_batch`; the parameters are on all of its devices.
         progress: Called with (layer batches done, in all).
 
@@ -245,7 +243,7 @@ def calibrate(
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    stacks = stack_batches(tokens, window, batch_size, mesh=mesh) if len(tokens) else []
+    stacks = stack_batches(tokens, window, batch_size, batches_per_call, mesh) if len(tokens) else []
     counts = np.cumsum([stack.used() for stack in stacks])
     dtype = jax.tree.leaves(params["layers"])[0].dtype
     decoder = Decoder(config, param_dtype=dtype)
@@ -278,16 +276,4 @@ def calibrate(
 
 
 def _statistics(moments: Moments, count: int) -> Statistics:
-    second, absolute = moments.second.value(), moments.absolute.value()
-    second /= count
-    symmetrise(second)
-    return Statistics(count, second, absolute / count)
-
-
-def symmetrise(matrix: np.ndarray, rows: int = 512) -> None:
-    """Replace a square matrix by the mean of it and its transpose, in place, a band of rows at a time."""
-    for start in range(0, len(matrix), rows):
-        band = slice(start, start + rows)
-        mean = (matrix[band, start:] + matrix[start:, band].T) / 2
-        matrix[band, start:] = mean
-        matrix[start:, band] = mean.T
+    return Statistics(count, mean_product(moments.second, count), moments.absolute.value() / count)
