@@ -60,7 +60,7 @@ class CompareConfig:
     keep: list[float] | None = None
     text: str = "pydoc:first-half"
     calibration_tokens: int = 65_536
-    gradient_tokens: int = 24_576
+    gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     evaluation_text: str = "pydoc:second-half"
     skip_tokens: int = 0

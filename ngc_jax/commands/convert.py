@@ -100,7 +100,7 @@ class ConvertConfig:
     metric_rank: int = 0
     lift: int = 0
     fit_steps: int = 2000
-    gradient_tokens: int = 24_576
+    gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
     text: str = "pydoc:first-half"

@@ -49,7 +49,7 @@ def fit_all(
         UsageError: If weights or statistics are not finite.
     """
     return side_by_side(
-        lambda item: _fit(item[0], recipe, params, item[1], item[2]),
+        lambda item: fit_group(item[0], recipe, params, item[1], item[2]),
         list(zip(groups, statistics, ranks, strict=True)),
         costs=[float(sum(m.d_out * m.d_in * (m.d_out + m.d_in) for m in group.members)) for group in groups],
         widths=_widths(groups),
@@ -60,9 +60,10 @@ def _widths(groups: Sequence[Candidate]) -> list[int]:
     return [max(max(member.d_out, member.d_in) for member in group.members) for group in groups]
 
 
-def _fit(
+def fit_group(
     group: Candidate, recipe: Recipe, params: Params, statistics: Sequence[Statistics], rank: int | None
 ) -> Fitted:
+    """The states of one group; arguments as for `fit_all`."""
     kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
     for member, kernel in zip(group.members, kernels, strict=True):
         if not np.isfinite(kernel).all():

@@ -18,7 +18,7 @@ from ngc_jax.host_memory import give_back_freed
 from ngc_jax.models.load import LanguageModel
 
 Progress = Callable[[str, int, int], None]
-GRADIENT_TOKENS = 24_576
+GRADIENT_TOKENS = 16_384
 
 
 def measure(
@@ -29,6 +29,7 @@ def measure(
     gradient_tokens: int = GRADIENT_TOKENS,
     layers_per_pass: int | None = None,
     at_once: bool = False,
+    keep_first: bool = False,
     window: int = 1024,
     batch_size: int = 4,
     mesh: Mesh | None = None,
@@ -44,6 +45,7 @@ def measure(
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
         at_once: The statistics of all layers will be held anyway. Then tokens that gradients are taken on are read
             once less: one forward pass serves gradients and inputs.
+        keep_first: Then also keep what the blocks read of those tokens alone.
         window: Tokens in a calibration window.
         batch_size: Windows that run at once, on each device.
         mesh: Its axis "data" shares out the windows of a batch; None for one device. The parameters are on all of its
@@ -94,6 +96,7 @@ def measure(
         model.params,
         tokens if begun is None else tokens[begun.count :],
         begun=begun,
+        keep_first=keep_first,
         window=window,
         batch_size=batch_size,
         batches_per_call=batches_per_call,

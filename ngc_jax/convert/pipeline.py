@@ -75,6 +75,7 @@ def convert(
         gradient_tokens=gradient_tokens,
         layers_per_pass=layers_per_pass,
         at_once=refined,
+        keep_first=bool(recipe.resolved_propagation) and propagation_tokens == gradient_tokens,
         window=window,
         batch_size=batch_size,
         mesh=mesh,

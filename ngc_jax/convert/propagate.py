@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.convert.best_states import RIDGE, States, mean_diagonal
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.fit import assemble, fit_all
+from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
+from ngc_jax.convert.fit import assemble, fit_group
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import dense_layer
 from ngc_jax.convert.side_by_side import side_by_side
@@ -154,7 +154,8 @@ def propagate(
             one's (1).
         compact: The model converted so far; every group within one layer, which a recipe sees to.
         statistics: What it was converted with, layer by layer.
-        tokens: (T,) calibration tokens.
+        tokens: (T,) calibration tokens, from the first. If the statistics have the first T apart, the dense inputs'
+            second moment is theirs; else it is measured here.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
         donate: Delete the dense kernels that states replace.
@@ -162,7 +163,7 @@ def propagate(
         progress: Called with (stage, done, in all).
     """
     assert compact.plan is not None
-    config, share = model.config, recipe.resolved_propagation
+    config = model.config
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
     stacks = stack_batches(tokens, window, batch_size, mesh=mesh)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
@@ -172,18 +173,16 @@ def propagate(
     for layer in range(config.num_layers):
         dense, once = model.params["layers"][str(layer)], dense_layer(model, compact, layer)
         kind = layer_kind(config, layer)
-        sums = {site: _no_sums(config.block(0, role).d_in) for role, site in INPUT_SITE.items()}
+        own = _own_moments(layer, statistics[layer], len(tokens))
+        sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
         for index, (_, positions, mask) in enumerate(stacks):
             theirs[index], sums = _add_both(
                 dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind, mesh=mesh
             )
-        moments = {site: _moments(sums.pop(site), len(tokens)) for site in list(sums)}
-        targets, moved = _moved(model, layer, statistics[layer], moments, share)
-        params = traverse_util.unflatten_dict({(*name.split("."), "kernel"): w for name, w in targets.items()})
-        here = [plan for plan in compact.plan.groups if plan.members[0].name in moved]
-        members = [[moved[member.name] for member in plan.members] for plan in here]
-        states = fit_all([chosen[plan.name] for plan in here], recipe, params, members, [plan.rank for plan in here])
-        found.update(zip((plan.name for plan in here), states, strict=True))
+        moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
+        here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
+        anew = [(chosen[plan.name], plan.rank) for plan in here]
+        found |= _fit_anew(model, recipe, layer, statistics[layer], moments, anew)
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions, _) in enumerate(stacks):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
@@ -196,66 +195,130 @@ def propagate(
     return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
 
 
-def _moved(
+def _fit_anew(
     model: LanguageModel,
+    recipe: Recipe,
     layer: int,
     statistics: Mapping[str, Statistics],
     moments: Mapping[str, Sequence[np.ndarray]],
-    share: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Statistics]]:
-    """The weights that a layer's blocks are to approximate, and the statistics to do it by, both by block name.
+    groups: Sequence[tuple[Candidate, int]],
+) -> dict[str, Fitted]:
+    """Fit the groups of a layer to what its blocks are to approximate now; those of different inputs side by side.
 
     Args:
         model: The dense model.
-        layer: Its number.
-        statistics: Of its blocks.
+        recipe: Its method fits.
+        layer: The layer's number.
+        statistics: Of its blocks, by name.
         moments: By site: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
-        share: How far to go from the dense model's (0) to the converted one's (1).
+        groups: With their ranks.
     """
 
-    def at_site(site: str) -> dict[str, tuple[np.ndarray, Statistics]]:
-        names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
-        weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
-        dense_moment = statistics[names[0]].second_moment
-        total, cross = carried_over(dense_moment, *moments[site])
-        # Blocks of one input share one array, by which they are known.
-        moment = (1 - share) * dense_moment + share * total
-        towards = None
-        if sum(len(weight) for weight in weights) > len(total):
-            towards = share * regression(total, cross)
-            towards[np.diag_indices_from(towards)] += 1 - share
-        found = {}
-        for name, weight in zip(names, weights, strict=True):
-            gradients = statistics[name].gradients
-            metric = None if gradients is None else gradients.second_moment
-            if towards is None:
-                target = (1 - share) * weight + share * regression(total, cross, weight)
-            else:
-                target = weight @ towards
-                if gradients is not None and metric is not None and len(metric) != len(weight):
-                    # W^T G W was measured; (W R)^T G (W R) is wanted.
-                    gradients = dataclasses.replace(gradients, second_moment=towards.T @ metric @ towards)
-            found[name] = target, dataclasses.replace(statistics[name], second_moment=moment, gradients=gradients)
-        return found
+    def fit(unit: tuple[set[str], list[tuple[Candidate, int]]]) -> dict[str, Fitted]:
+        sites, members = unit
+        targets: dict[tuple[str, ...], np.ndarray] = {}
+        moved: dict[str, Statistics] = {}
+        for site in sites:
+            for name, (target, entry) in _moved(
+                model, layer, site, statistics, moments[site], recipe.resolved_propagation
+            ).items():
+                targets[(*name.split("."), "kernel")], moved[name] = target, entry
+        params = traverse_util.unflatten_dict(targets)
+        return {
+            group.name: fit_group(group, recipe, params, [moved[member.name] for member in group.members], rank)
+            for group, rank in members
+        }
 
-    sites = list(moments)
-    widths = [len(moments[site][0]) for site in sites]
-    found = side_by_side(at_site, sites, costs=[float(width) ** 3 for width in widths], widths=widths)
-    blocks = {name: both for site in found for name, both in site.items()}
-    return {name: target for name, (target, _) in blocks.items()}, {name: moved for name, (_, moved) in blocks.items()}
+    units = _by_input(groups)
+    widest = [max(len(moments[site][0]) for site in sites) for sites, _ in units]
+    outputs = [max(member.d_out for group, _ in some for member in group.members) for _, some in units]
+    fitted = side_by_side(
+        fit,
+        units,
+        costs=[float(width) ** 3 for width in widest],
+        widths=[max(both) for both in zip(widest, outputs, strict=True)],
+    )
+    return {name: states for unit in fitted for name, states in unit.items()}
 
 
-# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens.
+def _by_input(groups: Sequence[tuple[Candidate, int]]) -> list[tuple[set[str], list[tuple[Candidate, int]]]]:
+    """Sites and the groups that read them, apart where no group reads both."""
+    units: list[tuple[set[str], list[tuple[Candidate, int]]]] = []
+    for group, rank in groups:
+        sites = {INPUT_SITE[member.name.split(".")[-1]] for member in group.members}
+        joined, some = set(sites), [(group, rank)]
+        for unit in [unit for unit in units if unit[0] & sites]:
+            units.remove(unit)
+            joined, some = joined | unit[0], unit[1] + some
+        units.append((joined, some))
+    return units
+
+
+def _moved(
+    model: LanguageModel,
+    layer: int,
+    site: str,
+    statistics: Mapping[str, Statistics],
+    moments: Sequence[np.ndarray],
+    share: float,
+) -> dict[str, tuple[np.ndarray, Statistics]]:
+    """The weights that the blocks of a site are to approximate, and the statistics to do it by, by block name.
+
+    Args:
+        model: The dense model.
+        layer: The layer's number.
+        site: Where the blocks read.
+        statistics: Of the layer's blocks.
+        moments: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
+        share: How far to go from the dense model's (0) to the converted one's (1).
+    """
+    names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
+    weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
+    dense_moment = statistics[names[0]].second_moment
+    total, cross = carried_over(dense_moment, *moments)
+    # Blocks of one input share one array, by which they are known.
+    moment = (1 - share) * dense_moment + share * total
+    towards = None
+    if sum(len(weight) for weight in weights) > len(total):
+        towards = share * regression(total, cross)
+        towards[np.diag_indices_from(towards)] += 1 - share
+    found = {}
+    for name, weight in zip(names, weights, strict=True):
+        gradients = statistics[name].gradients
+        metric = None if gradients is None else gradients.second_moment
+        if towards is None:
+            target = (1 - share) * weight + share * regression(total, cross, weight)
+        else:
+            target = weight @ towards
+            if gradients is not None and metric is not None and len(metric) != len(weight):
+                # W^T G W was measured; (W R)^T G (W R) is wanted.
+                gradients = dataclasses.replace(gradients, second_moment=towards.T @ metric @ towards)
+        found[name] = target, dataclasses.replace(statistics[name], second_moment=moment, gradients=gradients)
+    return found
+
+
+# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens; nothing for the first if it is known.
 _Sums = tuple[tuple[Compensated, ...], Compensated, tuple[Compensated, ...]]
 
 
-def _no_sums(width: int) -> _Sums:
-    return no_products(width), Compensated.zeros_like(jnp.zeros((width, width))), no_products(width)
+def _own_moments(layer: int, statistics: Mapping[str, Statistics], count: int) -> dict[str, np.ndarray]:
+    """E[x x^T] of the first `count` tokens by site, where it was measured."""
+    entries = {site: statistics[block_name(layer, role)].first for role, site in INPUT_SITE.items()}
+    return {site: first.second_moment for site, first in entries.items() if first is not None and first.count == count}
 
 
-def _moments(sums: _Sums, count: int) -> list[np.ndarray]:
+def _no_sums(width: int, own_known: bool) -> _Sums:
+    return (
+        () if own_known else no_products(width),
+        Compensated.zeros_like(jnp.zeros((width, width))),
+        no_products(width),
+    )
+
+
+def _moments(sums: _Sums, count: int, known: np.ndarray | None) -> list[np.ndarray]:
     own, cross, converted = sums
-    return [mean_product(own, count), cross.value() / count, mean_product(converted, count)]
+    mean = mean_product(own, count) if known is None else known.astype(np.float64)
+    return [mean, cross.value() / count, mean_product(converted, count)]
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums",))
@@ -286,7 +349,8 @@ def _add_both(
             x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), data["mask"]) for sown in (at_theirs, at_ours))
             own, cross, converted = sums[site]
             both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
-            new[site] = (add_products(own, x), cross.add(both), add_products(converted, y))
+            own = add_products(own, x) if own else own
+            new[site] = (own, cross.add(both), add_products(converted, y))
         return after, new
 
     data = {"positions": positions, "mask": mask, "ours": ours}

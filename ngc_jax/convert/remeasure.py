@@ -22,9 +22,9 @@ from ngc_jax.models.config import ROLES
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
 
 Progress = Callable[[str, int, int], None]
-# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on.
-REMEASURED = 1 / 3
-# Tokens from which slopes are taken at their full weight: as many as the power 1/2 was tried with.
+# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on,
+REMEASURED = 1 / 2
+# and on no more than these, from which slopes are taken at their full weight: the power 1/2 was tried with so many.
 _ENOUGH = 8192
 # No layer's and no role's share in a correction goes beyond this factor, up or down.
 _MOST = 10.0
@@ -32,7 +32,7 @@ _MOST = 10.0
 
 def tokens_again(tokens: np.ndarray, gradient_tokens: int) -> np.ndarray:
     """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on."""
-    count = max(round(gradient_tokens * REMEASURED), 2)
+    count = max(min(round(gradient_tokens * REMEASURED), _ENOUGH), 2)
     start = max(min(gradient_tokens, len(tokens) - count), 0)
     return tokens[start : start + count]
 

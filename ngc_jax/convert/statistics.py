@@ -45,6 +45,14 @@ class OutputGradients:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstTokens:
+    """What a block read of the first tokens: how many they are, and E[x x^T], (d_in, d_in), float32."""
+
+    count: int
+    second_moment: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """What calibration measured for a block.
 
@@ -55,6 +63,7 @@ class Statistics:
         fisher: Summed over outputs, the mean square gradient of the loss by each column of the weight, (d_in,),
             float64; None unless asked for.
         gradients: Of the loss by the block's outputs; None unless asked for.
+        first: Of the tokens that were read before `calibrate` began; None unless asked for.
     """
 
     count: int
@@ -62,6 +71,7 @@ class Statistics:
     absolute_mean: np.ndarray
     fisher: np.ndarray | None = None
     gradients: OutputGradients | None = None
+    first: FirstTokens | None = None
 
 
 class Moments(NamedTuple):
@@ -212,6 +222,7 @@ def calibrate(
     tokens: np.ndarray,
     *,
     begun: InputSums | None = None,
+    keep_first: bool = False,
     window: int = 1024,
     batch_size: int = 4,
     batches_per_call: int = BATCHES_PER_CALL,
@@ -228,6 +239,7 @@ def calibrate(
         params: Dense parameters.
         tokens: (T,), one stream of token ids; cut into windows.
         begun: Sums over tokens that were read before these; taken from it layer by layer.
+        keep_first: Also yield what they are without these.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
@@ -251,6 +263,12 @@ def calibrate(
     streams = [embed({"embed": params["embed"]}, stack.tokens) for stack in stacks]
     for layer in range(config.num_layers):
         moments = _init_sites(config) if begun is None else begun.layers.pop(layer)
+        first: dict[str, FirstTokens] = {}
+        if begun is not None and keep_first:
+            first = {
+                site: FirstTokens(begun.count, mean_product(sums.second, begun.count).astype(np.float32))
+                for site, sums in moments.items()
+            }
         for index, stack in enumerate(stacks):
             streams[index], moments = read_layer(
                 params["layers"][str(layer)],
@@ -265,7 +283,7 @@ def calibrate(
             if progress is not None:
                 jax.block_until_ready(moments)
                 progress(layer * int(counts[-1]) + int(counts[index]), config.num_layers * int(counts[-1]))
-        by_site = {site: _statistics(moments.pop(site), count) for site in list(moments)}
+        by_site = {site: _statistics(moments.pop(site), count, first.get(site)) for site in list(moments)}
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(
@@ -275,5 +293,6 @@ def calibrate(
         del by_site, statistics  # or they would live on while the next layer is measured
 
 
-def _statistics(moments: Moments, count: int) -> Statistics:
-    return Statistics(count, mean_product(moments.second, count), moments.absolute.value() / count)
+def _statistics(moments: Moments, count: int, first: FirstTokens | None) -> Statistics:
+    second, absolute = mean_product(moments.second, count), moments.absolute.value() / count
+    return Statistics(count, second, absolute, first=first)

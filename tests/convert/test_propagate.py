@@ -1,17 +1,21 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.fit import fit_all
 from ngc_jax.convert.measure import measure
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.propagate import carried_over, propagate, regression
+from ngc_jax.convert.propagate import _by_input, _fit_anew, _moved, carried_over, propagate, regression
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
-from ngc_jax.models.decoder import BLOCK_INPUTS
+from ngc_jax.models.config import block_name
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE
 from tests.tiny import forward, random_tokens, tiny_model
 
 TOKENS = random_tokens(1200)
@@ -114,6 +118,60 @@ def test_as_many_tokens_as_asked_for_are_propagated_on():
     made = convert(model, recipe, TOKENS, propagation_tokens=300, window=60, batch_size=4)
     for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_inputs_moments_need_not_be_measured_twice():
+    """Gradients and propagation on the same tokens, and on the same with what is known of them withheld."""
+    model, recipe = tiny_model("llama_untied"), Recipe("ngc", keep=0.5, rounds=0, propagation=0.5)
+    settings = {"gradient_tokens": 300, "window": 60, "batch_size": 4}
+    statistics = list(measure(model, recipe, TOKENS, at_once=True, keep_first=True, **settings))
+    for layer, alone in zip(statistics, measure(model, Recipe("svd_llm"), TOKENS[:300], window=60), strict=True):
+        for name, entry in layer.items():
+            assert (entry.count, entry.first.count) == (len(TOKENS), 300)
+            np.testing.assert_allclose(entry.first.second_moment, alone[name].second_moment, rtol=1e-4, atol=1e-5)
+    made = convert(model, recipe, TOKENS, propagation_tokens=300, **settings)
+    compact = convert(model, dataclasses.replace(recipe, propagation=0.0), TOKENS, **settings)
+    withheld = [{name: dataclasses.replace(s, first=None) for name, s in layer.items()} for layer in statistics]
+    by_hand = propagate(model, recipe, compact, withheld, TOKENS[:300], window=60, batch_size=4)
+    assert made.plan == by_hand.plan
+    for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("topology", "units"),
+    [
+        ("q-k-v-o-u-g-d", [{"q", "k", "v"}, {"o"}, {"u", "g"}, {"d"}]),
+        ("qkv-o-ug-d", [{"q", "k", "v"}, {"o"}, {"u", "g"}, {"d"}]),
+        ("qug-kv-o-d", [{"q", "k", "v", "u", "g"}, {"o"}, {"d"}]),
+        ("qu-k-v-go-d", [{"q", "k", "v", "u", "g", "o"}, {"d"}]),
+    ],
+)
+def test_groups_of_different_inputs_are_fitted_side_by_side(topology, units):
+    """But for those with a group between them; the outcome is that of fitting all of a layer's groups together."""
+    model = tiny_model("llama_untied")
+    recipe = Recipe("ngc", topology, keep=0.5, propagation=0.5, rounds=0)
+    groups = [(group, 2) for group in all_candidates(candidate_cells(model.config, topology))]
+    groups = [(group, rank) for group, rank in groups if group.members[0].name.startswith("layers.1.")]
+    found = [
+        {member.name.split(".")[-1] for group, _ in some for member in group.members} for _, some in _by_input(groups)
+    ]
+    assert sorted(map(sorted, found)) == sorted(map(sorted, units))
+
+    statistics = list(measure(model, recipe, TOKENS, window=60, batch_size=4, at_once=True))[1]
+    moments, params, moved = {}, {}, {}
+    for role, site in INPUT_SITE.items():
+        own = statistics[block_name(1, role)].second_moment
+        moments[site] = [own, 0.9 * own, 1.1 * own]
+        for name, (target, entry) in _moved(model, 1, site, statistics, moments[site], 0.5).items():
+            moved[name] = entry
+            params[(*name.split("."), "kernel")] = target
+    members = [[moved[member.name] for member in group.members] for group, _ in groups]
+    together = fit_all([g for g, _ in groups], recipe, unflatten_dict(params), members, [2] * len(groups))
+    apart = _fit_anew(model, recipe, 1, statistics, moments, groups)
+    for (group, _), expected in zip(groups, together, strict=True):
+        for ours, theirs in zip(apart[group.name].states.weights(), expected.states.weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
 
 
 def test_groups_across_layers_are_refused():
