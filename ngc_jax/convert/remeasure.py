@@ -24,8 +24,12 @@ from ngc_jax.models.load import LanguageModel, Params, kernel_of
 Progress = Callable[[str, int, int], None]
 # Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on,
 REMEASURED = 1 / 2
-# and on no more than these, from which slopes are taken at their full weight: the power 1/2 was tried with so many.
+# and on no more than these.
 _ENOUGH = 8192
+# The power of a correction that is applied: halfway, on a logarithmic scale.
+_POWER = 0.5
+# What a correction is held to 1 by, as a slope in nats per token times tokens; see `sensitivity_corrections`.
+_PRIOR = 12.0
 # No layer's and no role's share in a correction goes beyond this factor, up or down.
 _MOST = 10.0
 
@@ -61,9 +65,8 @@ def remeasure(
 
     The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
     that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With the recipe's
-    sensitivities every block's is then multiplied by the `correction_power` of its `sensitivity_corrections`: at most
-    halfway, on a logarithmic scale, from the prediction to a measurement that is noisy and was taken at one end of the
-    way.
+    sensitivities every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a
+    logarithmic scale, from the prediction to a measurement that was taken at one end of the way.
 
     Args:
         model: The dense model.
@@ -94,7 +97,6 @@ def remeasure(
 
     assert compact.plan is not None
     share = mixed_share(compact.plan.keep_ratio())
-    power = correction_power(len(tokens))
     factors = {name: 1.0 for layer in statistics for name in layer}
     if recipe.resolved_sensitivities:
 
@@ -108,7 +110,8 @@ def remeasure(
         inputs = [len(entry.second_moment) for _, _, entry in blocks]
         slopes = side_by_side(slope, blocks, costs=inputs, widths=inputs)
         predicted = {name: found for (_, name, _), found in zip(blocks, slopes, strict=True)}
-        factors = sensitivity_corrections(predicted, {name: again[name].slope or 0.0 for name in predicted})
+        measured = {name: again[name].slope or 0.0 for name in predicted}
+        factors = sensitivity_corrections(predicted, measured, len(tokens))
 
     def mixed(before: OutputGradients | None, now: OutputGradients, factor: float) -> OutputGradients:
         assert before is not None
@@ -120,7 +123,7 @@ def remeasure(
 
     return [
         {
-            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], factors[name] ** power))
+            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], factors[name] ** _POWER))
             for name, s in layer.items()
         }
         for layer in statistics
@@ -151,25 +154,29 @@ def predicted_slope(weight: np.ndarray, change: np.ndarray, statistics: Statisti
     return float(np.vdot(metric @ change, change @ moment))
 
 
-def correction_power(tokens: int) -> float:
-    """The power of a correction that is applied: 1/2, less in proportion where slopes come from few tokens."""
-    return 0.5 * min(tokens / _ENOUGH, 1.0)
-
-
-def sensitivity_corrections(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+def sensitivity_corrections(
+    predicted: Mapping[str, float], measured: Mapping[str, float], tokens: int
+) -> dict[str, float]:
     """Factors that make predicted slopes of the loss agree with measured ones, layer by layer and role by role.
 
     One block's measured slope is mostly noise. A factor is a layer's times a role's, such that the sums over every
     layer and over every role agree (iterative proportional fitting: the Poisson likelihood's maximum).
 
+    So far as they can be trusted. A slope p is the mean over N tokens of g^T D x, whose mean square the same
+    approximation (K-FAC) says is p: the error of its measurement has the variance c p / N, c above 1 since tokens are
+    not independent. If factors themselves scatter about 1 with the variance v, the best guess of one is
+    (measured + a) / (predicted + a) with a = c / (v N); c / v is `_PRIOR`.
+
     Args:
         predicted: By block name, 0 where nothing changed.
         measured: By block name.
+        tokens: N.
 
     Returns:
         By block name; 1 for all if nothing changed.
     """
     places = {name: (name.split(".")[1], name.split(".")[-1]) for name in predicted}
+    prior = _PRIOR / tokens
     factors: list[dict[str, float]] = [
         dict.fromkeys((place[axis] for place in places.values()), 1.0) for axis in (0, 1)
     ]
@@ -179,7 +186,7 @@ def sensitivity_corrections(predicted: Mapping[str, float], measured: Mapping[st
                 names = [name for name, place in places.items() if place[axis] == key]
                 expected = sum(predicted[name] * factors[1 - axis][places[name][1 - axis]] for name in names)
                 if expected > 0:
-                    found = sum(measured[name] for name in names) / expected
+                    found = (sum(measured[name] for name in names) + prior) / (expected + prior)
                     factors[axis][key] = min(max(found, 1 / _MOST), _MOST)
     return {name: factors[0][layer] * factors[1][role] for name, (layer, role) in places.items()}
 

@@ -8,7 +8,6 @@ from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.remeasure import (
-    correction_power,
     dense_layer,
     mixed_share,
     predicted_slope,
@@ -19,6 +18,8 @@ from ngc_jax.convert.remeasure import (
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.models.load import kernel_of
 from tests.tiny import forward, random_tokens, tiny_model
+
+ENOUGH = 10**12  # tokens: slopes without noise
 
 
 def logits(model, tokens):
@@ -49,7 +50,7 @@ def test_the_second_round_measures_the_converted_model(geometry):
     dense = {name: np.asarray(kernel_of(model.params, name), np.float64) for name in blocks}
     change = {name: kernel_of(whole, name) - dense[name] for name in blocks}
     predicted = {name: predicted_slope(dense[name], change[name], entry) for name, entry in blocks.items()}
-    factors = sensitivity_corrections(predicted, {name: now[name].slope for name in blocks})
+    factors = sensitivity_corrections(predicted, {name: now[name].slope for name in blocks}, 40)
     assert max(factors.values()) > 1.2 * min(factors.values())
     plain = remeasure(model, dataclasses.replace(recipe, sensitivities=False), once, statistics, tokens[:40], window=40)
     share = mixed_share(once.plan.keep_ratio())
@@ -58,9 +59,7 @@ def test_the_second_round_measures_the_converted_model(geometry):
         for name in before:
             expected = (1 - share) * before[name].gradients.mean_square + share * now[name].mean_square
             np.testing.assert_allclose(uncorrected[name].gradients.mean_square, expected, rtol=1e-5)
-            np.testing.assert_allclose(
-                after[name].gradients.mean_square, factors[name] ** correction_power(40) * expected, rtol=1e-5
-            )
+            np.testing.assert_allclose(after[name].gradients.mean_square, factors[name] ** 0.5 * expected, rtol=1e-5)
             assert after[name].second_moment is before[name].second_moment
     # The formed layers compute what the groups compute.
     np.testing.assert_allclose(
@@ -101,7 +100,8 @@ def test_corrections_are_a_layer_s_times_a_role_s():
     truth = {name: layer[int(name.split(".")[1])] * role[name[-1]] for name in predicted}
     # A block that stayed dense says nothing, and is corrected as its layer and its role are.
     predicted["layers.2.attn.k"] = 0.0
-    factors = sensitivity_corrections(predicted, {name: truth[name] * predicted[name] for name in predicted})
+    measured = {name: truth[name] * predicted[name] for name in predicted}
+    factors = sensitivity_corrections(predicted, measured, ENOUGH)
     assert factors == pytest.approx(truth, rel=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_corrected_predictions_sum_to_what_was_measured_however_noisy():
     generator = np.random.default_rng(2)
     predicted = dict(zip(names(), generator.uniform(0.5, 1, 12), strict=True))
     measured = {name: value * generator.uniform(0.2, 3) for name, value in predicted.items()}
-    factors = sensitivity_corrections(predicted, measured)
+    factors = sensitivity_corrections(predicted, measured, ENOUGH)
     for axis in (1, -1):
         for key in {name.split(".")[axis] for name in predicted}:
             some = [name for name in predicted if name.split(".")[axis] == key]
@@ -119,12 +119,24 @@ def test_corrected_predictions_sum_to_what_was_measured_however_noisy():
 def test_corrections_have_bounds():
     predicted = dict.fromkeys(names(), 1.0)
     measured = {name: -5.0 if ".0." in name else 1e6 if ".1." in name else 1.0 for name in predicted}
-    factors = sensitivity_corrections(predicted, measured)
+    factors = sensitivity_corrections(predicted, measured, ENOUGH)
     assert min(factors.values()) >= 0.01
     assert max(factors.values()) <= 100
     assert all(factors[name] > 0 for name in predicted)
-    assert sensitivity_corrections(dict.fromkeys(names(), 0.0), measured) == dict.fromkeys(names(), 1.0)
+    assert sensitivity_corrections(dict.fromkeys(names(), 0.0), measured, ENOUGH) == dict.fromkeys(names(), 1.0)
 
 
-def test_slopes_of_few_tokens_count_for_less():
-    assert [correction_power(tokens) for tokens in (2048, 8192, 100_000)] == [0.125, 0.5, 0.5]
+def test_corrections_are_trusted_as_far_as_slopes_are_measured():
+    """Blocks whose true factors scatter, slopes with the noise that is assumed: nearer to the truth than raw ratios."""
+    generator = np.random.default_rng(3)
+    truth = dict(zip(range(300), generator.lognormal(0, 0.4, 300), strict=True))
+    for size, tokens in ((1e-3, 8192), (1e-1, 8192), (1e-3, 100)):
+        predicted = {f"layers.{layer}.mlp.u": size for layer in truth}
+        noise = np.sqrt(2 * size / tokens) * generator.standard_normal(len(truth))
+        measured = {f"layers.{layer}.mlp.u": truth[layer] * size + noise[layer] for layer in truth}
+        factors = sensitivity_corrections(predicted, measured, tokens)
+        found, raw = np.array(list(factors.values())), np.array(list(measured.values())) / size
+        errors = [np.square(guess - list(truth.values())).mean() for guess in (found, raw, np.ones(len(truth)))]
+        assert errors[0] < 1.1 * min(errors[1:])
+    none = sensitivity_corrections(predicted, measured, 1)
+    assert max(abs(factor - 1) for factor in none.values()) < 0.01
