@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ngc_jax.convert.stacks import Compensated
+
 # Rows of a band, at most. Narrower bands compute less twice, wider ones multiply larger matrices.
 _BAND = 384
 
@@ -59,3 +61,20 @@ def whole(bands: Iterable[np.ndarray]) -> Float[np.ndarray, "D D"]:
         corner[:] = (corner + corner.T) / 2  # products of a part with itself are symmetric but for rounding
         start = end
     return matrix
+
+
+def no_products(width: int) -> tuple[Compensated, ...]:
+    """Second moments of no tokens."""
+    return tuple(map(Compensated.zeros_like, zero_bands(width)))
+
+
+def add_products(sums: tuple[Compensated, ...], x_TxD: Float[Array, "T D"]) -> tuple[Compensated, ...]:
+    """Add x^T x."""
+    return tuple(total.add(band) for total, band in zip(sums, gram(x_TxD), strict=True))
+
+
+def mean_product(sums: tuple[Compensated, ...], count: int) -> Float[np.ndarray, "D D"]:
+    """E[x x^T] over so many tokens, in float64."""
+    mean = whole(band.value() for band in sums)
+    mean /= count
+    return mean

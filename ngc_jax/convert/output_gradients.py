@@ -282,7 +282,7 @@ def measure_output_gradients(
         for role in ROLES:
             block = config.block(layer, role)
             mean: dict[str, Any] = {
-                name: (whole(map(np.asarray, value)) if isinstance(value, tuple) else np.asarray(value, np.float64))
+                name: (whole(map(np.asarray, value)) if name == "second_moment" else np.asarray(value, np.float64))
                 / len(tokens)
                 for name, value in sums[layer].pop(".".join(block.name.split(".")[2:])).items()
             }

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.convert.grams import gram, whole, zero_bands
+from ngc_jax.convert.grams import add_products, mean_product, no_products
 from ngc_jax.convert.stacks import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
@@ -84,23 +84,6 @@ class Moments(NamedTuple):
 def init_moments(width: int) -> Moments:
     """Sums over no tokens, for inputs of `width` neurons."""
     return Moments(no_products(width), Compensated.zeros_like(jnp.zeros(width)))
-
-
-def no_products(width: int) -> tuple[Compensated, ...]:
-    """Second moments of no tokens."""
-    return tuple(map(Compensated.zeros_like, zero_bands(width)))
-
-
-def add_products(sums: tuple[Compensated, ...], x_TxD: Float[Array, "T D"]) -> tuple[Compensated, ...]:
-    """Add x^T x."""
-    return tuple(total.add(band) for total, band in zip(sums, gram(x_TxD), strict=True))
-
-
-def mean_product(sums: tuple[Compensated, ...], count: int) -> Float[np.ndarray, "D D"]:
-    """E[x x^T] over so many tokens, in float64."""
-    mean = whole(band.value() for band in sums)
-    mean /= count
-    return mean
 
 
 class InputSums:

@@ -6,12 +6,13 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.carry_over import carried_over, regression
 from ngc_jax.convert.fit import fit_all
 from ngc_jax.convert.measure import measure
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.propagate import _by_input, _fit_anew, _moved, carried_over, propagate, regression
+from ngc_jax.convert.propagate import _by_input, _fit_anew, _moved, propagate
 from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.statistics import sown_input
+from ngc_jax.convert.statistics import FirstTokens, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.models.config import block_name
@@ -136,6 +137,17 @@ def test_the_dense_inputs_moments_need_not_be_measured_twice():
     assert made.plan == by_hand.plan
     for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3 * np.abs(theirs).max())
+    # It is what is known that is used, on just these tokens.
+    false = [
+        {n: dataclasses.replace(s, first=FirstTokens(300, np.eye(len(s.second_moment)))) for n, s in layer.items()}
+        for layer in statistics
+    ]
+    for tokens, is_used in ((TOKENS[:300], True), (TOKENS[:240], False)):
+        misled, right = (
+            propagate(model, recipe, compact, s, tokens, window=60, batch_size=4) for s in (false, withheld)
+        )
+        pairs = list(zip(jax.tree.leaves(misled.params), jax.tree.leaves(right.params), strict=True))
+        assert all(np.array_equal(ours, theirs) for ours, theirs in pairs) != is_used
 
 
 @pytest.mark.parametrize(
