@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from ngc_jax.convert.best_states import States
 
@@ -36,7 +37,8 @@ class Spill:
         number = self._numbers.setdefault(name, len(self._numbers))
         states = fitted.states
         arrays = [states.input_states, *states.output_states]
-        np.savez(self._path(number), *(array.astype(np.float32) for array in arrays))
+        # Contiguous, for that is how the file's bytes are read.
+        save_file({str(i): np.ascontiguousarray(a, np.float32) for i, a in enumerate(arrays)}, self._path(number))
         self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies, states.nested), fitted.input_scale)
 
     def energies(self, name: str) -> np.ndarray | None:
@@ -48,11 +50,13 @@ class Spill:
         return self._kept[name].states.nested
 
     def get(self, name: str) -> Fitted:
-        """Read a group back."""
-        with np.load(self._path(self._numbers[name]), allow_pickle=False) as file:
-            arrays = [file[key] for key in file.files]
+        """Read a group back; threads may do so at once."""
+        # Not .npz: NumPy parses its headers as Python, which in 3.11 fails now and then in several threads
+        # (python/cpython#106905).
+        found = load_file(self._path(self._numbers[name]))
+        arrays = [found[str(i)] for i in range(len(found))]
         kept = self._kept[name]
         return Fitted(States(arrays[0], tuple(arrays[1:]), kept.states.energies, kept.states.nested), kept.input_scale)
 
     def _path(self, number: int) -> Path:
-        return self._directory / f"{number}.npz"
+        return self._directory / f"{number}.safetensors"
