@@ -35,10 +35,10 @@ class CompareConfig:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
         variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple,
-            rounds, sensitivities, shrinkage, propagation, kernel, metric_rank, lift and fit_steps of convert; keep, a
-            list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section, one of
-            methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its first
-            conversion in a process of its own.
+            rounds, sensitivities, shrinkage, propagation, width, kernel, metric_rank, lift and fit_steps of convert;
+            keep, a list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section,
+            one of methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its
+            first conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure.
@@ -133,11 +133,14 @@ class Comparison:
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.convert.narrow import narrow_recipe, narrowed, removed_parameters
         from ngc_jax.convert.pipeline import finish, fit_groups, refine
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
         needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
+        if any(narrow_recipe(dense.config, entry.recipe)[0] != dense.config for entry in entries):
+            needs.add("whole")
         # What was measured is kept beside the entries until all that the text serves are done.
         cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
         found = load_statistics(cache)
@@ -148,26 +151,35 @@ class Comparison:
             statistics, seconds = found[0], found[1]["seconds"]
         for same in same_fit(entries):
             first = same[0].recipe
+            config, inner = narrow_recipe(dense.config, first)
+            removed = removed_parameters(dense.config, config, first)
             with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory, progress_bar(same[0].variant) as bar:
                 started = time.perf_counter()
                 # Only layers that a recipe measures: plain SVD sees no statistics at all.
                 layers = statistics if first.definition.needs != "nothing" else []
-                stream = [restrict(layer, first) for layer in layers]
-                fitted = fit_groups(dense, first, stream, directory, progress=lambda s, *a, bar=bar: bar(*a, s))
+                stream = [restrict(layer, first, dense.params, whole=bool(removed)) for layer in layers]
+                teacher, kept = dense, None
+                if removed:
+                    narrow = narrowed(dense, config, stream, shrinkage=first.resolved_shrinkage)
+                    teacher, kept, stream = narrow.model, narrow.kept, list(narrow.statistics)
+                fitted = fit_groups(teacher, inner, stream, directory, progress=lambda s, *a, bar=bar: bar(*a, s))
                 fit_seconds = time.perf_counter() - started
                 for entry in same:
                     started = time.perf_counter()
-                    compact = finish(dense, entry.recipe, fitted)
+                    recipe = narrow_recipe(dense.config, entry.recipe)[1]
                     compact = refine(
-                        dense,
-                        entry.recipe,
-                        compact,
-                        [restrict(layer, entry.recipe) for layer in layers],
+                        teacher,
+                        recipe,
+                        finish(teacher, recipe, fitted),
+                        list(stream),
                         tokens,
+                        wide=None if kept is None else (dense, kept),
                         gradient_tokens=self.config.gradient_tokens,
                         propagation_tokens=self.config.propagation_tokens,
                         window=self.config.window,
                     )
+                    assert compact.plan is not None
+                    compact = dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=removed))
                     finish_seconds = time.perf_counter() - started
                     row = self._evaluate_saved(entry, compact, tokenizer)
                     kinds = {"nothing": [], "inputs": ["inputs"]}.get(entry.recipe.definition.needs)
@@ -189,6 +201,7 @@ class Comparison:
         """Everything that any entry needs to know, layer by layer, and what each kind took in seconds."""
         from ngc_jax.commands.console import progress_bar
         from ngc_jax.convert.gradients import measure_fisher
+        from ngc_jax.convert.narrow import NARROW_ROLES
         from ngc_jax.convert.output_gradients import measure_output_gradients
         from ngc_jax.convert.statistics import calibrate
 
@@ -208,7 +221,12 @@ class Comparison:
             if "gradients" in needs:
                 started = time.perf_counter()
                 gradients, _ = measure_output_gradients(
-                    dense.config, dense.params, some, window=window, progress=lambda *a: bar(*a, "gradients")
+                    dense.config,
+                    dense.params,
+                    some,
+                    full_roles=NARROW_ROLES if "whole" in needs else "",
+                    window=window,
+                    progress=lambda *a: bar(*a, "gradients"),
                 )
                 seconds["gradients"] = time.perf_counter() - started
             if "fisher" in needs:
@@ -251,6 +269,7 @@ class Comparison:
             "rounds": recipe.resolved_rounds,
             "sensitivities": recipe.resolved_sensitivities,
             "shrinkage": recipe.resolved_shrinkage,
+            "width": recipe.resolved_width,
             "stored_parameters": summary["stored_parameters"],
             "keep_ratio": summary["keep_ratio"],
             "multiply_adds": plan.multiply_adds(input_site),
@@ -314,7 +333,8 @@ class Comparison:
             recipe["propagation"] = entry.recipe.resolved_propagation
             if recipe["propagation"]:
                 recipe["propagation_tokens"] = self.config.propagation_tokens
-            for lever in ("shrinkage", "sensitivities", "propagation"):
+            recipe["width"] = entry.recipe.resolved_width if entry.recipe.resolved_width < 1 else None
+            for lever in ("shrinkage", "sensitivities", "propagation", "width"):
                 if not recipe[lever]:
                     del recipe[lever]
             if entry.recipe.is_bilinear:

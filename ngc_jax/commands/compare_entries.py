@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from ngc_jax.commands.compare import CompareConfig
     from ngc_jax.convert.recipe import Recipe
     from ngc_jax.convert.statistics import Statistics
+    from ngc_jax.models.load import Params
 
 SECTIONS = ("methods", "levers", "topologies", "texts")
 _DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
@@ -38,19 +41,33 @@ class Entry:
     own_process: bool
 
 
-def restrict(layer: Mapping[str, Statistics], recipe: Recipe) -> dict[str, Statistics]:
-    """The statistics of a layer without what a recipe would not have measured."""
+def restrict(layer: Mapping[str, Statistics], recipe: Recipe, params: Params, *, whole: bool) -> dict[str, Statistics]:
+    """The statistics of a layer as a recipe would have measured them.
+
+    Args:
+        layer: By block name.
+        recipe: Of the conversion.
+        params: The dense model's.
+        whole: Whether hidden neurons are to go; else W^T G W takes the place of G where that is smaller.
+    """
+    from ngc_jax.models.load import kernel_of
+
     needs = recipe.definition.needs
 
-    def one(statistics: Statistics) -> Statistics:
+    def one(name: str, statistics: Statistics) -> Statistics:
         gradients = statistics.gradients if needs == "gradients" else None
+        if gradients is not None and gradients.second_moment is not None and not whole:
+            weight = np.asarray(kernel_of(params, name), np.float64)
+            if len(gradients.second_moment) == len(weight) > weight.shape[1]:
+                pulled = weight.T @ gradients.second_moment @ weight
+                gradients = dataclasses.replace(gradients, second_moment=pulled)
         if gradients is not None and recipe.gradients == "diagonal":
             gradients = dataclasses.replace(gradients, second_moment=None)
         return dataclasses.replace(
             statistics, gradients=gradients, fisher=statistics.fisher if needs == "fisher" else None
         )
 
-    return {name: one(statistics) for name, statistics in layer.items()}
+    return {name: one(name, statistics) for name, statistics in layer.items()}
 
 
 def recipe_flags(recipe: Recipe) -> list[str]:
@@ -63,12 +80,15 @@ def recipe_flags(recipe: Recipe) -> list[str]:
 
 
 def same_fit(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them."""
+    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them.
+
+    Where hidden neurons go, how many depends on the keep ratio.
+    """
 
     def fit(entry: Entry) -> tuple[Any, ...]:
         recipe = entry.recipe
         kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
-        return entry.section, *kind, recipe.resolved_shrinkage, recipe.is_bilinear
+        return entry.section, *kind, recipe.resolved_shrinkage, recipe.resolved_width, recipe.is_bilinear
 
     return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
 

@@ -61,6 +61,8 @@ class ConvertConfig:
             given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
         propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; the
             method's own if not given, or 0 where groups span layers.
+        width: Share of hidden neurons that every MLP keeps, above 0 and at most 1; the rest is told by these. If not
+            given, the method's own, for ngc keep + 0.1.
         kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
             steps, group by group, which takes much longer.
         metric_rank: For riemannian: rank of the metric's part beside the diagonal.
@@ -96,6 +98,7 @@ class ConvertConfig:
     sensitivities: bool | None = None
     shrinkage: float | None = None
     propagation: float | None = None
+    width: float | None = None
     kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
     metric_rank: int = 0
     lift: int = 0
@@ -136,6 +139,7 @@ def convert_and_save(
 
     from ngc_jax.commands.console import console, progress_bar
     from ngc_jax.convert.candidates import candidate_cells
+    from ngc_jax.convert.narrow import narrow_recipe
     from ngc_jax.convert.pipeline import convert
     from ngc_jax.convert.ranks import check_budget
     from ngc_jax.convert.recipe import Recipe
@@ -168,9 +172,10 @@ def convert_and_save(
     with open_source(config.model) as source:
         if "ngc" in source.config:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
-        cells = candidate_cells(DecoderConfig.from_hf(source.config), recipe.resolved_topology)
+        narrow, inner = narrow_recipe(DecoderConfig.from_hf(source.config), recipe)
+        cells = candidate_cells(narrow, recipe.resolved_topology)
         if recipe.rank is None:
-            check_budget(recipe, cells)
+            check_budget(inner, cells)
         tokenizer = source.tokenizer()
         tokens = None
         if config.text != "sampled":
@@ -207,6 +212,7 @@ def convert_and_save(
         "sensitivities": recipe.resolved_sensitivities,
         "shrinkage": recipe.resolved_shrinkage,
         "propagation": recipe.resolved_propagation,
+        "width": recipe.resolved_width,
         "kernel": recipe.kernel,
         "source": config.model,
         "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},

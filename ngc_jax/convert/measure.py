@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.convert.gradients import measure_fisher
+from ngc_jax.convert.narrow import NARROW_ROLES, narrow_recipe
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.stacks import BATCHES_PER_CALL
@@ -76,6 +77,7 @@ def measure(
             model.params,
             tokens[:gradient_tokens],
             geometry=recipe.gradients,
+            full_roles=NARROW_ROLES if narrow_recipe(config, recipe)[0] != config else "",
             layers=list(layers),
             inputs=inputs,
             window=window,

@@ -53,6 +53,7 @@ class Method:
         shrinkage: How far the inputs' second moments are drawn to their diagonals, unless the user says otherwise.
         propagation: How far layers are fitted anew on what the converted layers below them send, unless the user says
             otherwise.
+        narrows: Whether MLPs lose hidden neurons, unless the user says otherwise.
         reference: Where it comes from.
     """
 
@@ -66,6 +67,7 @@ class Method:
     rounds: int = 0
     shrinkage: float = 0.0
     propagation: float = 0.0
+    narrows: bool = False
     reference: str = ""
 
 
@@ -204,6 +206,7 @@ METHODS = {
             rounds=1,
             shrinkage=0.03,
             propagation=0.3,
+            narrows=True,
             reference="this library, docs/conversion.md",
         ),
     )

@@ -2,7 +2,8 @@
 
 With C = E[x x^T] of a block's inputs and G = E[g g^T] of the gradient by its outputs, an error E in its weight raises
 the loss by about tr(G E C E^T) / 2 per token (K-FAC, Martens and Grosse 2015, arXiv 1503.05671, section 3). A block
-with more outputs than inputs only ever needs W^T G W, the second moment of W^T g, so that is what is summed.
+with more outputs than inputs only ever needs W^T G W, the second moment of W^T g, so that is what is summed, unless G
+is asked for.
 
 Legend: K batches of a stack, B windows of a batch, L tokens, T tokens of a batch in one row, D residual width, M
 outputs of a block, I its inputs.
@@ -35,17 +36,17 @@ Loss = Literal["text", "sampled", "teacher"]
 LayerParams = Callable[[int], Params]
 
 
-def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool) -> dict[str, Any]:
+def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool, full: bool) -> dict[str, Any]:
     sums: dict[str, Any] = {"mean_square": jnp.zeros(d_out)}
     if geometry == "full":
-        sums["second_moment"] = zero_bands(min(d_out, d_in))
+        sums["second_moment"] = zero_bands(d_out if full else min(d_out, d_in))
     if slopes:
         sums["slope"] = jnp.zeros(())
     return sums
 
 
 def _add(
-    sums: dict[str, Any], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array
+    sums: dict[str, Any], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array, full: bool
 ) -> dict[str, Any]:
     """Add the tokens of a batch to a block's sums; padded tokens have no gradient.
 
@@ -57,7 +58,7 @@ def _add(
     kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
     if "second_moment" in sums:
         d_out, d_in = teacher_MxI.shape
-        products = gram(g_TxM if d_out <= d_in else g_TxM @ teacher_MxI)
+        products = gram(g_TxM if full or d_out <= d_in else g_TxM @ teacher_MxI)
         new["second_moment"] = jax.tree.map(jnp.add, sums["second_moment"], products)
     if "slope" in sums:
         # The difference of the weights, not of two products: those may be of few bits.
@@ -65,7 +66,7 @@ def _add(
     return new
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums", "upstream"))
+@partial(jax.jit, static_argnames=("config", "kind", "mesh", "full_roles"), donate_argnames=("sums", "upstream"))
 def _backward(
     params: Params,
     teacher: Params | None,
@@ -77,6 +78,7 @@ def _backward(
     config: DecoderConfig,
     kind: int,
     mesh: Mesh | None,
+    full_roles: str,
 ) -> tuple[Array, dict[str, dict[str, Any]]]:
     """Run a layer on a stack, carry the gradient from its output to its input, and add what passes its blocks to sums.
 
@@ -115,6 +117,7 @@ def _backward(
                 None if teacher is None else teacher[part][role]["kernel"],
                 read.reshape(-1, read.shape[-1]),
                 gradient.reshape(-1, gradient.shape[-1]),
+                role in full_roles,
             )
         return downstream, new
 
@@ -162,6 +165,7 @@ def measure_output_gradients(
     loss: Loss = "text",
     geometry: GradientGeometry = "full",
     slopes: bool = False,
+    full_roles: str = "",
     layers: Sequence[int] | None = None,
     inputs: InputSums | None = None,
     key: Key[Array, ""] | None = None,
@@ -185,6 +189,7 @@ def measure_output_gradients(
             divergence from the `teacher`.
         geometry: Sum `full` second moments, or only their diagonal.
         slopes: Also sum the loss's slope along the way from the teacher's weights to those of the model measured.
+        full_roles: Roles of which G itself is summed, whatever the block's shape.
         layers: Which to measure; all if None. The backward pass stops at the lowest.
         inputs: Add what the blocks read on the way forward, for `calibrate` to go on with. Of the teacher only.
         key: For sampled tokens.
@@ -215,8 +220,10 @@ def measure_output_gradients(
     chosen = sorted(range(config.num_layers) if layers is None else layers)
     sums = {
         layer: {
-            ".".join(block.name.split(".")[2:]): _block_sums(block.d_out, block.d_in, geometry, slopes)
-            for block in (config.block(layer, role) for role in ROLES)
+            ".".join(block.name.split(".")[2:]): _block_sums(
+                block.d_out, block.d_in, geometry, slopes, role in full_roles
+            )
+            for role, block in ((role, config.block(layer, role)) for role in ROLES)
         }
         for layer in chosen
     }
@@ -266,6 +273,7 @@ def measure_output_gradients(
                 config=config,
                 kind=kind,
                 mesh=mesh,
+                full_roles=full_roles,
             )
             if layer in sums:
                 sums[layer] = new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cell
 from ngc_jax.convert.fit import assemble, fit_all, shrunk, shrunk_in_place
 from ngc_jax.convert.kernel_fit import fit_kernel
 from ngc_jax.convert.measure import GRADIENT_TOKENS, Progress, measure
+from ngc_jax.convert.narrow import Narrowed, narrow_recipe, narrowed, removed_parameters
 from ngc_jax.convert.propagate import propagate
 from ngc_jax.convert.ranks import choose_ranks, given_ranks
 from ngc_jax.convert.recipe import Recipe
@@ -44,7 +46,7 @@ def convert(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Convert a dense model to a compact one: `measure`, `fit_groups`, `finish`, `refine`.
+    """Convert a dense model to a compact one: `measure`, `narrowed`, `fit_groups`, `finish`, `refine`.
 
     Args:
         model: The dense model.
@@ -81,7 +83,21 @@ def convert(
         mesh=mesh,
         progress=progress,
     )
-    groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
+    config, inner = narrow_recipe(model.config, recipe)
+    removed = removed_parameters(model.config, config, recipe)
+    narrow: Narrowed | None = None
+    dense = model
+    if removed:
+        narrow = narrowed(
+            model,
+            config,
+            stream,
+            shrinkage=recipe.resolved_shrinkage,
+            at_once=(os.cpu_count() or 1) if refined else 1,
+            donate=donate and not refined,
+        )
+        model, recipe, stream = narrow.model, inner, narrow.statistics
+    groups = all_candidates(candidate_cells(config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     kept: list[dict[str, Statistics]] = []
     if refined:
@@ -94,12 +110,13 @@ def convert(
         fitted = fit_groups(model, recipe, stream, directory, ranks=ranks, progress=progress)
         compact = finish(model, recipe, fitted, donate=donate and not refined, progress=progress)
     del fitted
-    return refine(
+    compact = refine(
         model,
         recipe,
         compact,
         kept,
         tokens,
+        wide=None if narrow is None else (dense, narrow.kept),
         gradient_tokens=gradient_tokens,
         propagation_tokens=propagation_tokens,
         window=window,
@@ -108,6 +125,8 @@ def convert(
         donate=donate,
         progress=progress,
     )
+    assert compact.plan is not None
+    return dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=removed))
 
 
 def refine(
@@ -117,6 +136,7 @@ def refine(
     statistics: list[dict[str, Statistics]],
     tokens: np.ndarray,
     *,
+    wide: tuple[LanguageModel, Mapping[int, np.ndarray]] | None = None,
     gradient_tokens: int = GRADIENT_TOKENS,
     propagation_tokens: int = PROPAGATION_TOKENS,
     window: int = 1024,
@@ -128,12 +148,14 @@ def refine(
     """Convert anew as often as a recipe has rounds, on gradients measured again, then propagate errors.
 
     Args:
-        model: The dense model.
+        model: The dense model, narrow if hidden neurons went.
         recipe: What to do; with neither, the compact model is returned as it is.
         compact: From `finish`.
         statistics: What it was converted with, layer by layer. What is measured again takes its place in the list, so
             that the old gradients are let go.
         tokens: (T,) calibration tokens.
+        wide: Where hidden neurons went, the dense model that had them, and by layer those that stayed. Its errors are
+            propagated too.
         gradient_tokens: As for `convert`.
         propagation_tokens: As for `convert`.
         window: Tokens in a calibration window.
@@ -159,6 +181,7 @@ def refine(
         compact,
         statistics,
         tokens[:propagation_tokens],
+        wide=wide,
         window=window,
         batch_size=batch_size,
         mesh=mesh,

@@ -54,6 +54,7 @@ def propagate(
     statistics: Sequence[Mapping[str, Statistics]],
     tokens: Int[np.ndarray, " T"],
     *,
+    wide: tuple[LanguageModel, Mapping[int, np.ndarray]] | None = None,
     window: int = 1024,
     batch_size: int = 4,
     donate: bool = False,
@@ -65,13 +66,15 @@ def propagate(
     Within a layer all blocks see what the layer as converted before makes of the inputs that the new layers below send.
 
     Args:
-        model: The dense model.
+        model: The dense model, narrow if hidden neurons went.
         recipe: Its `resolved_propagation` is how far targets and inputs go from the dense model's (0) to the converted
             one's (1).
         compact: The model converted so far; every group within one layer, which a recipe sees to.
         statistics: What it was converted with, layer by layer.
         tokens: (T,) calibration tokens, from the first. If the statistics have the first T apart, the dense inputs'
             second moment is theirs; else it is measured here.
+        wide: Where hidden neurons went, the dense model that had them, and by layer those that stayed: then x is what
+            it sends.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
         donate: Delete the dense kernels that states replace.
@@ -80,6 +83,7 @@ def propagate(
     """
     assert compact.plan is not None
     config = model.config
+    whole, stayed = (model, None) if wide is None else wide
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
     stacks = stack_batches(tokens, window, batch_size, mesh=mesh)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
@@ -87,13 +91,22 @@ def propagate(
     theirs = list(ours)
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
-        dense, once = model.params["layers"][str(layer)], dense_layer(model, compact, layer)
+        dense, once = whole.params["layers"][str(layer)], dense_layer(model, compact, layer)
+        kept = None if stayed is None else jnp.asarray(stayed[layer])
         kind = layer_kind(config, layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
         sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
         for index, (_, positions, mask) in enumerate(stacks):
             theirs[index], sums = _add_both(
-                dense, once, theirs[index], ours[index], positions, mask, sums, config=config, kind=kind, mesh=mesh
+                (dense, once, kept),
+                theirs[index],
+                ours[index],
+                positions,
+                mask,
+                sums,
+                configs=(whole.config, config),
+                kind=kind,
+                mesh=mesh,
             )
         moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
         here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
@@ -237,32 +250,36 @@ def _moments(sums: _Sums, count: int, known: np.ndarray | None) -> list[np.ndarr
     return [mean, cross.value() / count, mean_product(converted, count)]
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("sums",))
+@partial(jax.jit, static_argnames=("configs", "kind", "mesh"), donate_argnames=("sums",))
 def _add_both(
-    dense: Params,
-    compact: Params,
+    params: tuple[Params, Params, Int[Array, " S"] | None],
     theirs: Float[Array, "K B L D"],
     ours: Float[Array, "K B L D"],
     positions: Int[Array, "K B L"],
     mask: Float[Array, "K B L"] | None,
     sums: dict[str, _Sums],
     *,
-    config: DecoderConfig,
+    configs: tuple[DecoderConfig, DecoderConfig],
     kind: int,
     mesh: Mesh | None,
 ) -> tuple[Array, dict[str, _Sums]]:
-    """Run a layer of both models on a stack; returns the dense streams after it and the sums."""
-    layer = DecoderLayer(config, Plan(), kind, theirs.dtype)
+    """Run a layer of both models on a stack; returns the dense streams after it and the sums.
+
+    `params` are those of both, and the dense model's hidden neurons that the other has; None for all.
+    """
+    dense_one, compact_one = (DecoderLayer(config, Plan(), kind, theirs.dtype) for config in configs)
 
     def step(
-        params: tuple[Params, Params], data: Mapping[str, Any], theirs: Array, sums: dict[str, _Sums]
+        params: tuple[Params, Params, Array | None], data: Mapping[str, Any], theirs: Array, sums: dict[str, _Sums]
     ) -> tuple[Array, dict[str, _Sums]]:
-        dense, compact = params
-        (after, _), at_theirs = layer.apply({"params": dense}, theirs, data["positions"], mutable=[BLOCK_INPUTS])
-        _, at_ours = layer.apply({"params": compact}, data["ours"], data["positions"], mutable=[BLOCK_INPUTS])
+        dense, compact, kept = params
+        (after, _), at_theirs = dense_one.apply({"params": dense}, theirs, data["positions"], mutable=[BLOCK_INPUTS])
+        _, at_ours = compact_one.apply({"params": compact}, data["ours"], data["positions"], mutable=[BLOCK_INPUTS])
         new: dict[str, _Sums] = {}
         for role, site in INPUT_SITE.items():
-            x, y = (token_rows(sown_input(sown[BLOCK_INPUTS], role), data["mask"]) for sown in (at_theirs, at_ours))
+            x, y = (sown_input(sown[BLOCK_INPUTS], role) for sown in (at_theirs, at_ours))
+            x = x if kept is None or role != "d" else x[..., kept]
+            x, y = (token_rows(inputs, data["mask"]) for inputs in (x, y))
             own, cross, converted = sums[site]
             both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
             own = add_products(own, x) if own else own
@@ -270,7 +287,7 @@ def _add_both(
         return after, new
 
     data = {"positions": positions, "mask": mask, "ours": ours}
-    return each_batch(step, (dense, compact), data, theirs, sums, mesh=mesh)
+    return each_batch(step, params, data, theirs, sums, mesh=mesh)
 
 
 def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:

@@ -16,6 +16,14 @@ KernelName = Literal["bilinear", "riemannian", "lifted"]
 AUTO = "auto"
 
 
+def default_width(keep: float) -> float:
+    """The share of hidden neurons that stay at a keep ratio, where a method narrows MLPs.
+
+    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
+    """
+    return min(keep + 0.1, 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A method and its levers; what is None is the method's own.
@@ -38,6 +46,9 @@ class Recipe:
             calibration text hardly uses are not free on other text; the further that is, the more shrinkage helps.
         propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; 0 takes no
             time. If None, nothing at full rank, with another kernel, or where groups may span layers.
+        width: The share of hidden neurons that every MLP keeps, above 0 and at most 1; the others are told by them
+            (`narrow`) and count as dense parameters that are not stored. If None, all, or what the method makes of the
+            keep ratio where it narrows MLPs.
         kernel: How two states make a weight. Others than `bilinear` have no closed form and no gauge to fix: every
             group is fitted by gradient steps from the bilinear solution, at the rank that stores no more than that.
         metric_rank: riemannian: rank of the metric's part beside the diagonal.
@@ -60,6 +71,7 @@ class Recipe:
     sensitivities: bool | None = None
     shrinkage: float | None = None
     propagation: float | None = None
+    width: float | None = None
     kernel: KernelName = "bilinear"
     metric_rank: int = 0
     lift: int = 0
@@ -98,6 +110,12 @@ class Recipe:
                     f"errors are propagated in groups within layers only, and groups of topology "
                     f"{self.resolved_topology} may span layers; leave out propagation"
                 )
+        if self.width is not None and not 0 < self.width <= 1:
+            raise UsageError(f"width {self.width:g} is outside (0, 1]; 0.8 keeps 80 % of the hidden neurons")
+        if self.resolved_width < 1 and self.definition.needs == "nothing":
+            raise UsageError(f"method {self.method} looks at no inputs; leave out width")
+        if self.resolved_width < 1 and self.rank is not None:
+            raise UsageError("a given rank is of the dense model's blocks; leave out rank or width")
         if not self.is_bilinear:
             if self.propagation:
                 raise UsageError(f"kernel {self.kernel!r} is fitted once; leave out propagation")
@@ -165,6 +183,14 @@ class Recipe:
     def resolved_shrinkage(self) -> float:
         """How far second moments are drawn to their diagonals."""
         return self.definition.shrinkage if self.shrinkage is None else self.shrinkage
+
+    @property
+    def resolved_width(self) -> float:
+        """The share of hidden neurons that stay."""
+        if self.width is not None:
+            return self.width
+        narrowing = self.definition.narrows and self.is_bilinear and self.rank is None
+        return default_width(self.keep) if narrowing else 1.0
 
     @property
     def resolved_propagation(self) -> float:

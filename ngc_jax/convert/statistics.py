@@ -32,8 +32,8 @@ class OutputGradients:
     Attributes:
         count: Tokens measured.
         mean_square: Diagonal of G = E[g g^T], (M,), float64.
-        second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs; None if only the
-            diagonal was asked for.
+        second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs and G was not asked
+            for; None if only the diagonal was.
         slope: The mean of g^T (W - W_0) x over tokens: how fast the loss rises as the block's weight goes on from
             W_0, the teacher's, beyond W; None unless asked for.
     """

@@ -155,6 +155,7 @@ class Plan(_Value):
     Attributes:
         groups: The neuronal groups.
         dense: Planned blocks that stay dense; they count at full size in the keep ratio.
+        removed: Parameters that the planned blocks had before hidden neurons went; they count as dense.
 
     A block that the plan does not name is outside it: dense in the model, and not counted.
 
@@ -164,6 +165,7 @@ class Plan(_Value):
 
     groups: tuple[GroupPlan, ...] = ()
     dense: tuple[Block, ...] = ()
+    removed: int = 0
 
     def __post_init__(self) -> None:
         names = [block.name for block in self.blocks()]
@@ -172,6 +174,8 @@ class Plan(_Value):
             raise UsageError(
                 f"the plan names {', '.join(twice)} more than once; a block is in exactly one group or dense"
             )
+        if self.removed < 0:
+            raise UsageError(f"the plan has {self.removed} parameters removed; expected 0 or more")
         if len({group.name for group in self.groups}) < len(self.groups):
             raise UsageError("two groups of the plan have the same name; give every group its own")
 
@@ -191,8 +195,8 @@ class Plan(_Value):
         return sum(group.count_parameters() for group in self.groups) + sum(block.parameters for block in self.dense)
 
     def dense_parameters(self) -> int:
-        """Parameters of the planned blocks when all are dense."""
-        return sum(block.parameters for block in self.blocks())
+        """Parameters of the planned blocks when all are dense and no hidden neuron has gone."""
+        return sum(block.parameters for block in self.blocks()) + self.removed
 
     def multiply_adds(self, site_of: Callable[[str], Hashable]) -> int:
         """Multiply-adds per token of the planned blocks.
@@ -213,6 +217,7 @@ class Plan(_Value):
         return {
             "groups": [_group_to_json(group) for group in self.groups],
             "dense": [_block_to_json(block) for block in self.dense],
+            **({"removed": self.removed} if self.removed else {}),
         }
 
     @classmethod
@@ -233,7 +238,8 @@ class Plan(_Value):
                 )
                 for group in data["groups"]
             )
-            return cls(groups=groups, dense=tuple(_block_from_json(block) for block in data["dense"]))
+            dense = tuple(_block_from_json(block) for block in data["dense"])
+            return cls(groups=groups, dense=dense, removed=int(data.get("removed", 0)))
         except UsageError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -40,8 +40,9 @@ class Inspection:
 
     def dense_parameters(self) -> int:
         """Numbers that the planned blocks have when dense."""
-        blocks = self.config.blocks() if self.plan is None else self.plan.blocks()
-        return sum(block.parameters for block in blocks)
+        if self.plan is not None:
+            return self.plan.dense_parameters()
+        return sum(block.parameters for block in self.config.blocks())
 
     def summary(self) -> dict[str, Any]:
         """Counts for a machine."""

@@ -52,10 +52,11 @@ def test_statistics_do_not_depend_on_how_many_devices_measure_them(at_once):
 
 
 def test_what_is_measured_again_does_not_either():
-    model = tiny_model()
-    statistics = list(measure(model, RECIPE, TOKENS, window=20))
-    compact = convert(model, Recipe("ngc", keep=0.6, rounds=0, propagation=0.0), TOKENS, window=20)
-    found = [remeasure(model, RECIPE, compact, statistics, TOKENS, window=20, mesh=mesh) for mesh in (None, mesh_of(4))]
+    model, recipe = tiny_model(), dataclasses.replace(RECIPE, width=1.0)
+    statistics = list(measure(model, recipe, TOKENS, window=20))
+    once = dataclasses.replace(recipe, rounds=0, propagation=0.0)
+    compact = convert(model, once, TOKENS, window=20)
+    found = [remeasure(model, recipe, compact, statistics, TOKENS, window=20, mesh=mesh) for mesh in (None, mesh_of(4))]
     assert_same(found[1], found[0])
 
 

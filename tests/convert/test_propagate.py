@@ -123,7 +123,7 @@ def test_as_many_tokens_as_asked_for_are_propagated_on():
 
 def test_the_dense_inputs_moments_need_not_be_measured_twice():
     """Gradients and propagation on the same tokens, and on the same with what is known of them withheld."""
-    model, recipe = tiny_model("llama_untied"), Recipe("ngc", keep=0.5, rounds=0, propagation=0.5)
+    model, recipe = tiny_model("llama_untied"), Recipe("ngc", keep=0.5, rounds=0, propagation=0.5, width=1.0)
     settings = {"gradient_tokens": 300, "window": 60, "batch_size": 4}
     statistics = list(measure(model, recipe, TOKENS, at_once=True, keep_first=True, **settings))
     for layer, alone in zip(statistics, measure(model, Recipe("svd_llm"), TOKENS[:300], window=60), strict=True):

@@ -37,7 +37,7 @@ def test_the_second_round_takes_other_tokens_where_there_are_some():
 @pytest.mark.parametrize("geometry", ["full", "diagonal"])
 def test_the_second_round_measures_the_converted_model(geometry):
     model, tokens = tiny_model(), random_tokens(120)
-    recipe = Recipe("ngc", keep=0.4, gradients=geometry)
+    recipe = Recipe("ngc", keep=0.4, gradients=geometry, width=1.0)
     statistics = list(measure(model, recipe, tokens, window=40))
     once = convert(model, dataclasses.replace(recipe, rounds=0), tokens, window=40)
     again = remeasure(model, recipe, once, statistics, tokens[:40], window=40)

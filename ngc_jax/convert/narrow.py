@@ -1,0 +1,303 @@
+"""Narrower MLPs: hidden neurons whose part the others can take over go before anything is factored.
+
+The states of a low rank serve all neurons alike; hidden neurons matter unequally, and what many of them say can be told
+from the others. A layer's MLP with inputs h of its d block (F hidden neurons) keeps the set S:
+
+    W_d h  ~  W' h_S,    W' = W_d C[:, S] C[S, S]^-1,    C = E[h h^T],
+
+the best linear guess (Nystrom; for C alone MoDeGPT, arXiv 2408.09632, section 3.2). Neurons go one at a time, each time
+the one without which the loss rises least, G the second moment of the loss's gradient by the block's outputs:
+
+    || G^(1/2) w'_j ||^2 / [C[S, S]^-1]_jj
+
+(optimal brain surgeon, Hassibi and Stork 1993, eq. 5, in the geometry of `best_states`). Every layer keeps as many, so
+that the result is a dense model of the same architecture, which is then converted as any other.
+
+Legend: F hidden neurons, S those that stay, I width of the stream, B neurons that go between two updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Int
+
+from ngc_jax.convert.best_states import mean_diagonal, pulled_metric
+from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.fit import shrunk
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.side_by_side import side_by_side
+from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Block
+from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
+from ngc_jax.models.load import LanguageModel, Params
+
+# Whose outputs go with hidden neurons: their G must be measured whole.
+NARROW_ROLES = "ug"
+# Widths are multiples of this, a TPU's tile, if the dense model's is.
+_TILE = 128
+# Neurons that go before all of the two matrices is brought up to date, by one product.
+_BLOCK = 64
+# Relative to the mean diagonal of C: neurons that are silent on the calibration text go first, by no division by zero.
+_RIDGE = 1e-6
+
+
+def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig, Recipe]:
+    """The decoder whose blocks a recipe groups, and the recipe to do that by: its keep ratio is of the narrow decoder.
+
+    Args:
+        config: The dense model's.
+        recipe: Of a conversion of that model.
+
+    Returns:
+        Both as they were if every hidden neuron stays.
+
+    Raises:
+        UsageError: If a width is asked for and the topology leaves MLPs out, or the width leaves too little.
+    """
+    if recipe.resolved_width == 1:
+        return config, recipe
+    tile = math.gcd(config.mlp_dim, _TILE)
+    width = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
+    blocks = _planned(config, recipe)
+    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
+    if not whole <= blocks.keys():
+        if recipe.width is not None:
+            raise UsageError("a width below 1 needs a topology with u, g and d of every layer; leave out the width")
+        return config, recipe
+    narrow = dataclasses.replace(config, mlp_dim=width)
+    left = sum(block.parameters for block in _planned(narrow, recipe).values())
+    budget = math.floor(recipe.keep * sum(block.parameters for block in blocks.values()))
+    if budget > left:
+        raise UsageError(
+            f"width {recipe.resolved_width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width"
+        )
+    return narrow, dataclasses.replace(recipe, keep=budget / left, width=1.0)
+
+
+def removed_parameters(config: DecoderConfig, narrow: DecoderConfig, recipe: Recipe) -> int:
+    """Parameters of the planned blocks that went with hidden neurons."""
+    before, after = (sum(block.parameters for block in _planned(c, recipe).values()) for c in (config, narrow))
+    return before - after
+
+
+def _planned(config: DecoderConfig, recipe: Recipe) -> dict[str, Block]:
+    groups = all_candidates(candidate_cells(config, recipe.resolved_topology))
+    return {member.name: member for group in groups for member in group.members}
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrowed:
+    """A dense model without the hidden neurons that went.
+
+    Attributes:
+        model: The narrow dense model. Its layers take their places as `statistics` are read, and not before.
+        kept: By layer, which hidden neurons of the dense model stay, ascending (S,); filled likewise.
+        statistics: Of the narrow model's blocks, layer by layer, as the dense model's tell.
+    """
+
+    model: LanguageModel
+    kept: dict[int, Int[np.ndarray, " S"]]
+    statistics: Iterator[dict[str, Statistics]]
+
+
+def narrowed(
+    model: LanguageModel,
+    config: DecoderConfig,
+    stream: Iterable[Mapping[str, Statistics]],
+    *,
+    shrinkage: float = 0.0,
+    at_once: int = 1,
+    donate: bool = False,
+) -> Narrowed:
+    """Narrow the MLPs of a dense model, one layer after the other.
+
+    Args:
+        model: The dense model.
+        config: The narrow one's, from `narrow_recipe`.
+        stream: Statistics of the dense model's blocks, layer by layer; gradients, if they have any, of u and g whole.
+        shrinkage: Of C, as for `shrunk`.
+        at_once: Layers that are narrowed side by side, and held.
+        donate: Delete the dense kernels that narrow ones replace.
+    """
+    layers = dict(model.params["layers"])
+    hf_config = {**model.hf_config, "intermediate_size": config.mlp_dim}
+    narrow = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
+    kept: dict[int, np.ndarray] = {}
+
+    def run(one: tuple[int, Mapping[str, Statistics]]) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
+        layer, statistics = one
+        return _narrow_layer(layers[str(layer)], layer, dict(statistics), config, shrinkage)
+
+    def each() -> Iterator[dict[str, Statistics]]:
+        numbered = enumerate(stream)
+        size = model.config.mlp_dim
+        while some := list(itertools.islice(numbered, at_once)):
+            done = side_by_side(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
+            for (layer, _), (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
+                if donate:
+                    for role in MLP_ROLES:
+                        model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
+                yield found
+                del found  # or it would live on while the next layer is measured
+            del some, done
+
+    return Narrowed(narrow, kept, each())
+
+
+def _narrow_layer(
+    params: Params, layer: int, statistics: dict[str, Statistics], config: DecoderConfig, shrinkage: float
+) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
+    names = {role: block_name(layer, role) for role in MLP_ROLES}
+    kernels = {role: np.asarray(params["mlp"][role]["kernel"], np.float64) for role in MLP_ROLES}
+    hidden = shrunk([statistics[names["d"]]], shrinkage)[0]
+    for name, arrays in {
+        names["d"]: (kernels["d"], hidden.second_moment, *_measured(hidden.gradients)),
+        names["u"]: (kernels["u"], *_measured(statistics[names["u"]].gradients)),
+        names["g"]: (kernels["g"], *_measured(statistics[names["g"]].gradients)),
+    }.items():
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UsageError(f"the weights or statistics of {name} are not finite; load the model with --dtype float32")
+    moment = positive(hidden.second_moment)
+    kept = neurons_that_stay(pulled_metric(kernels["d"], hidden.gradients), moment, config.mlp_dim)
+    small = {role: kernels[role][kept] for role in NARROW_ROLES}
+    told_SxF = told_by(moment, kept)
+    small["d"] = kernels["d"] @ told_SxF.T
+    mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
+    for role in NARROW_ROLES:
+        if "bias" in mlp[role]:
+            mlp[role]["bias"] = _like(mlp[role]["bias"], np.asarray(mlp[role]["bias"])[kept])
+        statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])
+    statistics[names["d"]] = _of_inputs(statistics[names["d"]], kept, told_SxF, small["d"])
+    return kept, {**params, "mlp": mlp}, statistics
+
+
+def _measured(gradients: OutputGradients | None) -> list[np.ndarray]:
+    if gradients is None:
+        return []
+    return [gradients.mean_square] + ([] if gradients.second_moment is None else [gradients.second_moment])
+
+
+def _like(before: jax.Array, array: np.ndarray) -> jax.Array:
+    """An array of the type and on the devices of another."""
+    return jax.device_put(array.astype(before.dtype), before.sharding)
+
+
+def positive(second_moment_FxF: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F F"]:
+    """C + ridge, or, where rounding has made C indefinite, with no eigenvalue below the ridge."""
+    ridge = _RIDGE * mean_diagonal(second_moment_FxF)
+    ridged = second_moment_FxF + ridge * np.eye(len(second_moment_FxF))
+    try:
+        np.linalg.cholesky(ridged)
+    except np.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(second_moment_FxF)
+        ridged = (vectors * np.maximum(values, ridge)) @ vectors.T
+    return ridged
+
+
+def neurons_that_stay(
+    pulled_FxF: Float[np.ndarray, "F F"], second_moment_FxF: Float[np.ndarray, "F F"], count: int
+) -> Int[np.ndarray, " S"]:
+    """Which inputs of a block to keep: the others go one by one, always the one that costs least.
+
+    Exact: after each removal both matrices are those of the inputs that are left. A block of removals is kept apart
+    and applied at once, since a product of matrices takes a fraction of the time of as many of vectors.
+
+    Args:
+        pulled_FxF: W^T G W.
+        second_moment_FxF: C of the block's inputs; positive definite.
+        count: How many stay.
+
+    Returns:
+        Their indices, ascending.
+    """
+    size = len(second_moment_FxF)
+    # In Fortran's order, for BLAS to work in place; both are symmetric.
+    inverse_FxF = np.array(second_moment_FxF, order="F")
+    inverse_FxF, _ = scipy.linalg.lapack.dpotrf(inverse_FxF, lower=True, clean=True, overwrite_a=True)
+    inverse_FxF, _ = scipy.linalg.lapack.dpotri(inverse_FxF, lower=True, overwrite_c=True)
+    inverse_FxF += np.tril(inverse_FxF, -1).T
+    weights_FxF = np.array(pulled_FxF, order="F")
+    stays = np.ones(size, bool)
+    while (left := int(stays.sum()) - count) > 0:
+        block = min(left, _BLOCK)
+        # inverse - p p^T and weights - a c^T - c a^T, p, a and c with a row for every neuron that went.
+        p_BxF, a_BxF, c_BxF = (np.zeros((block, size)) for _ in range(3))
+        inverse_F, weights_F = np.diag(inverse_FxF).copy(), np.diag(weights_FxF).copy()
+        weights_F[~stays], inverse_F[~stays] = np.inf, 1.0
+        for row in range(block):
+            gone = int((weights_F / inverse_F).argmin())
+            p_F = inverse_FxF[:, gone] - p_BxF[:row, gone] @ p_BxF[:row]
+            m_F = weights_FxF[:, gone] - c_BxF[:row, gone] @ a_BxF[:row] - a_BxF[:row, gone] @ c_BxF[:row]
+            # What each neuron takes over of it: w_i becomes w_i - c_i w.
+            c_F = p_F / p_F[gone]
+            a_F = m_F - m_F[gone] / 2 * c_F
+            p_BxF[row], a_BxF[row], c_BxF[row] = p_F / math.sqrt(p_F[gone]), a_F, c_F
+            inverse_F -= p_BxF[row] ** 2
+            weights_F -= 2 * a_F * c_F
+            stays[gone], weights_F[gone], inverse_F[gone] = False, np.inf, 1.0
+        _subtract(inverse_FxF, p_BxF, p_BxF)
+        _subtract(weights_FxF, np.concatenate([a_BxF, c_BxF]), np.concatenate([c_BxF, a_BxF]))
+    return np.flatnonzero(stays)
+
+
+def _subtract(total_FxF: np.ndarray, left_BxF: np.ndarray, right_BxF: np.ndarray) -> None:
+    """left^T right from a matrix in Fortran's order, in place."""
+    scipy.linalg.blas.dgemm(-1.0, left_BxF.T, right_BxF.T, 1.0, total_FxF, trans_b=True, overwrite_c=True)
+
+
+def told_by(second_moment_FxF: Float[np.ndarray, "F F"], kept: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S F"]:
+    """What the neurons that stay tell of every one: C[S, S]^-1 C[S], for themselves the unit vectors; C as above."""
+    gone = np.setdiff1d(np.arange(len(second_moment_FxF)), kept)
+    told = np.zeros((len(kept), len(second_moment_FxF)))
+    told[np.arange(len(kept)), kept] = 1.0
+    told[:, gone] = scipy.linalg.solve(
+        second_moment_FxF[np.ix_(kept, kept)], second_moment_FxF[np.ix_(kept, gone)], assume_a="pos", check_finite=False
+    )
+    return told
+
+
+def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> Statistics:
+    """The statistics of a block of which some outputs stay; of the gradients what a block of its shape needs."""
+    gradients = entry.gradients
+    if gradients is None:
+        return entry
+    second = gradients.second_moment
+    if second is not None:
+        second = second[np.ix_(kept, kept)]
+    gradients = dataclasses.replace(gradients, mean_square=gradients.mean_square[kept], second_moment=second)
+    return dataclasses.replace(entry, gradients=_pulled(gradients, kernel_SxI))
+
+
+def _of_inputs(entry: Statistics, kept: np.ndarray, told_SxF: np.ndarray, kernel_MxS: np.ndarray) -> Statistics:
+    """The statistics of a block of which some inputs stay and tell of the others; what its outputs are stays."""
+    both = np.ix_(kept, kept)
+    gradients = entry.gradients
+    if gradients is not None:
+        second = gradients.second_moment
+        if second is not None and len(second) != len(kernel_MxS):  # W^T G W was measured
+            gradients = dataclasses.replace(gradients, second_moment=told_SxF @ second @ told_SxF.T)
+        gradients = _pulled(gradients, kernel_MxS)
+    return dataclasses.replace(
+        entry,
+        second_moment=entry.second_moment[both],
+        absolute_mean=entry.absolute_mean[kept],
+        fisher=None if entry.fisher is None else entry.fisher[kept],
+        gradients=gradients,
+        first=None if entry.first is None else FirstTokens(entry.first.count, entry.first.second_moment[both]),
+    )
+
+
+def _pulled(gradients: OutputGradients, kernel_MxI: np.ndarray) -> OutputGradients:
+    """With W^T G W in place of G for a block with more outputs than inputs, as gradients are measured."""
+    second = gradients.second_moment
+    if second is None or len(second) != len(kernel_MxI) or len(kernel_MxI) <= kernel_MxI.shape[1]:
+        return gradients
+    return dataclasses.replace(gradients, second_moment=kernel_MxI.T @ second @ kernel_MxI)

@@ -1,0 +1,260 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngc_jax.convert.measure import measure
+from ngc_jax.convert.narrow import (
+    NARROW_ROLES,
+    narrow_recipe,
+    narrowed,
+    neurons_that_stay,
+    positive,
+    removed_parameters,
+    told_by,
+)
+from ngc_jax.convert.output_gradients import measure_output_gradients
+from ngc_jax.convert.pipeline import convert
+from ngc_jax.convert.recipe import Recipe
+from ngc_jax.errors import UsageError
+from ngc_jax.models.inspect import inspect_model
+from ngc_jax.models.load import load_model
+from ngc_jax.models.save import save_model
+from ngc_jax.models.sources import open_source
+from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model
+
+TOKENS = random_tokens(1200)
+
+
+def logits(model, tokens):
+    return np.asarray(forward(model.params, tokens[None], decoder=model.decoder)[0])
+
+
+def covariance(generator, size, samples=400):
+    x = generator.standard_normal((samples, size)) @ generator.standard_normal((size, size))
+    return x, x.T @ x / samples
+
+
+def loss_without(weight, metric, moment, kept):
+    """tr(G D C D^T) of the best weight on the inputs that stay, by least squares in float64."""
+    root = np.linalg.cholesky(moment).T  # moment = root^T root
+    best = np.linalg.lstsq(root[:, kept], root @ weight.T, rcond=None)[0]
+    change = root @ weight.T - root[:, kept] @ best
+    return np.einsum("tm,mn,tn->", change, metric, change)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 12), st.data())
+def test_each_neuron_that_goes_costs_least(seed, size, data):
+    """The greedy choice, one at a time, against trying every neuron with a least squares problem of its own."""
+    count = data.draw(st.integers(1, size))
+    generator = np.random.default_rng(seed)
+    _, moment = covariance(generator, size)
+    weight = generator.standard_normal((5, size))
+    _, metric = covariance(generator, 5)
+    kept = list(range(size))
+    while len(kept) > count:
+        kept = min(
+            ([k for k in kept if k != gone] for gone in kept),
+            key=lambda left: loss_without(weight, metric, moment, left),
+        )
+    found = neurons_that_stay(weight.T @ metric @ weight, moment, count)
+    np.testing.assert_array_equal(found, kept)
+
+
+def test_removals_in_blocks_are_those_one_by_one(monkeypatch):
+    generator = np.random.default_rng(0)
+    _, moment = covariance(generator, 90)
+    weight = generator.standard_normal((20, 90))
+    in_blocks = neurons_that_stay(weight.T @ weight, moment, 11)
+    monkeypatch.setattr("ngc_jax.convert.narrow._BLOCK", 1)
+    np.testing.assert_array_equal(in_blocks, neurons_that_stay(weight.T @ weight, moment, 11))
+
+
+def test_the_weight_on_those_that_stay_is_the_least_squares_solution():
+    generator = np.random.default_rng(1)
+    x, moment = covariance(generator, 9)
+    np.testing.assert_allclose(positive(moment), moment, atol=1e-5 * moment.max())
+    weight, kept = generator.standard_normal((4, 9)), np.array([0, 2, 3, 7])
+    best = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
+    np.testing.assert_allclose(weight @ told_by(moment, kept).T, best, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(told_by(moment, np.arange(9)), np.eye(9))
+
+
+def test_silent_neurons_go_first():
+    """Neurons that never fire, and neurons that nobody reads; the second moment is singular."""
+    generator = np.random.default_rng(2)
+    x = generator.standard_normal((50, 8))
+    x[:, [1, 4]] = 0.0
+    weight = generator.standard_normal((3, 8))
+    weight[:, 6] = 0.0
+    kept = neurons_that_stay(weight.T @ weight, positive(x.T @ x / 50), 5)
+    np.testing.assert_array_equal(kept, [0, 2, 3, 5, 7])
+    # Fewer tokens than neurons, and none of either kind at all.
+    assert len(neurons_that_stay(weight.T @ weight, positive(x[:3].T @ x[:3] / 3), 4)) == 4
+    assert len(neurons_that_stay(np.zeros((8, 8)), positive(np.zeros((8, 8))), 2)) == 2
+    # Not even a second moment, by rounding.
+    moment = np.diag([1.0, 0.5, -1e-5])
+    assert np.linalg.eigvalsh(positive(moment)).min() > 0
+    np.testing.assert_allclose(positive(moment), moment, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", HF_CONFIGS)
+def test_neurons_that_others_double_are_no_loss(architecture):
+    """Every hidden neuron twice: half as many do the same, whatever the architecture makes of biases and gates."""
+    model = tiny_model(architecture)
+    half = model.config.mlp_dim // 2
+    layers = {}
+    for number, layer in model.params["layers"].items():
+        mlp = {role: dict(layer["mlp"][role]) for role in "ugd"}
+        for role in "ug":
+            mlp[role] = {name: leaf.at[half:].set(leaf[:half]) for name, leaf in mlp[role].items()}
+        layers[number] = {**layer, "mlp": mlp}
+    model = dataclasses.replace(model, params={**model.params, "layers": layers})
+    config = dataclasses.replace(model.config, mlp_dim=half)
+    narrow = narrowed(model, config, measure(model, Recipe("ngc", keep=0.5, width=0.5), TOKENS, window=60))
+    statistics = list(narrow.statistics)
+    assert all(len(kept) == half == len(set(kept % half)) for kept in narrow.kept.values())
+    tokens = random_tokens(40, seed=9)
+    dense = logits(model, tokens)
+    assert np.abs(logits(narrow.model, tokens) - dense).max() < 2e-3 * np.abs(dense).max()
+    # What the narrow model's statistics should be can be measured on it, for it is the same function.
+    own = list(measure(narrow.model, Recipe("ngc", keep=0.5, width=1.0), TOKENS, window=60))
+    for layer, expected in zip(statistics, own, strict=True):
+        assert layer.keys() == expected.keys()
+        for name, entry in layer.items():
+            for ours, theirs in (
+                (entry.second_moment, expected[name].second_moment),
+                (entry.absolute_mean, expected[name].absolute_mean),
+                *(
+                    [(entry.gradients.mean_square, expected[name].gradients.mean_square)]
+                    if name[-1] not in NARROW_ROLES  # the gradient of a doubled neuron was half
+                    else []
+                ),
+            ):
+                np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.005 * np.abs(theirs).max())
+            assert entry.gradients.second_moment.shape == expected[name].gradients.second_moment.shape
+
+
+@pytest.mark.parametrize("geometry", ["full", "diagonal"])
+def test_gradients_of_outputs_that_stay(geometry):
+    """G of some outputs is a part of G, and W^T G W is made of that part; against the gradients themselves."""
+    model = tiny_model()
+    config = dataclasses.replace(model.config, mlp_dim=16)
+    recipe = Recipe("ngc", keep=0.5, width=0.5, gradients=geometry)
+    narrow = narrowed(model, config, measure(model, recipe, TOKENS, window=60))
+    for layer, statistics in enumerate(narrow.statistics):
+        kept = narrow.kept[layer]
+        gradients, _ = measure_output_gradients(model.config, model.params, TOKENS, full_roles="ug", window=60)
+        for role in "ug":
+            whole, found = gradients[f"layers.{layer}.mlp.{role}"], statistics[f"layers.{layer}.mlp.{role}"].gradients
+            np.testing.assert_allclose(found.mean_square, whole.mean_square[kept], rtol=1e-4)
+            if geometry == "diagonal":
+                assert found.second_moment is None
+                continue
+            expected = whole.second_moment[np.ix_(kept, kept)]
+            if found.second_moment.shape != expected.shape:
+                kernel = np.asarray(model.params["layers"][str(layer)]["mlp"][role]["kernel"], np.float64)[kept]
+                expected = kernel.T @ expected @ kernel
+            np.testing.assert_allclose(found.second_moment, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("method", "levers"),
+    [
+        ("ngc", {}),
+        ("ngc", {"rounds": 0, "propagation": 0.0}),
+        ("ngc", {"topology": "qkv-o-ug-dd", "rounds": 1}),
+        ("ngc", {"gradients": "diagonal"}),
+        ("svd_llm", {"width": 0.5}),
+        ("svd_llm", {"width": 0.5, "propagation": 0.3}),
+        ("fwsvd", {"width": 0.75}),
+        ("basis_sharing", {"width": 0.75}),
+    ],
+)
+def test_what_went_counts_as_not_stored(tmp_path, method, levers):
+    model = tiny_model("llama_untied")
+    recipe = Recipe(method, keep=0.5, **levers)
+    narrow, inner = narrow_recipe(model.config, recipe)
+    assert narrow.mlp_dim < model.config.mlp_dim
+    assert inner.resolved_width == 1
+    result = convert(model, recipe, TOKENS, window=60, batch_size=2, gradient_tokens=600)
+    assert result.config == narrow
+    assert result.plan.removed == removed_parameters(model.config, narrow, recipe) > 0
+    assert result.plan.dense_parameters() == sum(block.parameters for block in model.config.blocks())
+    assert 0.4 < result.plan.keep_ratio() <= 0.5
+    save_model(result, tmp_path / "saved")
+    back = load_model(str(tmp_path / "saved"))
+    assert back.config == narrow
+    assert back.plan == result.plan
+    np.testing.assert_array_equal(logits(back, TOKENS[:20]), logits(result, TOKENS[:20]))
+    with open_source(str(tmp_path / "saved")) as source:
+        summary = inspect_model(source).summary()
+    assert summary["keep_ratio"] == result.plan.keep_ratio()
+    assert summary["dense_parameters"] == result.plan.dense_parameters()
+
+
+def test_errors_of_narrowing_are_propagated():
+    """Fitting on what the converted layers send brings the narrow model nearer to the wide one."""
+    model = tiny_model("llama_untied")
+    tokens = random_tokens(240, seed=8)
+    dense = jax.nn.softmax(logits(model, tokens))
+    errors = []
+    for propagation in (0.0, 0.5):
+        recipe = Recipe("svd_llm", keep=0.6, width=0.75, gauge=True, propagation=propagation)
+        ours = jax.nn.softmax(logits(convert(model, recipe, TOKENS, window=60, batch_size=4), tokens))
+        errors.append(float(np.square(ours - dense).sum()))
+    assert errors[1] < errors[0]
+
+
+def test_nothing_goes_where_all_is_kept_or_there_is_no_mlp_to_narrow():
+    config = tiny_model().config
+    for recipe in (
+        Recipe("ngc", keep=1.0),
+        Recipe("ngc", rank="full"),
+        Recipe("ngc", rank=3),
+        Recipe("ngc", keep=0.5, topology="q-k-v"),
+        Recipe("ngc", keep=0.5, width=1.0),
+        Recipe("svd_llm", keep=0.5),
+        Recipe("ngc", keep=0.5, kernel="riemannian"),
+    ):
+        assert narrow_recipe(config, recipe) == (config, recipe)
+
+
+@pytest.mark.parametrize(
+    ("levers", "words"),
+    [
+        ({"width": 0.0}, "outside"),
+        ({"width": 1.5}, "outside"),
+        ({"method": "svd", "width": 0.5}, "looks at no inputs"),
+        ({"rank": 3, "width": 0.5}, "leave out rank or width"),
+        ({"topology": "q-k-v", "width": 0.5}, "needs a topology"),
+        ({"keep": 0.9, "width": 0.2}, "larger width"),
+    ],
+)
+def test_widths_that_make_no_sense_are_refused(levers, words):
+    with pytest.raises(UsageError, match=words):
+        narrow_recipe(tiny_model().config, Recipe(**{"method": "ngc", "keep": 0.5, **levers}))
+
+
+def test_widths_are_tiles():
+    model = tiny_model()
+    for dense, keep, width in ((1536, 0.6, None), (11008, 0.5, None), (300, 0.5, None), (1536, 0.9, 0.93)):
+        config = dataclasses.replace(model.config, mlp_dim=dense)
+        narrow, _ = narrow_recipe(config, Recipe("ngc", keep=keep, width=width))
+        assert narrow.mlp_dim % (128 if dense % 128 == 0 else 4) == 0
+        assert 0 < narrow.mlp_dim < dense
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    model = tiny_model()
+    config = dataclasses.replace(model.config, mlp_dim=16)
+    stream = list(measure(model, Recipe("svd_llm", keep=0.5, width=0.5), TOKENS, window=60))
+    stream[1]["layers.1.mlp.d"].second_moment[0, 0] = np.nan
+    narrow = narrowed(model, config, stream)
+    next(narrow.statistics)
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.d are not finite"):
+        next(narrow.statistics)
