@@ -30,7 +30,6 @@ from jaxtyping import Float, Int
 
 from ngc_jax.convert.best_states import mean_diagonal, pulled_metric
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.fit import shrunk
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
@@ -156,26 +155,25 @@ def _narrow_layer(
     params: Params, layer: int, statistics: dict[str, Statistics], config: DecoderConfig, shrinkage: float
 ) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
     names = {role: block_name(layer, role) for role in MLP_ROLES}
-    kernels = {role: np.asarray(params["mlp"][role]["kernel"], np.float64) for role in MLP_ROLES}
-    hidden = shrunk([statistics[names["d"]]], shrinkage)[0]
-    for name, arrays in {
-        names["d"]: (kernels["d"], hidden.second_moment, *_measured(hidden.gradients)),
-        names["u"]: (kernels["u"], *_measured(statistics[names["u"]].gradients)),
-        names["g"]: (kernels["g"], *_measured(statistics[names["g"]].gradients)),
-    }.items():
-        if not all(np.isfinite(array).all() for array in arrays):
+    before = {role: np.asarray(params["mlp"][role]["kernel"]) for role in MLP_ROLES}
+    for role, name in names.items():
+        entry = statistics[name]
+        measured = [entry.second_moment] if role == "d" else []
+        if not all(np.isfinite(array).all() for array in [before[role], *measured, *_measured(entry.gradients)]):
             raise UsageError(f"the weights or statistics of {name} are not finite; load the model with --dtype float32")
-    moment = positive(hidden.second_moment)
-    kept = neurons_that_stay(pulled_metric(kernels["d"], hidden.gradients), moment, config.mlp_dim)
-    small = {role: kernels[role][kept] for role in NARROW_ROLES}
-    told_SxF = told_by(moment, kept)
-    small["d"] = kernels["d"] @ told_SxF.T
+    hidden = statistics[names["d"]]
+    kernel = before["d"].astype(np.float64)
+    pulled = pulled_metric(kernel, hidden.gradients)
+    kept = neurons_that_stay(pulled, hidden.second_moment, config.mlp_dim, shrinkage=shrinkage)
+    del pulled
+    small = {role: before[role][kept] for role in NARROW_ROLES}
+    small["d"] = told_by(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
     mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
     for role in NARROW_ROLES:
         if "bias" in mlp[role]:
             mlp[role]["bias"] = _like(mlp[role]["bias"], np.asarray(mlp[role]["bias"])[kept])
         statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])
-    statistics[names["d"]] = _of_inputs(statistics[names["d"]], kept, told_SxF, small["d"])
+    statistics[names["d"]] = _of_inputs(hidden, kept, small["d"], shrinkage)
     return kept, {**params, "mlp": mlp}, statistics
 
 
@@ -190,20 +188,12 @@ def _like(before: jax.Array, array: np.ndarray) -> jax.Array:
     return jax.device_put(array.astype(before.dtype), before.sharding)
 
 
-def positive(second_moment_FxF: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F F"]:
-    """C + ridge, or, where rounding has made C indefinite, with no eigenvalue below the ridge."""
-    ridge = _RIDGE * mean_diagonal(second_moment_FxF)
-    ridged = second_moment_FxF + ridge * np.eye(len(second_moment_FxF))
-    try:
-        np.linalg.cholesky(ridged)
-    except np.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(second_moment_FxF)
-        ridged = (vectors * np.maximum(values, ridge)) @ vectors.T
-    return ridged
-
-
 def neurons_that_stay(
-    pulled_FxF: Float[np.ndarray, "F F"], second_moment_FxF: Float[np.ndarray, "F F"], count: int
+    pulled_FxF: Float[np.ndarray, "F F"],
+    second_moment_FxF: Float[np.ndarray, "F F"],
+    count: int,
+    *,
+    shrinkage: float = 0.0,
 ) -> Int[np.ndarray, " S"]:
     """Which inputs of a block to keep: the others go one by one, always the one that costs least.
 
@@ -211,20 +201,19 @@ def neurons_that_stay(
     and applied at once, since a product of matrices takes a fraction of the time of as many of vectors.
 
     Args:
-        pulled_FxF: W^T G W.
-        second_moment_FxF: C of the block's inputs; positive definite.
+        pulled_FxF: W^T G W; overwritten.
+        second_moment_FxF: C of the block's inputs; may be singular.
         count: How many stay.
+        shrinkage: Of C, as for `shrunk`.
 
     Returns:
         Their indices, ascending.
     """
     size = len(second_moment_FxF)
-    # In Fortran's order, for BLAS to work in place; both are symmetric.
-    inverse_FxF = np.array(second_moment_FxF, order="F")
-    inverse_FxF, _ = scipy.linalg.lapack.dpotrf(inverse_FxF, lower=True, clean=True, overwrite_a=True)
-    inverse_FxF, _ = scipy.linalg.lapack.dpotri(inverse_FxF, lower=True, overwrite_c=True)
-    inverse_FxF += np.tril(inverse_FxF, -1).T
-    weights_FxF = np.array(pulled_FxF, order="F")
+    # In Fortran's order, for BLAS to work in place: the largest of these matrices are as large as half a model's layer.
+    inverse_FxF, _ = scipy.linalg.lapack.dpotri(_cholesky(second_moment_FxF, shrinkage), lower=True, overwrite_c=True)
+    _mirror_lower(inverse_FxF)
+    weights_FxF = pulled_FxF.T
     stays = np.ones(size, bool)
     while (left := int(stays.sum()) - count) > 0:
         block = min(left, _BLOCK)
@@ -253,15 +242,46 @@ def _subtract(total_FxF: np.ndarray, left_BxF: np.ndarray, right_BxF: np.ndarray
     scipy.linalg.blas.dgemm(-1.0, left_BxF.T, right_BxF.T, 1.0, total_FxF, trans_b=True, overwrite_c=True)
 
 
-def told_by(second_moment_FxF: Float[np.ndarray, "F F"], kept: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S F"]:
-    """What the neurons that stay tell of every one: C[S, S]^-1 C[S], for themselves the unit vectors; C as above."""
+def told_by(
+    weight_MxF: Float[np.ndarray, "M F"],
+    second_moment_FxF: Float[np.ndarray, "F F"],
+    kept: Int[np.ndarray, " S"],
+    *,
+    shrinkage: float = 0.0,
+) -> Float[np.ndarray, "M S"]:
+    """The weight on the inputs that stay that comes nearest to the block's output: W C[:, S] C[S, S]^-1."""
+    # Those that stay keep their own weights; only of those that go is anything to be told.
     gone = np.setdiff1d(np.arange(len(second_moment_FxF)), kept)
-    told = np.zeros((len(kept), len(second_moment_FxF)))
-    told[np.arange(len(kept)), kept] = 1.0
-    told[:, gone] = scipy.linalg.solve(
-        second_moment_FxF[np.ix_(kept, kept)], second_moment_FxF[np.ix_(kept, gone)], assume_a="pos", check_finite=False
-    )
-    return told
+    across_MxS = (1 - shrinkage) * (weight_MxF[:, gone] @ second_moment_FxF[np.ix_(gone, kept)])
+    factor_SxS = _cholesky(second_moment_FxF[np.ix_(kept, kept)], shrinkage)
+    told_SxM, _ = scipy.linalg.lapack.dpotrs(factor_SxS, across_MxS.T, lower=True)
+    return weight_MxF[:, kept] + told_SxM.T
+
+
+def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
+    """The lower factor of the shrunk C + ridge in Fortran's order; negative eigenvalues are raised to the ridge."""
+    ridge = _RIDGE * mean_diagonal(second_moment)
+
+    def ridged() -> np.ndarray:
+        matrix = np.multiply(second_moment.T, 1 - shrinkage, order="F")
+        matrix[np.diag_indices_from(matrix)] = np.diag(second_moment) + ridge
+        return matrix
+
+    factor, failed = scipy.linalg.lapack.dpotrf(ridged(), lower=True, clean=True, overwrite_a=True)
+    if failed:
+        values, vectors = scipy.linalg.eigh(ridged())
+        clipped = np.asfortranarray((vectors * np.maximum(values, ridge)) @ vectors.T)
+        factor, _ = scipy.linalg.lapack.dpotrf(clipped, lower=True, clean=True, overwrite_a=True)
+    return np.asarray(factor)
+
+
+def _mirror_lower(matrix: np.ndarray, rows: int = 512) -> None:
+    """Make a matrix symmetric whose lower part is given, in place, a band of rows at a time."""
+    for start in range(0, len(matrix), rows):
+        end = start + rows
+        matrix[start:end, end:] = matrix[end:, start:end].T
+        corner = matrix[start:end, start:end]
+        corner += np.tril(corner, -1).T - np.triu(corner, 1)
 
 
 def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> Statistics:
@@ -276,14 +296,15 @@ def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> 
     return dataclasses.replace(entry, gradients=_pulled(gradients, kernel_SxI))
 
 
-def _of_inputs(entry: Statistics, kept: np.ndarray, told_SxF: np.ndarray, kernel_MxS: np.ndarray) -> Statistics:
+def _of_inputs(entry: Statistics, kept: np.ndarray, kernel_MxS: np.ndarray, shrinkage: float) -> Statistics:
     """The statistics of a block of which some inputs stay and tell of the others; what its outputs are stays."""
     both = np.ix_(kept, kept)
     gradients = entry.gradients
     if gradients is not None:
         second = gradients.second_moment
         if second is not None and len(second) != len(kernel_MxS):  # W^T G W was measured
-            gradients = dataclasses.replace(gradients, second_moment=told_SxF @ second @ told_SxF.T)
+            told_FxS = told_by(np.eye(len(second)), entry.second_moment, kept, shrinkage=shrinkage)
+            gradients = dataclasses.replace(gradients, second_moment=told_FxS.T @ second @ told_FxS)
         gradients = _pulled(gradients, kernel_MxS)
     return dataclasses.replace(
         entry,

@@ -12,7 +12,6 @@ from ngc_jax.convert.narrow import (
     narrow_recipe,
     narrowed,
     neurons_that_stay,
-    positive,
     removed_parameters,
     told_by,
 )
@@ -70,6 +69,7 @@ def test_removals_in_blocks_are_those_one_by_one(monkeypatch):
     _, moment = covariance(generator, 90)
     weight = generator.standard_normal((20, 90))
     in_blocks = neurons_that_stay(weight.T @ weight, moment, 11)
+    assert len(in_blocks) == 11
     monkeypatch.setattr("ngc_jax.convert.narrow._BLOCK", 1)
     np.testing.assert_array_equal(in_blocks, neurons_that_stay(weight.T @ weight, moment, 11))
 
@@ -77,11 +77,20 @@ def test_removals_in_blocks_are_those_one_by_one(monkeypatch):
 def test_the_weight_on_those_that_stay_is_the_least_squares_solution():
     generator = np.random.default_rng(1)
     x, moment = covariance(generator, 9)
-    np.testing.assert_allclose(positive(moment), moment, atol=1e-5 * moment.max())
     weight, kept = generator.standard_normal((4, 9)), np.array([0, 2, 3, 7])
     best = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(weight @ told_by(moment, kept).T, best, rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(told_by(moment, np.arange(9)), np.eye(9))
+    np.testing.assert_allclose(told_by(weight, moment, kept), best, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(told_by(weight, moment, np.arange(9)), weight)
+    # Shrunk: ridge regression, each input's penalty in proportion to its energy.
+    penalty = np.diag(np.diag(moment)[kept])
+    expected = (
+        weight[:, kept]
+        + np.linalg.solve(
+            0.7 * moment[np.ix_(kept, kept)] + 0.3 * penalty,
+            0.7 * np.delete(moment, kept, 0)[:, kept].T @ np.delete(weight, kept, 1).T,
+        ).T
+    )
+    np.testing.assert_allclose(told_by(weight, moment, kept, shrinkage=0.3), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_silent_neurons_go_first():
@@ -91,15 +100,15 @@ def test_silent_neurons_go_first():
     x[:, [1, 4]] = 0.0
     weight = generator.standard_normal((3, 8))
     weight[:, 6] = 0.0
-    kept = neurons_that_stay(weight.T @ weight, positive(x.T @ x / 50), 5)
+    kept = neurons_that_stay(weight.T @ weight, x.T @ x / 50, 5)
     np.testing.assert_array_equal(kept, [0, 2, 3, 5, 7])
     # Fewer tokens than neurons, and none of either kind at all.
-    assert len(neurons_that_stay(weight.T @ weight, positive(x[:3].T @ x[:3] / 3), 4)) == 4
-    assert len(neurons_that_stay(np.zeros((8, 8)), positive(np.zeros((8, 8))), 2)) == 2
+    assert len(neurons_that_stay(weight.T @ weight, x[:3].T @ x[:3] / 3, 4)) == 4
+    assert len(neurons_that_stay(np.zeros((8, 8)), np.zeros((8, 8)), 2)) == 2
     # Not even a second moment, by rounding.
-    moment = np.diag([1.0, 0.5, -1e-5])
-    assert np.linalg.eigvalsh(positive(moment)).min() > 0
-    np.testing.assert_allclose(positive(moment), moment, atol=2e-5)
+    moment = np.diag([1.0, 0.5, -1e-3])
+    np.testing.assert_array_equal(neurons_that_stay(np.ones((3, 3)), moment, 2), [0, 1])
+    assert np.isfinite(told_by(np.ones((1, 3)), moment, np.array([0, 2]))).all()
 
 
 @pytest.mark.parametrize("architecture", HF_CONFIGS)
