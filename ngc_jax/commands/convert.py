@@ -25,9 +25,10 @@ MethodName = Literal[
     "asvd",
     "svd_llm",
     "svd_llm_v2",
+    "nystrom",
     "basis_sharing",
 ]
-AllocationName = Literal["uniform", "svd_llm_v2", "loss"]
+AllocationName = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ class ConvertConfig:
             that pays; the method's own if not given.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.
         rank: Give every group this rank, or "full", instead of a keep ratio.
-        allocation: How ranks are found: uniform, svd_llm_v2 or loss (one multiplier over all groups); the method's own
-            if not given.
+        allocation: How ranks are found: uniform, neurons (MLPs lose hidden neurons only), svd_llm_v2 or loss (one
+            multiplier over all groups); the method's own if not given.
         gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs); the
             method's own if not given.
         rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.

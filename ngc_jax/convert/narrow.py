@@ -68,8 +68,8 @@ def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig,
     blocks = _planned(config, recipe)
     whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
     if not whole <= blocks.keys():
-        if recipe.width is not None:
-            raise UsageError("a width below 1 needs a topology with u, g and d of every layer; leave out the width")
+        if recipe.width is not None or recipe.resolved_allocation == "neurons":
+            raise UsageError("hidden neurons can go where the topology has u, g and d of every layer; add them to it")
         return config, recipe
     narrow = dataclasses.replace(config, mlp_dim=width)
     left = sum(block.parameters for block in _planned(narrow, recipe).values())

@@ -14,6 +14,7 @@ from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan
+from ngc_jax.models.config import MLP_ROLES
 
 # Second moments are means over tokens; SVD-LLM V2's losses are sums over its authors' calibration set, 256 x 2048.
 _LOSS_TOKENS = 256 * 2048
@@ -96,17 +97,28 @@ def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
     Raises:
         UsageError: If a group is left without a rank.
     """
-    if recipe.resolved_allocation != "uniform":
+    if recipe.resolved_allocation not in ("uniform", "neurons"):
         return {}
-    gauge = recipe.resolved_gauge
+    gauge, keep = recipe.resolved_gauge, recipe.keep
+    dense = [group for group in groups if recipe.resolved_allocation == "neurons" and _is_mlp(group)]
+    others = sum(group.dense_parameters for group in groups if group not in dense)
+    if dense and others:
+        # What is left of the budget when the MLPs have theirs.
+        keep = min(max(1 - (1 - keep) * (1 + sum(group.dense_parameters for group in dense) / others), 0.0), 1.0)
 
     def rank(group: Candidate) -> int:
         full = full_rank(group.members)
         if recipe.rank is not None:
             return full if recipe.rank == "full" else min(recipe.rank, full)
-        return uniform_rank(group.members, recipe.keep, recipe.definition.rounding, gauge)
+        if group in dense:
+            return DENSE
+        return uniform_rank(group.members, keep, recipe.definition.rounding, gauge)
 
     return kernel_ranks(recipe, groups, {group.name: rank(group) for group in groups})
+
+
+def _is_mlp(group: Candidate) -> bool:
+    return all(member.name.split(".")[-1] in MLP_ROLES for member in group.members)
 
 
 def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
@@ -116,8 +128,9 @@ def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
         UsageError: If a group is left without a rank, or the smallest ranks store too much.
     """
     if recipe.resolved_allocation != "loss":
-        for cell in cells:
-            for group in cell[0]:
+        first = [group for cell in cells for group in cell[0]]
+        if not given_ranks(recipe, first):
+            for group in first:
                 uniform_rank(group.members, recipe.keep, recipe.definition.rounding, recipe.resolved_gauge)
         return
     allocate(

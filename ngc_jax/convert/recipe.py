@@ -10,18 +10,10 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.topology import parse, spans_layers
 
-Allocation = Literal["uniform", "svd_llm_v2", "loss"]
+Allocation = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 GradientGeometry = Literal["full", "diagonal"]
 KernelName = Literal["bilinear", "riemannian", "lifted"]
 AUTO = "auto"
-
-
-def default_width(keep: float) -> float:
-    """The share of hidden neurons that stay at a keep ratio, where a method narrows MLPs.
-
-    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
-    """
-    return min(keep + 0.1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +25,8 @@ class Recipe:
         topology: In the topology language, a family's name, or `auto`: the sharing that pays, chosen with the ranks.
         keep: Keep ratio of the planned blocks.
         rank: Every group's rank, or "full", instead of a keep ratio.
-        allocation: How ranks are found: `uniform` gives every group the same keep ratio, `svd_llm_v2` shares each
+        allocation: How ranks are found: `uniform` gives every group the same keep ratio, `neurons` leaves
+            MLPs dense but for the hidden neurons that go and all others the same keep ratio, `svd_llm_v2` shares each
             role's budget out over its layers by their losses, `loss` minimises the expected loss over all groups.
         gauge: Whether pivots are chosen, so that rank r stores r (M + I - r) in place of r (M + I).
         rank_multiple: `loss` only: ranks are multiples of this, or the block stays dense.
@@ -189,8 +182,9 @@ class Recipe:
         """The share of hidden neurons that stay."""
         if self.width is not None:
             return self.width
-        narrowing = self.definition.narrows and self.is_bilinear and self.rank is None
-        return default_width(self.keep) if narrowing else 1.0
+        if self.definition.width is None or not self.is_bilinear or self.rank is not None:
+            return 1.0
+        return self.definition.width(self.keep)
 
     @property
     def resolved_propagation(self) -> float:

@@ -179,6 +179,7 @@ def test_gradients_of_outputs_that_stay(geometry):
         ("ngc", {"topology": "qkv-o-ug-dd", "rounds": 1}),
         ("ngc", {"gradients": "diagonal"}),
         ("svd_llm", {"width": 0.5}),
+        ("nystrom", {}),
         ("svd_llm", {"width": 0.5, "propagation": 0.3}),
         ("fwsvd", {"width": 0.75}),
         ("basis_sharing", {"width": 0.75}),
@@ -204,6 +205,20 @@ def test_what_went_counts_as_not_stored(tmp_path, method, levers):
         summary = inspect_model(source).summary()
     assert summary["keep_ratio"] == result.plan.keep_ratio()
     assert summary["dense_parameters"] == result.plan.dense_parameters()
+
+
+def test_nystrom_keeps_mlps_dense():
+    model = tiny_model("llama_untied")
+    result = convert(model, Recipe("nystrom", keep=0.6), TOKENS, window=60, batch_size=2)
+    assert {block.name.split(".")[-1] for block in result.plan.dense} == set("ugd")
+    assert {group.name.split("-")[-1] for group in result.plan.groups} == set("qkvo")
+    shares = [group.count_parameters() / group.dense_parameters for group in result.plan.groups]
+    mlp = sum(block.parameters for block in result.plan.dense)
+    attention = sum(group.dense_parameters for group in result.plan.groups)
+    left = (0.6 * result.plan.dense_parameters() - mlp) / attention
+    assert all(left - 0.15 < share <= left for share in shares)  # a rank is 0.1 of the smallest matrices
+    kernel = result.params["layers"]["1"]["mlp"]["d"]["kernel"]
+    assert kernel.shape == (model.config.embed_dim, result.config.mlp_dim)
 
 
 def test_errors_of_narrowing_are_propagated():
@@ -240,7 +255,7 @@ def test_nothing_goes_where_all_is_kept_or_there_is_no_mlp_to_narrow():
         ({"width": 1.5}, "outside"),
         ({"method": "svd", "width": 0.5}, "looks at no inputs"),
         ({"rank": 3, "width": 0.5}, "leave out rank or width"),
-        ({"topology": "q-k-v", "width": 0.5}, "needs a topology"),
+        ({"topology": "q-k-v", "width": 0.5}, "add them to it"),
         ({"keep": 0.9, "width": 0.2}, "larger width"),
     ],
 )
