@@ -28,7 +28,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Int
 
-from ngc_jax.convert.best_states import mean_diagonal, pulled_metric
+from ngc_jax.convert.best_states import mean_diagonal, output_metric, pulled_metric, square_root
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.side_by_side import side_by_side
@@ -163,9 +163,9 @@ def _narrow_layer(
             raise UsageError(f"the weights or statistics of {name} are not finite; load the model with --dtype float32")
     hidden = statistics[names["d"]]
     kernel = before["d"].astype(np.float64)
-    pulled = pulled_metric(kernel, hidden.gradients)
-    kept = neurons_that_stay(pulled, hidden.second_moment, config.mlp_dim, shrinkage=shrinkage)
-    del pulled
+    kept = neurons_that_stay(
+        _pulled_root(kernel, hidden.gradients), hidden.second_moment, config.mlp_dim, shrinkage=shrinkage
+    )
     small = {role: before[role][kept] for role in NARROW_ROLES}
     small["d"] = told_by(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
     mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
@@ -188,8 +188,16 @@ def _like(before: jax.Array, array: np.ndarray) -> jax.Array:
     return jax.device_put(array.astype(before.dtype), before.sharding)
 
 
+def _pulled_root(weight_MxF: np.ndarray, gradients: OutputGradients | None) -> np.ndarray:
+    """A matrix (R, F) with R^T R = W^T (G + damping) W."""
+    metric = output_metric(gradients, len(weight_MxF))
+    if metric is None:
+        return square_root(pulled_metric(weight_MxF, gradients)).T
+    return np.sqrt(metric)[:, None] * weight_MxF if metric.ndim == 1 else square_root(metric).T @ weight_MxF
+
+
 def neurons_that_stay(
-    pulled_FxF: Float[np.ndarray, "F F"],
+    root_RxF: Float[np.ndarray, "R F"],
     second_moment_FxF: Float[np.ndarray, "F F"],
     count: int,
     *,
@@ -201,7 +209,7 @@ def neurons_that_stay(
     and applied at once, since a product of matrices takes a fraction of the time of as many of vectors.
 
     Args:
-        pulled_FxF: W^T G W; overwritten.
+        root_RxF: G^(1/2) W, or any matrix whose product with its transpose is W^T G W; overwritten.
         second_moment_FxF: C of the block's inputs; may be singular.
         count: How many stay.
         shrinkage: Of C, as for `shrunk`.
@@ -210,36 +218,31 @@ def neurons_that_stay(
         Their indices, ascending.
     """
     size = len(second_moment_FxF)
-    # In Fortran's order, for BLAS to work in place: the largest of these matrices are as large as half a model's layer.
+    # In place, in Fortran's order: of a large model's layer this is larger than all its weights.
     inverse_FxF, _ = scipy.linalg.lapack.dpotri(_cholesky(second_moment_FxF, shrinkage), lower=True, overwrite_c=True)
     _mirror_lower(inverse_FxF)
-    weights_FxF = pulled_FxF.T
+    weights_F = np.einsum("rf,rf->f", root_RxF, root_RxF)
     stays = np.ones(size, bool)
     while (left := int(stays.sum()) - count) > 0:
         block = min(left, _BLOCK)
-        # inverse - p p^T and weights - a c^T - c a^T, p, a and c with a row for every neuron that went.
-        p_BxF, a_BxF, c_BxF = (np.zeros((block, size)) for _ in range(3))
-        inverse_F, weights_F = np.diag(inverse_FxF).copy(), np.diag(weights_FxF).copy()
+        # inverse - p p^T and root - w c, p, w and c with a row for every neuron that went.
+        p_BxF, c_BxF, w_BxR = (np.zeros((block, width)) for width in (size, size, len(root_RxF)))
+        inverse_F = np.diag(inverse_FxF).copy()
         weights_F[~stays], inverse_F[~stays] = np.inf, 1.0
         for row in range(block):
             gone = int((weights_F / inverse_F).argmin())
             p_F = inverse_FxF[:, gone] - p_BxF[:row, gone] @ p_BxF[:row]
-            m_F = weights_FxF[:, gone] - c_BxF[:row, gone] @ a_BxF[:row] - a_BxF[:row, gone] @ c_BxF[:row]
+            w_R = root_RxF[:, gone] - c_BxF[:row, gone] @ w_BxR[:row]
             # What each neuron takes over of it: w_i becomes w_i - c_i w.
             c_F = p_F / p_F[gone]
-            a_F = m_F - m_F[gone] / 2 * c_F
-            p_BxF[row], a_BxF[row], c_BxF[row] = p_F / math.sqrt(p_F[gone]), a_F, c_F
+            products_F = w_R @ root_RxF - (w_BxR[:row] @ w_R) @ c_BxF[:row]
+            weights_F += c_F * (products_F[gone] * c_F - 2 * products_F)
+            p_BxF[row], c_BxF[row], w_BxR[row] = p_F / math.sqrt(p_F[gone]), c_F, w_R
             inverse_F -= p_BxF[row] ** 2
-            weights_F -= 2 * a_F * c_F
             stays[gone], weights_F[gone], inverse_F[gone] = False, np.inf, 1.0
-        _subtract(inverse_FxF, p_BxF, p_BxF)
-        _subtract(weights_FxF, np.concatenate([a_BxF, c_BxF]), np.concatenate([c_BxF, a_BxF]))
+        scipy.linalg.blas.dgemm(-1.0, p_BxF.T, p_BxF.T, 1.0, inverse_FxF, trans_b=True, overwrite_c=True)
+        root_RxF -= w_BxR.T @ c_BxF
     return np.flatnonzero(stays)
-
-
-def _subtract(total_FxF: np.ndarray, left_BxF: np.ndarray, right_BxF: np.ndarray) -> None:
-    """left^T right from a matrix in Fortran's order, in place."""
-    scipy.linalg.blas.dgemm(-1.0, left_BxF.T, right_BxF.T, 1.0, total_FxF, trans_b=True, overwrite_c=True)
 
 
 def told_by(
