@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import TypeVar
 
 _STATUS = Path("/proc/self/status")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 def peak_bytes() -> int:
@@ -35,3 +39,10 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
+
+
+def handed_over(mapping: MutableMapping[Key, Value]) -> dict[Key, Value]:
+    """All entries, taken out of a mapping: a generator that yields them so does not hold them while they are used."""
+    taken = dict(mapping)
+    mapping.clear()
+    return taken

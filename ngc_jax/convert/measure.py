@@ -15,7 +15,7 @@ from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.stacks import BATCHES_PER_CALL
 from ngc_jax.convert.statistics import InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
-from ngc_jax.host_memory import give_back_freed
+from ngc_jax.host_memory import give_back_freed, handed_over
 from ngc_jax.models.load import LanguageModel
 
 Progress = Callable[[str, int, int], None]
@@ -114,7 +114,6 @@ def measure(
             statistics = {n: dataclasses.replace(s, gradients=gradients.pop(n)) for n, s in statistics.items()}
         if sparing:
             give_back_freed()
-        yield statistics
-        del statistics  # or it would live on while the next layer is measured
+        yield handed_over(statistics)
         if sparing:
             give_back_freed()

@@ -19,7 +19,6 @@ Legend: F hidden neurons, S those that stay, I width of the stream, B neurons th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -35,6 +34,7 @@ from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block
+from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
 from ngc_jax.models.load import LanguageModel, Params
 
@@ -131,22 +131,22 @@ def narrowed(
     narrow = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
     kept: dict[int, np.ndarray] = {}
 
-    def run(one: tuple[int, Mapping[str, Statistics]]) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
-        layer, statistics = one
-        return _narrow_layer(layers[str(layer)], layer, dict(statistics), config, shrinkage)
+    waiting: dict[int, Mapping[str, Statistics]] = {}
+
+    def run(layer: int) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
+        return _narrow_layer(layers[str(layer)], layer, dict(waiting.pop(layer)), config, shrinkage)
 
     def each() -> Iterator[dict[str, Statistics]]:
-        numbered = enumerate(stream)
-        size = model.config.mlp_dim
-        while some := list(itertools.islice(numbered, at_once)):
+        source, size = iter(stream), model.config.mlp_dim
+        for first in range(0, config.num_layers, at_once):
+            some = range(first, min(first + at_once, config.num_layers))
+            waiting.update(zip(some, source, strict=False))
             done = side_by_side(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
-            for (layer, _), (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
+            for layer, (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
                 if donate:
                     for role in MLP_ROLES:
                         model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
-                yield found
-                del found  # or it would live on while the next layer is measured
-            del some, done
+                yield handed_over(found)
 
     return Narrowed(narrow, kept, each())
 
@@ -219,7 +219,9 @@ def neurons_that_stay(
     """
     size = len(second_moment_FxF)
     # In place, in Fortran's order: of a large model's layer this is larger than all its weights.
-    inverse_FxF, _ = scipy.linalg.lapack.dpotri(_cholesky(second_moment_FxF, shrinkage), lower=True, overwrite_c=True)
+    inverse_FxF, _ = scipy.linalg.lapack.dpotri(
+        _cholesky(second_moment_FxF.copy(), shrinkage), lower=True, overwrite_c=True
+    )
     _mirror_lower(inverse_FxF)
     weights_F = np.einsum("rf,rf->f", root_RxF, root_RxF)
     stays = np.ones(size, bool)
@@ -262,19 +264,21 @@ def told_by(
 
 
 def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
-    """The lower factor of the shrunk C + ridge in Fortran's order; negative eigenvalues are raised to the ridge."""
+    """The lower factor of the shrunk C + ridge, in Fortran's order; what is above its diagonal means nothing.
+
+    In the array that is given, if that is in C's order. Negative eigenvalues are raised to the ridge.
+    """
     ridge = _RIDGE * mean_diagonal(second_moment)
-
-    def ridged() -> np.ndarray:
-        matrix = np.multiply(second_moment.T, 1 - shrinkage, order="F")
-        matrix[np.diag_indices_from(matrix)] = np.diag(second_moment) + ridge
-        return matrix
-
-    factor, failed = scipy.linalg.lapack.dpotrf(ridged(), lower=True, clean=True, overwrite_a=True)
-    if failed:
-        values, vectors = scipy.linalg.eigh(ridged())
+    diagonal = np.diag(second_moment) + ridge
+    matrix = second_moment.T  # it is symmetric
+    matrix *= 1 - shrinkage
+    np.fill_diagonal(matrix, diagonal)
+    factor, failed = scipy.linalg.lapack.dpotrf(matrix, lower=True, clean=False, overwrite_a=True)
+    if failed:  # above the diagonal it is as it was
+        np.fill_diagonal(factor, diagonal)
+        values, vectors = scipy.linalg.eigh(factor, lower=False)
         clipped = np.asfortranarray((vectors * np.maximum(values, ridge)) @ vectors.T)
-        factor, _ = scipy.linalg.lapack.dpotrf(clipped, lower=True, clean=True, overwrite_a=True)
+        factor, _ = scipy.linalg.lapack.dpotrf(clipped, lower=True, clean=False, overwrite_a=True)
     return np.asarray(factor)
 
 

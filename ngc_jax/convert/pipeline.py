@@ -265,7 +265,7 @@ def fit_groups(
 
     for statistics in stream:
         measured.update(statistics)
-        del statistics  # as in `measure`
+        del statistics  # or it would live on while the next layer is measured
         fit_ready()
     fit_ready()
     return fitted

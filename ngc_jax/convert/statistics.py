@@ -20,6 +20,7 @@ from ngc_jax.convert.grams import add_products, mean_product, no_products
 from ngc_jax.convert.stacks import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
+from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import Params
@@ -272,8 +273,9 @@ def calibrate(
                 raise UsageError(
                     f"the activations of layer {layer} ({site}) are not finite; load the model with --dtype float32"
                 )
-        yield layer, {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
-        del by_site, statistics  # or they would live on while the next layer is measured
+        by_name = {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
+        del by_site, statistics
+        yield layer, handed_over(by_name)
 
 
 def _statistics(moments: Moments, count: int, first: FirstTokens | None) -> Statistics:

@@ -1,4 +1,5 @@
 import dataclasses
+import weakref
 
 import jax
 import numpy as np
@@ -146,6 +147,25 @@ def test_neurons_that_others_double_are_no_loss(architecture):
             ):
                 np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.005 * np.abs(theirs).max())
             assert entry.gradients.second_moment.shape == expected[name].gradients.second_moment.shape
+
+
+def test_only_the_narrow_statistics_of_a_layer_live_while_they_are_used():
+    """In a large model those of the d block alone are as large as a layer's weights."""
+    model = tiny_model()
+    recipe = Recipe("svd_llm", keep=0.5, width=0.5)
+    config, _ = narrow_recipe(model.config, recipe)
+    measured, used = [], []
+
+    def watched(statistics):
+        measured.extend(weakref.ref(entry.second_moment) for name, entry in statistics.items() if name[-1] == "d")
+        return statistics
+
+    for statistics in narrowed(model, config, map(watched, measure(model, recipe, TOKENS, window=60))).statistics:
+        assert not any(moment() is not None for moment in used)
+        used = [weakref.ref(entry.second_moment) for entry in statistics.values()]
+        assert not any(moment() is not None for moment in measured)
+        del statistics
+    assert len(measured) == model.config.num_layers
 
 
 @pytest.mark.parametrize("geometry", ["full", "diagonal"])
