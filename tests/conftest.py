@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -37,6 +38,18 @@ hypothesis.settings.register_profile(
     "ci", parent=hypothesis.settings.get_profile("default"), derandomize=True, print_blob=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _let_go_of_compiled_programs() -> Iterator[None]:
+    """Every program that jax compiles maps several pieces of memory, of which Linux allows a process 65,530.
+
+    A test run has more, and jaxlib crashes where it cannot map another.
+    """
+    yield
+    import jax  # not above: the settings must stand before
+
+    jax.clear_caches()
 
 
 def pytest_configure(config: pytest.Config) -> None:
