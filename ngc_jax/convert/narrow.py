@@ -168,6 +168,7 @@ def _narrow_layer(
     )
     small = {role: before[role][kept] for role in NARROW_ROLES}
     small["d"] = told_by(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
+    del before, kernel
     mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
     for role in NARROW_ROLES:
         if "bias" in mlp[role]:
@@ -259,7 +260,8 @@ def told_by(
     gone = np.setdiff1d(np.arange(len(second_moment_FxF)), kept)
     across_MxS = (1 - shrinkage) * (weight_MxF[:, gone] @ second_moment_FxF[np.ix_(gone, kept)])
     factor_SxS = _cholesky(second_moment_FxF[np.ix_(kept, kept)], shrinkage)
-    told_SxM, _ = scipy.linalg.lapack.dpotrs(factor_SxS, across_MxS.T, lower=True)
+    told_SxM, _ = scipy.linalg.lapack.dpotrs(factor_SxS, across_MxS.T, lower=True, overwrite_b=True)
+    del factor_SxS
     return weight_MxF[:, kept] + told_SxM.T
 
 
