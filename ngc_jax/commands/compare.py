@@ -131,6 +131,8 @@ class Comparison:
         return results
 
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
+        import jax
+
         from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.convert.narrow import narrow_recipe, narrowed, removed_parameters
@@ -192,6 +194,8 @@ class Comparison:
                         f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
                         f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
                     )
+                    # Ranks differ: none of its programs serves another, and all together would fill the memory's map.
+                    jax.clear_caches()
         whole = entries_of(dataclasses.replace(self.config, only=None))
         if all(self._read(entry) is not None for entry in whole if entry.text == text):
             shutil.rmtree(cache, ignore_errors=True)
