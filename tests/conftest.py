@@ -11,10 +11,14 @@ import pytest
 # Tests are about numbers that must be the same everywhere: the developer's GPU or TPU is not used.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Several devices, so that shardings and pmap are really exercised. Other flags of the caller's are kept.
-_DEVICE_FLAG = "--xla_force_host_platform_device_count"
-_flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_FLAG)]
-os.environ["XLA_FLAGS"] = " ".join([*_flags, f"{_DEVICE_FLAG}=8"])
+# Several devices, so that shardings and pmap are really exercised. On a busy machine of few cores one may wait for the
+# others longer than the 40 seconds after which XLA ends the process. Other flags of the caller's are kept.
+_XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+_others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _XLA_FLAGS]
+os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, value in _XLA_FLAGS.items())])
 
 # Nearly all the time of a test run goes into compiling. Kept programs make a second run use a quarter of the
 # processor time, and a first run a tenth less, because tests compile the same programs again. The key of an
