@@ -12,10 +12,12 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 # Several devices, so that shardings and pmap are really exercised. On a busy machine of few cores one may wait for the
-# others longer than the 40 seconds after which XLA ends the process. Other flags of the caller's are kept.
+# others longer than the 40 seconds after which XLA ends the process. Most of a test is compiling, which takes a quarter
+# less time without LLVM's optimisations. Other flags of the caller's are kept.
 _XLA_FLAGS = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+    "--xla_backend_optimization_level": 0,
 }
 _others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _XLA_FLAGS]
 os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, value in _XLA_FLAGS.items())])
