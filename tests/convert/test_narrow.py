@@ -112,7 +112,10 @@ def test_silent_neurons_go_first():
     assert np.isfinite(told_by(np.ones((1, 3)), moment, np.array([0, 2]))).all()
 
 
-@pytest.mark.parametrize("architecture", HF_CONFIGS)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in ("llama", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in HF_CONFIGS],
+)
 def test_neurons_that_others_double_are_no_loss(architecture):
     """Every hidden neuron twice: half as many do the same, whatever the architecture makes of biases and gates."""
     model = tiny_model(architecture)
@@ -196,11 +199,11 @@ def test_gradients_of_outputs_that_stay(geometry):
     [
         ("ngc", {}),
         ("ngc", {"rounds": 0, "propagation": 0.0}),
-        ("ngc", {"topology": "qkv-o-ug-dd", "rounds": 1}),
-        ("ngc", {"gradients": "diagonal"}),
+        pytest.param("ngc", {"topology": "qkv-o-ug-dd", "rounds": 1}, marks=pytest.mark.slow),
+        pytest.param("ngc", {"gradients": "diagonal"}, marks=pytest.mark.slow),
         ("svd_llm", {"width": 0.5}),
         ("nystrom", {}),
-        ("svd_llm", {"width": 0.5, "propagation": 0.3}),
+        pytest.param("svd_llm", {"width": 0.5, "propagation": 0.3}, marks=pytest.mark.slow),
         ("fwsvd", {"width": 0.75}),
         ("basis_sharing", {"width": 0.75}),
     ],

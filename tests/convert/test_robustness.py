@@ -110,6 +110,7 @@ def test_a_compact_model_computes_with_the_weights_that_its_states_make(topology
     assert model.plan.keep_ratio() <= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gemma3", "qwen2"])
 def test_the_default_recipe_on_other_architectures(architecture):
     dense = dense_model(architecture)
