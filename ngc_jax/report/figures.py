@@ -37,10 +37,22 @@ def draw_comparison(results: Mapping[str, Any], directory: Path) -> list[Path]:
     if methods:
         drawn.append(save_figure(pareto(methods, dense), directory / "pareto.png"))
     if levers:
-        drawn.append(save_figure(bars(levers, dense), directory / "levers.png"))
+        drawn.append(save_figure(bars(_below_methods(levers, methods), dense), directory / "levers.png"))
     if ranked is not None and ranked["topology"] == "q-k-v-o-u-g-d":
         drawn.append(save_figure(rank_map(ranked), directory / "ranks.png"))
     return drawn
+
+
+def _below_methods(levers: Rows, methods: Rows) -> Rows:
+    """Variants below the method that each of them changes, as it is at the same keep ratios."""
+    keeps = {row["keep"] for row in levers}
+    names = dict.fromkeys(row["method"] for row in levers)
+    plain = [row for row in methods if row["keep"] in keeps]
+    return [
+        row
+        for name in names
+        for row in [*(p for p in plain if p["variant"] == name), *(one for one in levers if one["method"] == name)]
+    ]
 
 
 def new_figure(width: float, height: float) -> Figure:
