@@ -194,7 +194,7 @@ class Comparison:
                         f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
                         f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
                     )
-                    # Ranks differ: none of its programs serves another, and all together would fill the memory's map.
+                    # Programs for its ranks serve no other, and Linux lets a process map only so many pieces of memory.
                     jax.clear_caches()
         whole = entries_of(dataclasses.replace(self.config, only=None))
         if all(self._read(entry) is not None for entry in whole if entry.text == text):

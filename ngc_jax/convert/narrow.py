@@ -268,7 +268,7 @@ def told_by(
 def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
     """The lower factor of the shrunk C + ridge, in Fortran's order; what is above its diagonal means nothing.
 
-    In the array that is given, if that is in C's order. Negative eigenvalues are raised to the ridge.
+    The array that is given is overwritten. Negative eigenvalues are raised to the ridge.
     """
     ridge = _RIDGE * mean_diagonal(second_moment)
     diagonal = np.diag(second_moment) + ridge

@@ -112,6 +112,23 @@ def test_silent_neurons_go_first():
     assert np.isfinite(told_by(np.ones((1, 3)), moment, np.array([0, 2]))).all()
 
 
+def test_moments_that_rounding_made_indefinite():
+    """What the others tell, by negative eigenvalues raised to the ridge; the moment that was given is as it was."""
+    generator = np.random.default_rng(5)
+    _, moment = covariance(generator, 8, samples=5)
+    moment -= 0.05 * np.diag(moment).mean() * np.eye(8)
+    weight, kept, gone = generator.standard_normal((3, 8)), np.array([0, 1, 2, 4, 5, 7]), np.array([3, 6])
+    given = moment.copy()
+    ridge = 1e-6 * np.diag(moment[np.ix_(kept, kept)]).mean()
+    values, vectors = np.linalg.eigh(moment[np.ix_(kept, kept)] + ridge * np.eye(6))
+    assert values.min() < 0
+    inverse = vectors / np.maximum(values, ridge) @ vectors.T
+    expected = weight[:, kept] + weight[:, gone] @ moment[np.ix_(gone, kept)] @ inverse
+    np.testing.assert_allclose(told_by(weight, moment, kept), expected, rtol=1e-6)
+    assert len(neurons_that_stay(weight.copy(), moment, 6)) == 6
+    np.testing.assert_array_equal(moment, given)
+
+
 @pytest.mark.parametrize(
     "architecture",
     [name if name in ("llama", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in HF_CONFIGS],
