@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from ngc_jax.cli import write_json
+from ngc_jax.files import write_json
 from ngc_jax.models.generate import measure_decode_speed
 from ngc_jax.models.load import load_model
 

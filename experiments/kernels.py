@@ -17,7 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.cli import write_json
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import calibration_tokens
 from ngc_jax.convert.best_states import States, best_states
@@ -27,6 +26,7 @@ from ngc_jax.convert.measure import measure
 from ngc_jax.convert.ranks import fitting_rank, full_rank, uniform_rank
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import Statistics
+from ngc_jax.files import write_json
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.models.load import kernel_of, load_model
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
-import tempfile
 import typing
 from argparse import Action
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from ngc_jax.commands import (
     train,
 )
 from ngc_jax.errors import UsageError
+from ngc_jax.files import write_json
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
@@ -165,15 +164,6 @@ class _KeepUnlessGiven(Action):
 
 def _summary(config: type) -> str:
     return parse_docstring(config.__doc__ or "").short_description or ""
-
-
-def write_json(file: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=file.absolute().parent, delete=False, encoding="utf-8") as temporary:
-        json.dump(summary, temporary, indent=2)
-        temporary.write("\n")
-    Path(temporary.name).chmod(0o644)
-    Path(temporary.name).replace(file)
 
 
 if __name__ == "__main__":

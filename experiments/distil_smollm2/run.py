@@ -16,11 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ngc_jax.cli import write_json
 from ngc_jax.commands.console import console
 from ngc_jax.commands.convert import ConvertConfig
 from ngc_jax.commands.distil import DistilConfig
 from ngc_jax.commands.evaluate import EvaluateConfig
+from ngc_jax.files import write_json
 
 # Learning rate by whether the start stores all states.
 RATES = {"ngc": 1e-4, "svd_llm": 2e-4, "basis_sharing": 2e-4, "ngc_paper": 2e-4}

@@ -34,10 +34,10 @@ from experiments.reasoner.problems import (
     make_rows,
     make_tokenizer,
 )
-from ngc_jax.cli import write_json
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model

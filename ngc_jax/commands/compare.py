@@ -94,8 +94,8 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""
-        from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.files import write_json
         from ngc_jax.models.load import load_model
         from ngc_jax.report.comparison import write_report
 
@@ -133,11 +133,11 @@ class Comparison:
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         import jax
 
-        from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.convert.narrow import narrow_recipe, narrowed, removed_parameters
         from ngc_jax.convert.pipeline import finish, fit_groups, refine
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
+        from ngc_jax.files import write_json
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
         needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}

@@ -144,11 +144,12 @@ def convert_and_save(
     from ngc_jax.convert.pipeline import convert
     from ngc_jax.convert.ranks import check_budget
     from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.files import check_output
     from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
-    from ngc_jax.models.save import check_output, save_model
+    from ngc_jax.models.save import save_model
     from ngc_jax.models.sources import open_source
     from ngc_jax.train.sharding import make_mesh
 

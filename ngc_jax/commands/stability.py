@@ -53,9 +53,9 @@ class StabilityConfig:
 
     def run(self) -> dict[str, Any]:
         """Measure; returns the summary."""
-        from ngc_jax.cli import write_json
         from ngc_jax.commands.console import console, progress_bar, table
         from ngc_jax.commands.convert import check_positive
+        from ngc_jax.files import write_json
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
         from ngc_jax.report.stability import draw_stability

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +13,12 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from ngc_jax.errors import UsageError
+from ngc_jax.files import atomic_directory
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
 
 SHARD_BYTES = 5 * 10**9
 FORMAT_VERSION = 1
-
-
-def check_output(directory: str | Path, overwrite: bool) -> Path:
-    """Refuse an output directory that must not be written, before any work is done.
-
-    Raises:
-        UsageError: If it exists and `overwrite` is false, or is not a directory of a model, or has no parent.
-    """
-    directory = Path(os.path.abspath(directory))  # "." has no name, and links are left as they are
-    if directory.exists() or directory.is_symlink():
-        if not overwrite:
-            raise UsageError(f"{directory} exists; choose another --out or add --overwrite")
-        if not directory.is_dir() or (any(directory.iterdir()) and not _is_model(directory)):
-            raise UsageError(f"{directory} is not a model directory and will not be overwritten; choose another --out")
-    ancestor = next(parent for parent in directory.parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise UsageError(f"{directory} cannot be made in {ancestor}; choose an --out that can be written")
-    return directory
-
-
-def _is_model(directory: Path) -> bool:
-    # Many things have a config.json, and what is replaced is gone.
-    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
-
-
-@contextmanager
-def atomic_directory(directory: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its place on success and vanishes on failure.
-
-    Raises:
-        UsageError: See `check_output`.
-    """
-    directory = check_output(directory, overwrite)
-    new_parents = [parent for parent in directory.parents if not parent.exists()]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _replace(directory, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # another program may have put something there
-            for parent in new_parents:
-                parent.rmdir()
-        raise
-
-
-def _replace(directory: Path, new: Path) -> None:
-    """Rename `new` to `directory`; what was there is deleted, or put back if that fails."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    old = aside / "model"
-    try:
-        directory.rename(old)
-        new.rename(directory)
-    except BaseException:
-        if old.exists() and not directory.exists():
-            old.rename(directory)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
 
 
 def save_model(
@@ -110,7 +42,7 @@ def save_model(
         The directory.
 
     Raises:
-        UsageError: See `check_output`.
+        UsageError: See `files.check_output`.
     """
     directory = Path(directory)
     with atomic_directory(directory, overwrite) as temporary:

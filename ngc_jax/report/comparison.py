@@ -22,7 +22,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> None:
         results: `settings`, `dense` and `entries`, as `ngc-jax compare` returns them.
         directory: An existing directory.
     """
-    from ngc_jax.cli import write_json
+    from ngc_jax.files import write_json
 
     write_json(directory / "results.json", results)
     temporary = directory / ".results.md"

@@ -16,12 +16,13 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import check_output
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models import save
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel, load_model
-from ngc_jax.models.save import check_output, save_model, tensor_bytes
+from ngc_jax.models.save import save_model, tensor_bytes
 from ngc_jax.models.sources import open_source
 from tests.models.compact import compact_model, compact_plan, dense_model, fixed_gauge_model
 from tests.tiny import random_tokens

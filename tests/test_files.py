@@ -1,0 +1,86 @@
+"""Writing whole or not at all, and by one process at a time, whatever happens to the process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ngc_jax.errors import UsageError
+from ngc_jax.files import atomic_directory, lock_directory, write_json, write_text
+
+REPLACE_AND_DIE = """
+import os, sys
+from pathlib import Path
+from ngc_jax import files
+rename, count = Path.rename, 0
+def rename_once(self, target):
+    global count
+    count += 1
+    if count > int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return rename(self, target)
+Path.rename = rename_once
+with files.atomic_directory(sys.argv[1], overwrite=True) as directory:
+    (directory / "config.json").write_text("new")
+    (directory / "model.safetensors").write_text("new")
+"""
+
+
+def model_at(directory, content):
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).write_text(content)
+    return directory
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_killed_process_leaves_a_directory_that_the_next_one_puts_in_order(tmp_path, renames):
+    out = model_at(tmp_path / "a[b]", "old")
+    killed = subprocess.run([sys.executable, "-c", REPLACE_AND_DIE, str(out), str(renames)], check=False)
+    assert killed.returncode == -9
+    assert out.exists() == (renames == 0)
+    with pytest.raises(FileNotFoundError), atomic_directory(out, overwrite=True):
+        (out / "none").read_text()
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a[b]"]
+    with atomic_directory(out, overwrite=True) as directory:
+        model_at(directory / "inside", "new")
+    assert (out / "inside").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["a[b]"]
+
+
+def test_a_directory_that_is_being_made_is_left_alone(tmp_path):
+    with atomic_directory(tmp_path / "out", overwrite=False) as first:
+        (first / "mine").write_text("1")
+        with atomic_directory(tmp_path / "out", overwrite=False) as second:
+            assert (first / "mine").exists()
+            (second / "config.json").write_text("2")
+            (second / "model.safetensors").write_text("2")
+        (first / "model.safetensors").write_text("1")
+        (tmp_path / "out" / "config.json").unlink()
+        (tmp_path / "out" / "model.safetensors").unlink()
+    assert [path.name for path in (tmp_path / "out").iterdir()]
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    hold = "import sys, ngc_jax.files\nwith ngc_jax.files.lock_directory(sys.argv[1]): print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(UsageError, match=f"process {holder.pid};"), lock_directory(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with lock_directory(tmp_path / "run"), pytest.raises(UsageError), lock_directory(tmp_path / "run"):
+        pass
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x.json", "\ud800")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
