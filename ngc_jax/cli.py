@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import typing
 from argparse import Action
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from types import FrameType
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from ngc_jax import __version__
 from ngc_jax.commands import (
@@ -29,8 +33,9 @@ from ngc_jax.commands import (
     stability,
     train,
 )
+from ngc_jax.commands.config_file import read_config_file, typed_values
 from ngc_jax.errors import UsageError
-from ngc_jax.files import write_json
+from ngc_jax.files import check_target, explain, write_summary
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
@@ -48,30 +53,92 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 2 for input or a machine that a person can put right, 130 when interrupted and 143 when
+        terminated by a signal.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _tell_of_downloads()
+    _show_log()
+    _print_any_text()
     try:
-        command, config = parse_arguments(arguments)
-        if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-            raise UsageError(f"--json {config.json} is in a directory that does not exist; make it first")
-        summary = config.run()
-        if config.json is not None:
-            write_json(Path(config.json), {"command": command, **summary})
+        with _terminable():
+            _run(arguments)
+            sys.stdout.flush()
     except UsageError as error:
-        print(f"ngc-jax: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except _Terminated:
+        print("ngc-jax: terminated; nothing half written was left behind", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("ngc-jax: interrupted; nothing half written was left behind", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError) as error:
+        advice = explain(error)
+        if advice is None:
+            raise
+        return _refuse(advice)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        return _refuse(
+            f"the device is out of memory ({reason}); take smaller batches, shorter windows or a smaller type"
+        )
     return 0
 
 
-def _tell_of_downloads() -> None:
+def _run(arguments: Sequence[str]) -> None:
+    command, config = parse_arguments(arguments)
+    if config.json is None:
+        config.run()
+        return
+    check_target(config.json)
+    # Where the summary goes to standard output, nothing else does.
+    with redirect_stdout(sys.stderr) if config.json == "-" else nullcontext():
+        summary = config.run()
+    write_summary(config.json, {"command": command, **summary})
+
+
+def _refuse(reason: object) -> int:
+    print(f"ngc-jax: error: {reason}", file=sys.stderr)
+    return 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that unwinds whatever is under way."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that what is half written is removed. In the main thread only."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_any_text() -> None:
+    """A path or a text may hold what the terminal's encoding does not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_log() -> None:
     """Show what the library logs (such as that it fetches a model) on stderr."""
     logger = logging.getLogger("ngc_jax")
     if not logger.handlers:
@@ -86,32 +153,56 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         UsageError: If the arguments do not fit.
         SystemExit: After --help and --version.
     """
-    arguments = _config_first(arguments)
-    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    rest, files = _take_config_files(arguments)
+    chosen = rest[0] if rest and rest[0] in COMMANDS else ""
+    given: dict[str, Any] = {}
+    if chosen:
+        config = COMMANDS[chosen]
+        names = [field.name for field in dataclasses.fields(config)]
+        for file in files:
+            given |= typed_values(_command_parser(config), file, read_config_file(file, names))
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser(chosen, given).parse_args(rest)
     except ArgumentError as error:
         reason = " ".join(str(error).split()).replace("Parser key ", "option ")
         raise UsageError(f"{reason}; see ngc-jax {chosen} --help".replace("  ", " ")) from error
     values: Namespace = parsed[parsed.command]
-    fields = {field.name for field in dataclasses.fields(COMMANDS[parsed.command])}
-    return parsed.command, COMMANDS[parsed.command](**{name: values[name] for name in fields})
+    fields = dataclasses.fields(COMMANDS[parsed.command])
+    named = {field.name: _expanded(field.name, values[field.name]) for field in fields}
+    return parsed.command, COMMANDS[parsed.command](**named)
 
 
-def _config_first(arguments: Sequence[str]) -> list[str]:
-    """Put --config before every other option, because later ones win."""
-    arguments, configs, index = list(arguments), [], 1
-    while index < len(arguments):
-        if arguments[index] == "--config" and index + 1 < len(arguments):
-            configs += [arguments.pop(index), arguments.pop(index)]
-        elif arguments[index].startswith("--config="):
-            configs.append(arguments.pop(index))
+# Options that hold paths: ~ in them is the home directory, wherever the value comes from.
+_PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
+_PATHS |= {"json"}
+
+
+def _expanded(name: str, value: Any) -> Any:
+    if name in _PATHS and isinstance(value, list):
+        return [_expanded(name, one) for one in value]
+    return os.path.expanduser(value) if name in _PATHS and isinstance(value, str) else value
+
+
+def _take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --config, and the files that it names."""
+    rest: list[str] = []
+    files: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        if argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument == "--config":
+            file = next(given, None)
+            if file is None:
+                raise UsageError("--config has no file; give the path of a YAML file")
+            files.append(file)
         else:
-            index += 1
-    return arguments[:1] + configs + arguments[1:]
+            rest.append(argument)
+    return rest, files
 
 
-def _parser() -> ArgumentParser:
+def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
+    """The whole parser; the options of the chosen command have what its files give as defaults."""
     parser = ArgumentParser(
         prog="ngc-jax",
         description="See, shrink and study large language models as societies of neuronal groups.",
@@ -119,13 +210,19 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(dest="command", required=True)
-    for name, config in COMMANDS.items():
-        commands.add_subcommand(name, _command_parser(config), help=_summary(config))
+    # The others are needed for the list of commands only, and each takes a few hundredths of a second.
+    for name in [chosen] if chosen else COMMANDS:
+        commands.add_subcommand(name, _command_parser(COMMANDS[name], given), help=_summary(COMMANDS[name]))
     return parser
 
 
-def _command_parser(config: type) -> ArgumentParser:
-    """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional."""
+def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> ArgumentParser:
+    """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional.
+
+    Args:
+        config: A command's dataclass.
+        given: Values that take the place of the fields' defaults.
+    """
     docstring = parse_docstring(config.__doc__ or "")
     helps = {
         parameter.arg_name: parameter.description
@@ -139,14 +236,14 @@ def _command_parser(config: type) -> ArgumentParser:
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         default = None if field.default is dataclasses.MISSING else field.default
-        common: dict[str, Any] = {"help": helps[field.name], "default": default}
+        common: dict[str, Any] = {"help": helps[field.name], "default": (given or {}).get(field.name, default)}
         flag = f"--{field.name.replace('_', '-')}"
         if field.name == "model":
-            parser.add_argument("model", nargs="?", **common)
+            parser.add_argument("model", nargs="?", type=str, **common)
         elif field.name == "sources":
             parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
         elif types[field.name] is bool:
-            parser.add_argument(flag, action="store_true", **common)
+            parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
             parser.add_argument(flag, nargs="+", type=str if types[field.name] == list[str] | None else float, **common)
         else:
@@ -155,7 +252,7 @@ def _command_parser(config: type) -> ArgumentParser:
 
 
 class _KeepUnlessGiven(Action):
-    """Stores a positional list; an empty one does not override that of a --config file."""
+    """Stores a positional list; an empty one does not override the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values:

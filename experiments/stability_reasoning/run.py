@@ -283,7 +283,7 @@ def main() -> None:
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = dataclasses.replace(QUICK if quick else Settings(), **given)
     results = run(settings, out / ("quick" if quick else "full"), out)
-    console.print(markdown(results), markup=False)
+    console.print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ class DemoConfig:
             )
         )
         for name, row in rows.items():
-            console.print(f"[bold]{name}:[/bold]", end=" ")
-            console.print(self.prompt + row["sample"], markup=False)
+            console.print(f"{name}:", style="bold", end=" ")
+            console.print(self.prompt + row["sample"])
         return {"conversion": conversion, **rows}
 
     def _measure(self, name: str, model: LanguageModel, tokenizer: Tokenizer, tokens: Any) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class GenerateConfig:
         else:
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)]
             for prompt, text in zip(self.prompt, texts, strict=True):
-                console.print(f"[bold]{prompt}[/bold]", markup=True)
-                console.print(text, markup=False)
+                console.print(prompt, style="bold")
+                console.print(text)
         return {"model": self.model, "prompts": list(self.prompt), "texts": texts}
 
     def _encode(self, tokenizer: Any, prompt: str) -> Any:
