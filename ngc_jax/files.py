@@ -54,8 +54,9 @@ def check_target(target: str) -> None:
     if not target or os.path.isdir(target):
         raise UsageError(f"--json {target} is a directory; give a file, or - for standard output")
     # A link's target is written, and may be elsewhere.
-    place = target if _is_special(target) else os.path.dirname(os.path.realpath(target))
-    if not os.path.exists(place):
+    special = _is_special(target)
+    place = target if special else os.path.dirname(os.path.realpath(target))
+    if not special and not os.path.isdir(place):
         raise UsageError(f"--json {target} is in a directory that does not exist; make it first")
     if not os.access(place, os.W_OK):
         raise UsageError(f"--json {target} cannot be written; choose another place, or - for standard output")

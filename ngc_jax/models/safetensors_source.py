@@ -147,7 +147,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UsageError: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}") from None
     except ValueError as error:

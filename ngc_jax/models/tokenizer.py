@@ -229,7 +229,7 @@ def _generation_stops(path: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+        settings: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         eos = settings.get("eos_token_id")
     except (ValueError, AttributeError):
         raise UsageError(f"{path}: is no JSON object; copy the original file again, or delete it") from None

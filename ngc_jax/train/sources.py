@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,8 +215,9 @@ def _files(config: SourceConfig) -> Sequence[Document] | Stream:
 
 
 def _matches(name: str) -> list[str]:
+    name = os.path.expanduser(name)
     if not any(character in name for character in "*?["):
-        if not Path(name).is_file():
+        if not Path(name).exists() or Path(name).is_dir():
             raise UsageError(f"there is no text file {name}; give a file, pydoc, hub:NAME or {_GYM}:TASK")
         return [name]
     files = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
