@@ -42,7 +42,7 @@ def _file(path: Path) -> str:
         # A pipe has no size and is read once: not asked beforehand whether it is a file.
         return path.read_text(encoding="utf-8-sig")
     except IsADirectoryError:
-        raise UsageError(f"{path} is a directory; give a text file") from None
+        raise UsageError(f"there is no text file {path}: it is a directory; give a file, pydoc, or hub:NAME") from None
     except FileNotFoundError:
         raise UsageError(f"there is no text file {path}; give a file, pydoc, or hub:NAME") from None
     except UnicodeDecodeError as error:

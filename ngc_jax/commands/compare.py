@@ -41,7 +41,7 @@ class CompareConfig:
             first conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
-        calibration_tokens: Tokens to measure.
+        calibration_tokens: Tokens to measure; if not given 65,536, or what the text has.
         gradient_tokens: Tokens, from the first, that gradients are taken on.
         propagation_tokens: Tokens, from the first, that errors are propagated on.
         evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
@@ -59,7 +59,7 @@ class CompareConfig:
     variants: dict[str, dict[str, Any]] | None = None
     keep: list[float] | None = None
     text: str = "pydoc:first-half"
-    calibration_tokens: int = 65_536
+    calibration_tokens: int | None = None
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     evaluation_text: str = "pydoc:second-half"
@@ -309,8 +309,8 @@ class Comparison:
         recipe, c = entry.recipe, self.config
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
-            flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
-            flags += ["--propagation-tokens", str(c.propagation_tokens)]
+            flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
+            flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
             flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
             command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
             returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode

@@ -33,7 +33,7 @@ class TrainingOptions:
         tokens: Tokens of the text to train on, over and over; all if not given.
         evaluation_text: Text on which perplexity is measured.
         evaluation_skip_tokens: Tokens to drop at its beginning.
-        evaluation_tokens: Tokens to score; 0 for no evaluation.
+        evaluation_tokens: Tokens to score, fewer if the text has fewer; 0 for no evaluation.
         evaluate_every: Steps between evaluations; 0 for only before and after.
         steps: Steps in all.
         batch_size: Rows of a step, over all devices.
@@ -239,9 +239,7 @@ class TrainingOptions:
             return _dry_run(Placed(program, trained, constants, mesh, self.parallel), batches)
         evaluate = None
         if self.evaluation_tokens:
-            held_out = text_tokens(
-                self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens, exact=True
-            )
+            held_out = text_tokens(self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens)
             evaluate = _evaluation(decoder, constants.frozen, held_out, mesh)
         assert self.out is not None
         directory = Path(self.out)
@@ -307,16 +305,14 @@ def _plain(value: Any) -> Any:
 
 
 def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any], trainable: str) -> str:
-    from ngc_jax.commands.convert import model_card
+    from ngc_jax.models.card import model_card
 
-    name = Path(options.out or "").name
-    converted = model.plan is not None and "calibration" in (model.conversion or {})
-    return f"""{model_card(model, name) if converted else f"# {name}"}
-
-Trained on {summary["tokens_seen"]:,} tokens of {Path(options.text).name} ({options.steps} steps of
-{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training
-{trainable}).
-"""
+    training = (
+        f"Trained on {summary['tokens_seen']:,} tokens of {Path(options.text).name} ({options.steps} steps of "
+        f"{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training "
+        f"{trainable})."
+    )
+    return model_card(model, Path(options.out or "").name, training=training)
 
 
 def _median(values: list[float]) -> float | None:

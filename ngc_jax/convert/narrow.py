@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 
 from ngc_jax.convert.best_states import mean_diagonal, output_metric, pulled_metric, square_root
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert.ranks import check_budget
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
@@ -63,22 +64,51 @@ def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig,
     """
     if recipe.resolved_width == 1:
         return config, recipe
-    tile = math.gcd(config.mlp_dim, _TILE)
-    width = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
     blocks = _planned(config, recipe)
     whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
     if not whole <= blocks.keys():
         if recipe.width is not None or recipe.resolved_allocation == "neurons":
             raise UsageError("hidden neurons can go where the topology has u, g and d of every layer; add them to it")
         return config, recipe
-    narrow = dataclasses.replace(config, mlp_dim=width)
-    left = sum(block.parameters for block in _planned(narrow, recipe).values())
     budget = math.floor(recipe.keep * sum(block.parameters for block in blocks.values()))
-    if budget > left:
-        raise UsageError(
-            f"width {recipe.resolved_width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width"
-        )
-    return narrow, dataclasses.replace(recipe, keep=budget / left, width=1.0)
+    tile = math.gcd(config.mlp_dim, _TILE)
+    nearest = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
+
+    def at(width: int) -> tuple[DecoderConfig, Recipe, int]:
+        narrow = dataclasses.replace(config, mlp_dim=width)
+        left = sum(block.parameters for block in _planned(narrow, recipe).values())
+        return narrow, dataclasses.replace(recipe, keep=min(budget / left, 1.0), width=1.0), left
+
+    narrow, inner, left = at(nearest)
+    if recipe.width is not None:
+        if budget > left:
+            raise UsageError(f"width {recipe.width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width")
+        return narrow, inner
+    # The width is the method's own, and its rounding must not cost the conversion. So: the nearest, or the next above
+    # it, where the other parameters can make up for it; or else the widest at which all of them may stay dense.
+    for width in (nearest, nearest + tile):
+        narrow, inner, left = at(width)
+        if budget <= left and width <= config.mlp_dim and _can_be_met(narrow, inner, budget, left):
+            return narrow, inner
+    for width in range(nearest + tile, 0, -tile):
+        narrow, inner, left = at(width)
+        if left <= budget and width <= config.mlp_dim:
+            return narrow, inner
+    return at(nearest)[:2]
+
+
+def _can_be_met(narrow: DecoderConfig, inner: Recipe, budget: int, left: int) -> bool:
+    """Whether blocks outside the MLPs can be made small enough, where MLPs stay dense; elsewhere ranks see to it."""
+    if inner.resolved_allocation != "neurons":
+        return True
+    mlps = sum(narrow.block(layer, role).parameters for layer in range(narrow.num_layers) for role in MLP_ROLES)
+    if mlps == left:
+        return left == budget
+    try:
+        check_budget(inner, candidate_cells(narrow, inner.resolved_topology))
+    except UsageError:
+        return False
+    return True
 
 
 def removed_parameters(config: DecoderConfig, narrow: DecoderConfig, recipe: Recipe) -> int:

@@ -110,7 +110,7 @@ def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
         full = full_rank(group.members)
         if recipe.rank is not None:
             return full if recipe.rank == "full" else min(recipe.rank, full)
-        if group in dense:
+        if group in dense or (dense and keep == 1):
             return DENSE
         return uniform_rank(group.members, keep, recipe.definition.rounding, gauge)
 

@@ -65,7 +65,12 @@ class GgufSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
         }
-        self.nbytes = sum(self._file.tensors[gguf_name].n_bytes for gguf_name in self._gguf_names.values())
+        self.sizes: Mapping[str, int] = {
+            name: self._file.tensors[gguf_name].n_bytes for name, gguf_name in self._gguf_names.items()
+        }
+        self.nbytes = sum(self.sizes.values())
+        named = self._file.metadata.get("general.license")
+        self.license = named if isinstance(named, str) and named else None
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.

