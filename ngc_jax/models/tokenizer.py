@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.tokens import Bos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -103,6 +104,41 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         """The id that ends a text, if the model has one."""
         return self._fast.eos_token_id
+
+    def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
+        """The ids that come before a text.
+
+        Args:
+            bos: auto for what the tokenizer's own rule puts there (`add_bos_token`, its post-processor), always for
+                its BOS token, never for none.
+
+        Raises:
+            UsageError: `always`, and the tokenizer has no BOS token.
+        """
+        if bos == "never":
+            return ()
+        if bos == "always":
+            if self.bos_token_id is None:
+                raise UsageError("this tokenizer has no BOS token; choose auto or never")
+            return (self.bos_token_id,)
+        plain, framed = (self.encode("a", special_tokens=special).tolist() for special in (False, True))
+        starts = (start for start in range(len(framed)) if framed[start : start + len(plain)] == plain)
+        return tuple(framed[: next(starts, 0)])
+
+    def encode_prompt(self, text: str, bos: Bos = "auto") -> np.ndarray:
+        """Encodes a text to be continued: with what comes before one, unless it begins with that, and nothing after.
+
+        Args:
+            text: the text.
+            bos: as for `prefix`.
+
+        Returns:
+            (L,) int32 ids.
+        """
+        prefix, ids = self.prefix(bos), self.encode(text)
+        if not prefix or tuple(ids[: len(prefix)].tolist()) == prefix:
+            return ids
+        return np.concatenate([np.asarray(prefix, np.int32), ids])
 
     @property
     def pad(self) -> int:

@@ -163,7 +163,13 @@ def open_source(config: SourceConfig) -> Sequence[Document] | Stream:
 
 
 def sampled_source(
-    model: LanguageModel, count: int, key: Key[Array, ""], *, length: int = 1024, batch_size: int = 32
+    model: LanguageModel,
+    count: int,
+    key: Key[Array, ""],
+    *,
+    length: int = 1024,
+    batch_size: int = 32,
+    prefix: Sequence[int] = (),
 ) -> list[TokenDocument]:
     """Documents that a model writes itself, to train on without any data; see `ngc_jax.convert.sampled`.
 
@@ -173,6 +179,7 @@ def sampled_source(
         key: Randomness.
         length: Tokens of a document, the last one's may be fewer; best a row's. Cut to the model's longest sequence.
         batch_size: Documents sampled at once.
+        prefix: What comes before each when it is sampled, such as BOS; no part of it.
 
     Returns:
         Documents without an end-of-text token.
@@ -184,8 +191,8 @@ def sampled_source(
 
     if count < 2 or length < 2:
         raise UsageError(f"{count} tokens in documents of {length} to sample; expected at least 2 and 2")
-    length = min(length, model.config.max_length, count)
-    tokens = sample_tokens(model, count, key, length=length, batch_size=batch_size)
+    length = min(length, model.config.max_length - len(prefix), count)
+    tokens = sample_tokens(model, count, key, length=length, batch_size=batch_size, prefix=prefix)
     return [TokenDocument(tokens[begin : begin + length]) for begin in range(0, count, length)]
 
 
