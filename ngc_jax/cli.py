@@ -35,7 +35,7 @@ from ngc_jax.commands import (
 )
 from ngc_jax.commands.config_file import read_config_file, typed_values
 from ngc_jax.errors import UsageError
-from ngc_jax.files import check_target, explain, write_summary
+from ngc_jax.files import check_target, explain, quoted_errno, write_summary
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _show_log()
     _print_any_text()
+    _quiet_late_callbacks()
     try:
         with _terminable():
             _run(arguments)
@@ -84,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(advice)
     except Exception as error:
+        number = quoted_errno(error)
+        advice = None if number is None else explain(OSError(number, os.strerror(number)))
+        if advice is not None:
+            return _refuse(advice)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())[:160]
@@ -129,6 +134,20 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _quiet_late_callbacks() -> None:
+    """After a write has failed, tensorstore reports to event loops that are closed by then, a traceback each time."""
+    # What is logged when a write in the background fails is also raised.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _report_unless_late
+
+
+def _report_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _print_any_text() -> None:

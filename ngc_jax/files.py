@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -112,6 +113,34 @@ def explain(error: OSError | MemoryError) -> str | None:
         return None
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{where}{error.strerror}; {advice}"
+
+
+@contextmanager
+def os_errors(place: Path) -> Iterator[None]:
+    """Turn what libraries in other languages make of a full disk into the operating system's own error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = quoted_errno(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def quoted_errno(error: BaseException) -> int | None:
+    """The number of an error of the operating system's that an exception, or what caused it, quotes in its message."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.errno
+        # Of Rust: (os error 28); of tensorstore: [os_error_code='28']; of Python: [Errno 28].
+        found = re.search(r"(?i)os.error(?: |_code=\W*)(\d+)|\[Errno (\d+)\]", str(seen))
+        if found is not None:
+            return int(found[1] or found[2])
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def check_output(directory: str | Path, overwrite: bool) -> Path:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,8 +98,27 @@ class Comparison:
         self.entries = entries_of(config)
         self.directory = Path(config.out)
 
+    @cached_property
+    def _inputs(self) -> dict[str, str | None]:
+        """Digests of the model and of the texts that are files: an entry made from others is run again."""
+        from ngc_jax.models.fingerprint import fingerprint
+        from ngc_jax.models.sources import open_source
+
+        with open_source(self.config.model) as source:
+            digests: dict[str, str | None] = {"model": fingerprint(source)}
+        for text in {self.config.evaluation_text, *(entry.text for entry in self.entries)}:
+            file = Path(text)
+            digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        return digests
+
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""
+        from ngc_jax.files import lock_directory
+
+        with lock_directory(self.directory):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.files import write_json
         from ngc_jax.models.load import load_model
@@ -352,7 +372,9 @@ class Comparison:
 
     def _key(self, entry: Entry | None) -> str:
         """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
+        texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
         settings = {k: v for k, v in self._settings().items() if k != "text"}
+        settings["inputs"] = [self._inputs["model"], *(self._inputs[text] for text in sorted(texts))]
         what: list[Any] | None = None
         if entry is not None:
             recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ngc_jax.errors import UsageError
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
-    from ngc_jax.train.data import PipelineIterator
+    from ngc_jax.train.data import Pipeline
     from ngc_jax.train.losses import Objective
     from ngc_jax.train.trainable import Trainable
 
@@ -116,13 +118,39 @@ class TrainingOptions:
 
     def check(self) -> None:
         """Raises UsageError for what can be known before a model is loaded."""
+        from ngc_jax.files import check_output
         from ngc_jax.train import sharding
 
         if self.out is None:
             raise UsageError("no output directory is given; add --out DIR")
+        out = Path(self.out)
+        for directory in (out, out / "checkpoints", out / "tensorboard"):
+            if directory.exists() and not directory.is_dir():
+                raise UsageError(f"{directory} is a file; choose another --out")
+        check_output(out / "model", overwrite=True)
+        if self.profile is not None:
+            Path(self.profile).mkdir(parents=True, exist_ok=True)
         self.make_optimizer()
         self.loop()
         sharding.make_mesh(self.data, self.fsdp, self.tensor)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep OUT for this run; process 0 does for all processes of one, and a dry run writes nothing.
+
+        Raises:
+            UsageError: If another run is at work there.
+        """
+        import jax
+
+        from ngc_jax.files import lock_directory
+
+        assert self.out is not None
+        if self.dry_run or jax.process_index() != 0:
+            yield
+            return
+        with lock_directory(self.out):
+            yield
 
     def resolved_dtype(self, backend: str) -> str:
         """What the models compute in."""
@@ -138,7 +166,7 @@ class TrainingOptions:
                 self.learning_rate,
                 self.optimizer_options or {},
                 self.schedule,
-                self.warmup_steps,
+                min(self.warmup_steps, self.steps),
                 self.steps,
                 self.final_fraction,
                 self.clip_norm,
@@ -159,8 +187,8 @@ class TrainingOptions:
             profile=self.profile,
         )
 
-    def batches(self, tokenizer: Tokenizer, vocab_size: int, teacher: LanguageModel | None = None) -> PipelineIterator:
-        """This process's rows, without end.
+    def rows(self, tokenizer: Tokenizer, vocab_size: int, teacher: LanguageModel | None = None) -> Pipeline:
+        """This process's rows.
 
         Args:
             tokenizer: The model's.
@@ -198,7 +226,7 @@ class TrainingOptions:
             given["sampled"] = sampled_source(
                 teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
             )
-        pipeline = make_pipeline(
+        return make_pipeline(
             data,
             tokenizer,
             process_index=jax.process_index(),
@@ -206,12 +234,25 @@ class TrainingOptions:
             vocab_size=vocab_size,
             given=given,
         )
-        return iter(pipeline)
 
     def settings(self) -> dict[str, Any]:
-        """What a run that goes on must share with the one before: all that changes what the steps compute."""
+        """What a run that continues must share with the one before: all that changes what the steps compute."""
         settings = dataclasses.asdict(self)
         return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
+
+    def fitted_to(self, rows: Pipeline) -> Self:
+        """The same options with no more steps than the data have; says what is changed."""
+        from ngc_jax.commands.console import console
+
+        options = self
+        if rows.steps is not None and rows.steps < self.steps:
+            console.print(
+                f"the data end after {rows.steps:,} steps, before the {self.steps:,} asked for: so does the run"
+            )
+            options = dataclasses.replace(self, steps=rows.steps)
+        if options.warmup_steps > options.steps:
+            console.print(f"the warm-up of {options.warmup_steps:,} steps is cut to the run's {options.steps:,}")
+        return options
 
     def train(
         self,
@@ -220,6 +261,7 @@ class TrainingOptions:
         *,
         teacher: LanguageModel | None = None,
         trainable: Trainable = "all",
+        made_of: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Train a loaded model, save it in OUT/model, and return the summary.
 
@@ -228,6 +270,8 @@ class TrainingOptions:
             objective: What is minimised.
             teacher: Whom it is compared with.
             trainable: Which of its parameters train.
+            made_of: Fingerprints of the models that the run begins with, by what they are; a run does not continue
+                with others.
 
         Raises:
             UsageError: If the texts are too short, or the loss is not finite.
@@ -249,7 +293,9 @@ class TrainingOptions:
         dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
-        batches = self.batches(tokenizer, model.config.vocab_size, teacher)
+        rows = self.rows(tokenizer, model.config.vocab_size, teacher)
+        self = self.fitted_to(rows)
+        batches = iter(rows)
         trained, frozen = split_params(model.params, trainable)
         decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
@@ -284,9 +330,10 @@ class TrainingOptions:
                 self.loop(),
                 mesh=mesh,
                 directory=directory / "checkpoints",
-                settings=self.settings(),
+                settings={**self.settings(), **(made_of or {})},
                 evaluate=evaluate,
                 on_metrics=on_metrics,
+                on_start=writer.continue_after,
             )
         history = result.history
         summary: dict[str, Any] = {
@@ -302,8 +349,10 @@ class TrainingOptions:
             "seconds": time.perf_counter() - started,
         }
         if result.interrupted:
-            console.print(f"stopped after step {result.step} of {self.steps}; the same command goes on")
+            console.print(f"stopped after step {result.step} of {self.steps}; the same command continues")
             return summary
+        if result.step < self.steps:
+            console.print(f"the data ended after step {result.step} of {self.steps}; the run ends with them")
         if jax.process_index() == 0:
             params = merge_params(jax.tree.map(jnp.asarray, result.params), frozen)
             final = dataclasses.replace(model, params=params)

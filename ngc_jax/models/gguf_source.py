@@ -74,6 +74,7 @@ class GgufSource:
             name: self._file.tensors[gguf_name].n_bytes for name, gguf_name in self._gguf_names.items()
         }
         self.nbytes = sum(self.sizes.values())
+        self.files = self._file.paths
         named = self._file.metadata.get("general.license")
         self.license = named if isinstance(named, str) and named else None
 

@@ -93,6 +93,7 @@ class SafetensorsSource:
         }
         self.sizes: Mapping[str, int] = {name: entry.n_bytes for name, entry in self._entries.items()}
         self.nbytes = sum(self.sizes.values())
+        self.files = tuple(sorted(self._open))
         self.license = _license(directory / "README.md")
 
     def _add(self, path: Path) -> None:

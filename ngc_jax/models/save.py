@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from ngc_jax.files import atomic_directory
+from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import model_card
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
@@ -49,7 +49,7 @@ def save_model(
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)
-    with atomic_directory(directory, overwrite) as temporary:
+    with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
         hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion)
         hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.dtype))
         _write_text(temporary / "config.json", _json(hf_config) + "\n")

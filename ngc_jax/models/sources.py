@@ -32,6 +32,7 @@ class Source(Protocol):
         sizes: bytes of every tensor as it is stored, also of those that only serve to read others.
         nbytes: bytes of all tensors as they are stored.
         license: the licence that the model's own files name, None if they name none.
+        files: the files that hold its weights.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Source(Protocol):
     sizes: Mapping[str, int]
     nbytes: int
     license: str | None
+    files: tuple[Path, ...]
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
@@ -64,7 +66,7 @@ class RetokenisedSource:
         """Wraps an open source."""
         self._source, self.tokenizer = source, load_tokenizer
         self.name, self.config, self.shapes = source.name, source.config, source.shapes
-        self.sizes, self.nbytes, self.license = source.sizes, source.nbytes, source.license
+        self.sizes, self.nbytes, self.license, self.files = source.sizes, source.nbytes, source.license, source.files
 
     def read(self, name: str) -> np.ndarray:
         """As of the source."""

@@ -121,7 +121,8 @@ def make_pipeline(
         steps = _Steps(mixed, rows, config, mine, blank)
         options = grain.ReadOptions(num_threads=min(config.prefetch, 1), prefetch_buffer_size=config.prefetch)
         per_epoch = steps.per_epoch if len(tables) == 1 else None
-        return Pipeline(steps.to_iter_dataset(options), identity, reports, per_epoch, None)
+        total = None if config.epochs is None else len(steps)
+        return Pipeline(steps.to_iter_dataset(options), identity, reports, per_epoch, None, total)
 
     def rows_of(number: int, part: int) -> grain.IterDataset:
         documents = opened[number]
@@ -147,6 +148,7 @@ class Pipeline(grain.IterDataset):
     Attributes:
         reports: What became of the sources that were read whole.
         steps_per_epoch: Batches of an epoch, the same on every process; None with several sources or a stream.
+        steps: Batches in all; None if they do not end.
     """
 
     def __init__(
@@ -156,10 +158,11 @@ class Pipeline(grain.IterDataset):
         reports: Sequence[SourceReport],
         steps_per_epoch: int | None,
         gather: Gather | None,
+        steps: int | None = None,
     ) -> None:
         """Wraps batches; see `make_pipeline`."""
         super().__init__(batches)
-        self.reports, self.steps_per_epoch = tuple(reports), steps_per_epoch
+        self.reports, self.steps_per_epoch, self.steps = tuple(reports), steps_per_epoch, steps
         self._identity, self._gather = identity, gather
 
     def __iter__(self) -> PipelineIterator:
