@@ -246,9 +246,7 @@ class TrainingOptions:
 
         options = self
         if rows.steps is not None and rows.steps < self.steps:
-            console.print(
-                f"the data end after {rows.steps:,} steps, before the {self.steps:,} asked for: so does the run"
-            )
+            console.print(f"the data end after {rows.steps:,} of {self.steps:,} steps, and so does the run")
             options = dataclasses.replace(self, steps=rows.steps)
         if options.warmup_steps > options.steps:
             console.print(f"the warm-up of {options.warmup_steps:,} steps is cut to the run's {options.steps:,}")
