@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_space(place
         assert "No space left on device; make space" in error[0]
         shutil.copytree(small / "run", tmp_path / "run")
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
     assert run(place, tmp_path / "run", 60, "--save-every", "2", "--keep-checkpoints", "50", *QUIET) == 0
     assert steps_of(tmp_path / "run") == list(range(1, 61))
     assert Path(tmp_path / "run" / "model").is_dir()
