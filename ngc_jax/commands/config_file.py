@@ -13,6 +13,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ngc_jax.errors import UsageError
 
+# The repository's configs/, which is part of an installed package.
+SHIPPED = Path(__file__).parents[1] / "configs"
+
 
 class _Loader(yaml.SafeLoader):
     """Data only: no tags of Python's, no key twice, no aliases (a few of which can stand for gigabytes)."""
@@ -41,15 +44,20 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
     """The options that a YAML file gives; null means not given.
 
     Args:
-        path: Of the file.
+        path: Of the file, or the name of one that comes with the package, such as compare_quick.
         names: Of the options that there are.
 
     Raises:
         UsageError: If it cannot be read, is no mapping, or names another option.
     """
-    file = Path(path).expanduser()
+    file = _find(path)
     try:
         values = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except FileNotFoundError:
+        names = ", ".join(sorted(shipped.stem for shipped in SHIPPED.glob("*.yaml")))
+        raise UsageError(
+            f"--config {path}: there is no such file, and none of that name comes along ({names})"
+        ) from None
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
@@ -69,6 +77,14 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
             raise UsageError(f"--config {path} has the option {name!r}, which the command does not have; {hint}")
     return given
+
+
+def _find(path: str) -> Path:
+    """The file, or, where there is none, the one of that name that comes with the package."""
+    file = Path(path).expanduser()
+    shipped = SHIPPED / Path(path).name
+    shipped = shipped if shipped.suffix == ".yaml" else shipped.with_name(f"{shipped.name}.yaml")
+    return shipped if not file.exists() and Path(path).parent.name in ("", "configs") and shipped.is_file() else file
 
 
 def typed_values(parser: ArgumentParser, path: str, values: Mapping[str, Any]) -> dict[str, Any]:

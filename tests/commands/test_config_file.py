@@ -121,3 +121,13 @@ def test_home_is_expanded_wherever_a_path_comes_from(tmp_path, monkeypatch):
 def test_an_unknown_option_of_the_line_is_refused():
     with pytest.raises(UsageError, match="--colour"):
         cli.parse_arguments(["info", "--colour"])
+
+
+@pytest.mark.parametrize("name", ["compare_quick", "compare_quick.yaml", "configs/compare_quick.yaml"])
+def test_files_of_the_package_are_found_by_their_names_from_anywhere(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse_arguments(["compare", "--config", name])[1].out == "runs/compare_quick"
+    (tmp_path / "compare_quick").write_text("out: mine")
+    assert cli.parse_arguments(["compare", "--config", "compare_quick"])[1].out == "mine"
+    assert cli.main(["compare", "--config", "no_such"]) == 2
+    assert "compare_quick" in capsys.readouterr().err

@@ -39,13 +39,13 @@ _FEW = "--window 32 --calibration-tokens 96"
 _FEWER = f"{_FEW} --gradient-tokens 64 --propagation-tokens 64"
 _STEPS = "--steps 2 --batch-size 8 --sequence-length 16 --evaluation-tokens 64"
 SMALL = {
-    "convert": f"{_FEWER} --rank-multiple 1",
+    "convert": f"{_FEWER} --rank-multiple 1 --overwrite",
     "evaluate": "--skip-tokens 8 --max-tokens 96 --window 32",
     "generate": "--max-new-tokens 2",
     "distil": f"{_STEPS} --microbatches 1 --fsdp 1 --tensor 1",
     "train": _STEPS,
     "stability": "--exponents 2 --memory 3 --max-tokens 12",
-    "compare": f"{_FEWER} --max-tokens 96 --keep 0.8",
+    "compare": f"{_FEWER} --skip-tokens 0 --max-tokens 96 --keep 0.8",
     "demo": f"{_FEW} --max-tokens 96 --max-new-tokens 2",
     "report": "--overwrite",
     "info": "",
