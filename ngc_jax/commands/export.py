@@ -23,6 +23,7 @@ class ExportConfig:
         to: hf, a directory with config.json and safetensors; or gguf, one file.
         out: The directory or file to make.
         type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: For hf, of the tensors: float32, bfloat16 or float16; the model's own if not given.
         overwrite: Replace what is there.
         json: Also write the summary to this file.
@@ -32,6 +33,7 @@ class ExportConfig:
     to: Literal["hf", "gguf"] = "hf"
     out: str | None = None
     type: GgufType = "q8_0"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
     json: str | None = None
@@ -46,7 +48,7 @@ class ExportConfig:
             raise UsageError("no output is given; add --out DIR, or --out FILE.gguf with --to gguf")
         if self.to == "gguf" and self.dtype is not None:
             raise UsageError("--dtype is for --to hf; choose how a GGUF file is stored with --type")
-        with open_source(self.model) as source, progress_bar("export") as bar:
+        with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("export") as bar:
             if self.to == "gguf":
                 summary = export_gguf(source, self.out, type=self.type, overwrite=self.overwrite, progress=bar)
             else:

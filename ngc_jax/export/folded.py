@@ -17,11 +17,11 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import GroupPlan
-from ngc_jax.models.config import text_config
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.load import parameter_shapes
+from ngc_jax.models.saved_config import join_config, split_config
 from ngc_jax.models.sources import Source
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -65,7 +65,8 @@ class FoldedSource:
                 "can be used with ngc-jax only"
             )
         self.name = source.name
-        self.config: dict[str, Any] = dict(text_config({k: v for k, v in source.config.items() if k != "ngc"}))
+        hf_config, _ = split_config(source.config, source.name)
+        self.config: dict[str, Any] = join_config(hf_config, config, None, None)
         self.decoder_config = config
         self.compact = inspection.plan is not None and bool(inspection.plan.groups)
         self._source = source
@@ -77,7 +78,9 @@ class FoldedSource:
         self._parameters = {hf_name(parameter, config): parameter for parameter in dense}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: dense[p] for name, p in self._parameters.items()}
         width = np.asarray(source.read(self._stored["embed.embedding"])[:1]).dtype.itemsize
-        self.nbytes = width * sum(int(np.prod(shape)) for shape in self.shapes.values())
+        self.sizes: Mapping[str, int] = {name: width * int(np.prod(shape)) for name, shape in self.shapes.items()}
+        self.nbytes = sum(self.sizes.values())
+        self.license, self.files = source.license, source.files
         self._held: tuple[str, dict[str, Any]] | None = None
 
     def parameter(self, name: str) -> str:

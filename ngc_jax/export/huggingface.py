@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from ngc_jax.errors import UsageError
 from ngc_jax.export.folded import DTYPES, FoldedSource, cast
-from ngc_jax.files import atomic_directory
+from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.save import SHARD_BYTES
 from ngc_jax.models.sources import Source
 
@@ -55,7 +55,8 @@ def export_huggingface(
     with atomic_directory(directory, overwrite) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folded.tokenizer().save(temporary)
-        sizes = _write_shards(folded, temporary, kind, shard_bytes, progress)
+        with os_errors(Path(directory)):
+            sizes = _write_shards(folded, temporary, kind, shard_bytes, progress)
         (temporary / "README.md").write_text(_card(Path(directory).absolute().name, folded), encoding="utf-8")
     return {
         "out": str(directory),
@@ -109,8 +110,9 @@ def _shards(folded: FoldedSource, itemsize: int, shard_bytes: int) -> Iterator[l
 
 def _card(name: str, folded: FoldedSource) -> str:
     what = "Its neuronal groups are folded into dense weights." if folded.compact else "Its weights are dense."
+    license_line = "" if folded.license is None else f"license: {folded.license}\n"
     return f"""---
-library_name: transformers
+{license_line}library_name: transformers
 pipeline_tag: text-generation
 tags: [ngc-jax]
 ---

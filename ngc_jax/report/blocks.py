@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.export.folded import read_states
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
@@ -153,7 +152,7 @@ def block_errors(
     errors: dict[str, float] = {}
     total = len(small.plan.groups) + len(small.plan.dense)
     for done, group in enumerate(small.plan.groups, start=1):
-        states = _states(compact, group, own)
+        states = read_states(compact, group, own)
         for member in group.members:
             if pruned and _is_mlp(member.name):
                 continue
@@ -173,22 +172,6 @@ def block_errors(
 
 def _is_mlp(block: str) -> bool:
     return ".mlp." in block
-
-
-def _states(source: Source, group: GroupPlan, names: Mapping[str, str]) -> dict[str, Any]:
-    """The states of one group, in float32."""
-    prefix = f"groups.{group.name}."
-    states: dict[str, Any] = {}
-    for path, name in names.items():
-        if not path.startswith(prefix):
-            continue
-        part, _, member = path.removeprefix(prefix).partition(".")
-        array = jnp.asarray(source.read(name).astype(np.float32))
-        if member:
-            states.setdefault(part, {})[member] = array
-        else:
-            states[part] = array
-    return states
 
 
 def _distance(dense_JxI: np.ndarray, made_JxI: np.ndarray) -> float:
