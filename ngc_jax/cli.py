@@ -37,6 +37,7 @@ from ngc_jax.commands import (
 from ngc_jax.commands.config_file import read_config_file, typed_values
 from ngc_jax.errors import UsageError
 from ngc_jax.files import check_target, explain, quoted_errno, write_summary
+from ngc_jax.groups.topology_text import TopologyError
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
@@ -113,7 +114,11 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _refuse(reason: object) -> int:
-    print(f"ngc-jax: error: {reason}", file=sys.stderr)
+    text = str(reason)
+    if not isinstance(reason, TopologyError):  # which shows the text and a mark below it
+        # A name from a damaged file may hold anything, and the terminal obeys control characters.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"ngc-jax: error: {text}", file=sys.stderr)
     return 2
 
 
@@ -199,6 +204,8 @@ _PATHS |= {"json"}
 
 
 def _expanded(name: str, value: Any) -> Any:
+    if name in _PATHS and isinstance(value, str) and "\0" in value:
+        raise UsageError(f"--{name} holds a null character; give a path")
     if name in _PATHS and isinstance(value, list):
         return [_expanded(name, one) for one in value]
     return os.path.expanduser(value) if name in _PATHS and isinstance(value, str) else value

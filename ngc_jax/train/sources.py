@@ -18,6 +18,7 @@ import difflib
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,10 +133,21 @@ class TableRows(Sequence[Document]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        return self._read(self._table[index])
+        with _utf8_only():
+            return self._read(self._table[index])
 
     def __iter__(self) -> Iterator[Document]:
-        return map(self._read, self._table)
+        with _utf8_only():
+            yield from map(self._read, self._table)
+
+
+@contextmanager
+def _utf8_only() -> Iterator[None]:
+    """Tables hold bytes; that they are no text is found when a row is read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a row of the data is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
 def open_source(config: SourceConfig) -> Sequence[Document] | Stream:
