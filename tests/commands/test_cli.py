@@ -142,7 +142,12 @@ def test_text_that_the_model_samples_itself(dense, tmp_path):
     out, result = tmp_path / "out", tmp_path / "convert.json"
     flags = ["convert", dense, "--text", "sampled", *SHORT, "--out", str(out), "--json", str(result)]
     assert cli.main(flags) == 0
-    assert json.loads(result.read_text())["calibration"] == {"text": "sampled", "tokens": 96, "window": 32}
+    assert json.loads(result.read_text())["calibration"] == {
+        "text": "sampled",
+        "tokens": 96,
+        "window": 32,
+        "prefix": [],
+    }
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
