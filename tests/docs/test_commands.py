@@ -48,6 +48,7 @@ SMALL = {
     "compare": f"{_FEWER} --skip-tokens 0 --max-tokens 96 --keep 0.8",
     "demo": f"{_FEW} --max-tokens 96 --max-new-tokens 2",
     "report": "--overwrite",
+    "export": "--overwrite",
     "info": "",
 }
 # Of pods, of models that are not there: parsed only.
