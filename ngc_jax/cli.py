@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ngc_jax import __version__
 from ngc_jax.commands import (
@@ -53,6 +53,10 @@ COMMANDS = {
     "demo": demo.DemoConfig,
     "compare": compare.CompareConfig,
 }
+
+
+# --print_completion bash prints what a shell needs to complete commands and options, if shtab is installed.
+set_parsing_settings(add_print_completion_argument=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

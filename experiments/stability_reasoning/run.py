@@ -152,7 +152,7 @@ def language_model(stages: Stages, settings: Settings) -> tuple[list[dict[str, A
 
     def tokens(text: str) -> np.ndarray:
         message = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(message) if tokenizer.has_chat_template else tokenizer.encode(text)
+        return tokenizer.apply_chat_template(message) if tokenizer.has_chat_template else tokenizer.encode_prompt(text)
 
     pairs = [(tokens(pair.steps), tokens(pair.stated)) for pair in texts]
 

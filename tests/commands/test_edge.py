@@ -199,3 +199,13 @@ def test_a_reader_that_leaves_early_is_no_error(dense):
     script = f"set -o pipefail; {sys.executable} -m ngc_jax info {dense} --all-groups | head -0"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_shell_can_complete_commands_and_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--print_completion", "bash"])
+    assert ended.value.code == 0
+    captured = capsys.readouterr()
+    assert "convert" in captured.out
+    assert captured.err == ""
+    assert subprocess.run(["bash", "-n"], input=captured.out, text=True, check=False).returncode == 0

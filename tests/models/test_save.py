@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from ngc_jax.errors import UsageError
@@ -86,6 +87,8 @@ def test_what_goes_with_the_tensors(tmp_path: Path) -> None:
     save_model(model, tmp_path / "out")
     assert left_in(tmp_path) == ["out"]
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(left_in(tmp_path / "out"))
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers 4 reads no other
     assert (tmp_path / "out" / "README.md").read_text().split("---\n\n")[1].startswith("# out\n")
     loaded = load_model(str(tmp_path / "out"))
     text = "Groups of neurons"
