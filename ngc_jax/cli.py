@@ -55,7 +55,7 @@ COMMANDS = {
 }
 
 
-# --print_completion bash prints what a shell needs to complete commands and options, if shtab is installed.
+# --print_completion shtab-bash prints what a shell needs to complete commands and options.
 set_parsing_settings(add_print_completion_argument=True)
 
 

@@ -203,7 +203,7 @@ def test_a_reader_that_leaves_early_is_no_error(dense):
 
 def test_a_shell_can_complete_commands_and_options(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--print_completion", "bash"])
+        cli.main(["--print_completion", "shtab-bash"])
     assert ended.value.code == 0
     captured = capsys.readouterr()
     assert "convert" in captured.out
