@@ -4,7 +4,8 @@
 
 Every input is read by a command, in a process whose memory is limited. Right is: exit code 0, or exit code 2 with one
 line that says what is wrong (of a topology three: the text and a mark below it), and nothing half written. Everything
-else is a fault; its input is kept in OUT/faults.
+else is a fault; its input is kept in OUT/faults. The process can write below a
+temporary directory and OUT only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from ngc_jax.commands.console import console, progress_bar
 
+ROOT = Path(__file__).parents[2]
 CHUNK = 200
 PATIENCE = 180  # seconds for one input, on a machine that does other things too
 
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
     results: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="ngc-jax-fuzz-") as directory, progress_bar("fuzz") as bar:
         place = Path(directory)
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             numbers = [len(results), min(len(results) + CHUNK, options.count)]
             log = place / "log.jsonl"
             log.write_text("", encoding="utf-8")
-            kept = str(options.out / "faults")
+            kept = str(out / "faults")
             _worker(place, ["run", str(place / "seeds"), str(log), str(options.seed), *map(str, numbers), kept])
             done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
             # The worker writes a line before an input and another after it: one without the other killed the worker.
@@ -70,7 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _worker(place: Path, words: list[str]) -> None:
+    (place / "tmp").mkdir(exist_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf"), "JAX_PLATFORMS": "cpu"}
+    # All that a command writes is below one directory, to which the worker confines itself.
+    environment |= {"TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     with (place / "worker.log").open("w") as log:
         command = [sys.executable, "-m", "experiments.fuzz.worker", *words]
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)

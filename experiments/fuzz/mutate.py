@@ -9,7 +9,7 @@ from typing import Any
 
 WEIRD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, -1.5, 1e-300, 1e308,
-    float("nan"), float("inf"), "", " ", "x", "\u202e", "\0", "é" * 50, "x" * 5000, "[/INST]", "../../etc/passwd",
+    float("nan"), float("inf"), "", " ", "x", "\u202e", "\0", "é" * 50, "x" * 5000, "[/INST]", "../outside",
     "{{ 1/0 }}", "{% for i in range(9) %}{{ i }}{% endfor %}", [], {}, [[]], [None], [1, "a"], {"": None},
     {"a": {"b": []}},
 )  # fmt: skip

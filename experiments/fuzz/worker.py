@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -13,6 +15,7 @@ import tempfile
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from experiments.fuzz.inputs import Case, make_case
 from experiments.fuzz.seeds import make_seeds
@@ -20,11 +23,48 @@ from ngc_jax import cli
 from ngc_jax.errors import UsageError
 
 MEMORY = 12 << 30
+# What changes the file system, by the names of Python's audit events; each with the places of its paths.
+_WRITES = {
+    "os.mkdir": (0,),
+    "os.rename": (0, 1),
+    "os.remove": (0,),
+    "os.rmdir": (0,),
+    "os.symlink": (1,),
+    "os.link": (1,),
+    "os.truncate": (0,),
+    "os.chmod": (0,),
+    "os.chown": (0,),
+}
 SECONDS = 60
 
 
 class TooLong(BaseException):
     """An input that takes longer than any should."""
+
+
+def confine(*roots: Path) -> None:
+    """Let this process change files below these directories only, until it ends.
+
+    A mutated option can name any path of the machine, and the fuzzer may run as root. What tries to write elsewhere
+    gets the error that the operating system has for it.
+    """
+    allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in roots)
+
+    def check(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = bool(mode and set(mode) & set("wax+")) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            paths = [path] if writes else []
+        else:
+            paths = [arguments[place] for place in _WRITES.get(event, ())]
+        for path in paths:
+            if isinstance(path, int) or path is None:
+                continue
+            real = os.path.realpath(os.fsdecode(path))
+            if real != os.devnull and not f"{real}{os.sep}".startswith(allowed):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    sys.addaudithook(check)
 
 
 def outcome_of(case: Case, place: Path) -> str:
@@ -90,7 +130,9 @@ def run(seeds: Path, log: Path, seed: int, first: int, last: int, faults: Path) 
     with log.open("a", encoding="utf-8") as lines:
         for number in range(first, last):
             with tempfile.TemporaryDirectory(prefix="ngc-jax-fuzz-case-") as directory:
-                place = Path(directory)
+                place = Path(directory) / "case"
+                place.mkdir()
+                os.chdir(place)
                 case = make_case(number, seed, seeds, place)
                 line = {"number": number, "kind": case.kind, "outcome": "begun"}
                 lines.write(json.dumps(line) + "\n")
@@ -115,6 +157,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
     seeds, log, seed, first, last, faults = sys.argv[2:]
+    Path(faults).mkdir(parents=True, exist_ok=True)
+    confine(Path(log).parent, Path(faults))
     run(Path(seeds), Path(log), int(seed), int(first), int(last), Path(faults))
 
 

@@ -4,7 +4,10 @@ import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,32 @@ def test_the_short_form_finds_no_fault(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results == {"count": 150, "seed": 3, "faults": []}
     assert "| plan |" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_worker_writes_nowhere_else(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    code = """
+import os, sys
+from pathlib import Path
+from experiments.fuzz.worker import confine
+inside = Path(sys.argv[1])
+confine(inside)
+outside = [inside.parent / "mine", inside / ".." / "mine", inside.parent / "new"]
+actions = [lambda p: p.write_text("x"), lambda p: p.open("a"), lambda p: p.unlink(), lambda p: os.mkdir(p / "x")]
+actions += [lambda p: os.rename(inside / "a", p), lambda p: os.open(p, os.O_RDWR | os.O_CREAT), lambda p: p.chmod(0)]
+(inside / "a").write_text("1")
+os.rename(inside / "a", inside / "b")
+open(os.devnull, "w").close()
+for path in outside:
+    for action in actions:
+        try:
+            action(path)
+        except PermissionError:
+            continue
+        sys.exit(f"{path} was written")
+"""
+    root = Path(fuzz.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "inside")], cwd=root, check=True)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "mine"]
