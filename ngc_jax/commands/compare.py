@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ngc_jax.commands.compare_entries import Entry, entries_of, recipe_flags, restrict, same_fit
+from ngc_jax.commands.compare_entries import Entry, entries_of, input_digests, recipe_flags, restrict, same_fit
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,15 +101,7 @@ class Comparison:
     @cached_property
     def _inputs(self) -> dict[str, str | None]:
         """Digests of the model and of the texts that are files: an entry made from others is run again."""
-        from ngc_jax.models.fingerprint import fingerprint
-        from ngc_jax.models.sources import open_source
-
-        with open_source(self.config.model) as source:
-            digests: dict[str, str | None] = {"model": fingerprint(source)}
-        for text in {self.config.evaluation_text, *(entry.text for entry in self.entries)}:
-            file = Path(text)
-            digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-        return digests
+        return input_digests(self.config, self.entries)
 
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""

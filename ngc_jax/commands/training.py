@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,16 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
     from ngc_jax.train.data import Pipeline
     from ngc_jax.train.losses import Objective
     from ngc_jax.train.trainable import Trainable
-
-
-EVALUATION_WINDOW = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,9 +273,11 @@ class TrainingOptions:
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import text_tokens
+        from ngc_jax.commands.dry_run import dry_run
         from ngc_jax.models.save import save_model
-        from ngc_jax.tokens import begin_windows, check_ids
+        from ngc_jax.tokens import check_ids
         from ngc_jax.train import sharding
+        from ngc_jax.train.evaluation import perplexity_on
         from ngc_jax.train.loop import Placed, train
         from ngc_jax.train.metrics import MetricsWriter
         from ngc_jax.train.step import Constants, Program
@@ -292,23 +288,26 @@ class TrainingOptions:
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
         rows = self.rows(tokenizer, model.config.vocab_size, teacher)
-        self = self.fitted_to(rows)
+        options = self.fitted_to(rows)
         batches = iter(rows)
         trained, frozen = split_params(model.params, trainable)
-        decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
+        decoder = model.decoder.clone(param_dtype=dtype, remat=options.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
-        program = Program(decoder, objective, self.make_optimizer(), of_teacher[0], self.microbatches, self.seed)
+        program = Program(
+            decoder, objective, options.make_optimizer(), of_teacher[0], options.microbatches, options.seed
+        )
         constants = Constants(cast_params(frozen, dtype), of_teacher[1])
-        if self.dry_run:
-            return _dry_run(Placed(program, trained, constants, mesh, self.parallel), batches)
+        if options.dry_run:
+            return dry_run(Placed(program, trained, constants, mesh, options.parallel), batches)
         evaluate = None
-        if self.evaluation_tokens:
-            held_out = text_tokens(self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens)
+        if options.evaluation_tokens:
+            held_out = text_tokens(
+                options.evaluation_text, tokenizer, options.evaluation_skip_tokens, options.evaluation_tokens
+            )
             check_ids(held_out, model.config.vocab_size)
-            held_out = begin_windows(held_out, EVALUATION_WINDOW, tokenizer.prefix(self.bos))
-            evaluate = _evaluation(decoder, constants.frozen, held_out, mesh)
-        assert self.out is not None
-        directory = Path(self.out)
+            evaluate = perplexity_on(held_out, tokenizer.prefix(options.bos), decoder, constants.frozen, mesh)
+        assert options.out is not None
+        directory = Path(options.out)
         with MetricsWriter(directory) as writer, progress_bar("train") as bar:
 
             def on_metrics(metrics: dict[str, float]) -> None:
@@ -316,7 +315,7 @@ class TrainingOptions:
                 step = int(metrics["step"])
                 if "loss" in metrics:
                     rate = metrics["tokens"] / metrics["seconds"]
-                    bar(step, self.steps, f"train, loss {metrics['loss']:.3f}, {rate:,.0f} tokens/s")
+                    bar(step, options.steps, f"train, loss {metrics['loss']:.3f}, {rate:,.0f} tokens/s")
                 if "perplexity" in metrics:
                     console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
 
@@ -325,39 +324,39 @@ class TrainingOptions:
                 trained,
                 constants,
                 batches,
-                self.loop(),
+                options.loop(),
                 mesh=mesh,
                 directory=directory / "checkpoints",
-                settings={**self.settings(), **(made_of or {})},
+                settings={**options.settings(), **(made_of or {})},
                 evaluate=evaluate,
                 on_metrics=on_metrics,
                 on_start=writer.continue_after,
             )
         history = result.history
         summary: dict[str, Any] = {
-            **self.settings(),
-            "out": self.out,
+            **options.settings(),
+            "out": options.out,
             "step": result.step,
             "interrupted": result.interrupted,
             "parameters": model.count_parameters(),
-            "tokens_seen": result.step * self.batch_size * self.sequence_length,
+            "tokens_seen": result.step * options.batch_size * options.sequence_length,
             "perplexities": {int(m["step"]): m["perplexity"] for m in history if "perplexity" in m},
             "losses": [m["loss"] for m in history if "loss" in m],
             "step_seconds": _median([m["seconds"] for m in history if "loss" in m][2:]),
             "seconds": time.perf_counter() - started,
         }
         if result.interrupted:
-            console.print(f"stopped after step {result.step} of {self.steps}; the same command continues")
+            console.print(f"stopped after step {result.step} of {options.steps}; the same command continues")
             return summary
-        if result.step < self.steps:
-            console.print(f"the data ended after step {result.step} of {self.steps}; the run ends with them")
+        if result.step < options.steps:
+            console.print(f"the data ended after step {result.step} of {options.steps}; the run ends with them")
         if jax.process_index() == 0:
             params = merge_params(jax.tree.map(jnp.asarray, result.params), frozen)
             final = dataclasses.replace(model, params=params)
             if model.plan is not None:
-                trained_on = {"text": Path(self.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
+                trained_on = {"text": Path(options.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
                 final = dataclasses.replace(final, conversion={**(model.conversion or {}), "training": trained_on})
-            save_model(final, str(directory / "model"), overwrite=True, card=_card(final, self, summary, trainable))
+            save_model(final, str(directory / "model"), overwrite=True, card=_card(final, options, summary, trainable))
         console.print(f"{directory / 'model'}: {summary['tokens_seen']:,} tokens in {summary['seconds']:.0f} s")
         return summary
 
@@ -386,67 +385,3 @@ def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any
 
 def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
-
-
-def _evaluation(decoder: Any, frozen: Any, tokens: np.ndarray, mesh: Any) -> Any:
-    """A function from trained parameters to perplexity on the tokens, in windows of 1,024."""
-    import jax
-    import numpy as np
-
-    from ngc_jax.evaluate.likelihood import token_log_likelihoods
-    from ngc_jax.text import split_windows
-    from ngc_jax.train import sharding
-    from ngc_jax.train.trainable import cast_params, merge_params
-
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    placed = sharding.put(frozen, sharding.params_shardings(frozen, mesh))
-    windows = split_windows(tokens, EVALUATION_WINDOW, max(4 // split, 1) * split)
-
-    @jax.jit
-    def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        params = merge_params(cast_params(trained, decoder.param_dtype), frozen)
-        likelihoods, mask = token_log_likelihoods(decoder, params, batch["tokens"], batch["positions"])
-        return likelihoods.sum(), mask.sum()
-
-    def evaluate(trained: Any) -> dict[str, float]:
-        total = count = 0.0
-        for rows, positions in windows:
-            whole = {"tokens": rows, "positions": positions}
-            share = len(rows) // jax.process_count()
-            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-            batch = sharding.put_batch({name: x[mine] for name, x in whole.items()}, mesh)
-            likelihood, scored = score(trained, placed, batch)
-            total += float(np.asarray(likelihood.addressable_data(0)))
-            count += float(np.asarray(scored.addressable_data(0)))
-        return {"perplexity": math.exp(min(-total / count, 700.0))}
-
-    return evaluate
-
-
-def _dry_run(placed: Any, batches: Any) -> dict[str, Any]:
-    """Compile a step; print where the state is and what memory the step takes."""
-    import jax
-
-    from ngc_jax.commands.console import console, table
-
-    batch = placed.batch(next(batches))
-    started = time.perf_counter()
-    compiled = placed.step.lower(placed.state, placed.constants, batch).compile()
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    bytes_of = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs not in the arguments' place": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    rows = [[name, f"{value / 2**20:,.1f}"] for name, value in bytes_of.items()]
-    console.print(table("MiB on each device", ["", "MiB"], rows))
-    kinds: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(placed.state.params):
-        spec = getattr(leaf.sharding, "spec", leaf.sharding)
-        name = str(path[-1].key) if "output_states" not in str(path) else f"output_states {path[-1].key.split('.')[-1]}"
-        kinds[f"{name}: {spec}"] = kinds.get(f"{name}: {spec}", 0) + leaf.size
-    for kind, size in sorted(kinds.items()):
-        console.print(f"  {kind}, {size:,} parameters")
-    console.print(f"compiled in {seconds:.0f} s; nothing was trained")
-    return {"dry_run": True, "bytes_per_device": bytes_of, "compile_seconds": seconds}
