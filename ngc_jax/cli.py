@@ -168,11 +168,19 @@ def _print_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class _ToStderr(logging.StreamHandler):
+    """Writes to what is standard error when something is logged, which a caller may have redirected since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _show_log() -> None:
     """Show what the library logs (such as that it fetches a model) on stderr."""
     logger = logging.getLogger("ngc_jax")
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(_ToStderr())
         logger.setLevel(logging.INFO)
 
 
