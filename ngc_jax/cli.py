@@ -154,6 +154,17 @@ def _quiet_late_callbacks() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _report_unless_late
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _report_background
+
+
+def _report_background(failed: threading.ExceptHookArgs) -> None:
+    """What a thread could not write, such as TensorBoard's events on a full disk, in one line."""
+    advice = explain(failed.exc_value) if isinstance(failed.exc_value, OSError) else None
+    if advice is None:
+        threading.__excepthook__(failed)
+    else:
+        logging.getLogger("ngc_jax").warning("in the background: %s", advice)
 
 
 def _report_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
