@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ngc_jax.errors import UsageError
 
@@ -242,7 +242,7 @@ def _clean_up(directory: Path) -> None:
 
 @contextmanager
 def lock_directory(directory: str | Path) -> Iterator[Path]:
-    """Keep a directory for this process; it is made if it is missing.
+    """Keep a directory for this process; it is made if it is missing, and removed if nothing was put there.
 
     The lock is the operating system's: it ends with the process, however that ends.
 
@@ -250,20 +250,45 @@ def lock_directory(directory: str | Path) -> Iterator[Path]:
         UsageError: If another process has it, with that process's number.
     """
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{directory} is a file, or is below one; choose another --out") from None
-    with (directory / _LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UsageError(
-                f"{directory} is in use by process {holder}; wait for it to end, stop it, or choose another --out"
-            ) from None
+    new = [place for place in (directory, *directory.parents) if not place.exists()]
+    file = _lock_file(directory)
+    while file is None:  # it was removed by its holder between being opened and locked
+        file = _lock_file(directory)
+    with file:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield directory
+        try:
+            yield directory
+        finally:
+            with suppress(OSError):
+                (directory / _LOCK).unlink()
+                for place in new:
+                    place.rmdir()
+
+
+def _lock_file(directory: Path) -> TextIO | None:
+    """The directory's lock file, open and locked; None if it is the directory's no longer."""
+    path = directory / _LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{directory} is a file, or is below one; choose another --out") from None
+    except FileNotFoundError:
+        if not directory.exists():
+            return None
+        raise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UsageError(
+            f"{directory} is in use by process {holder}; wait for it to end, stop it, or choose another --out"
+        ) from None
+    file.close()
+    return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.commands.training import TrainingOptions
 from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from ngc_jax.train.losses import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,6 @@ class DistilConfig(TrainingOptions):
             UsageError: If any input is at fault, or the loss is not finite.
         """
         self.start()
-        import jax
-        import jax.numpy as jnp
-
-        from ngc_jax.commands.console import progress_bar
-        from ngc_jax.models.fingerprint import fingerprint
-        from ngc_jax.models.load import load_from_source
-        from ngc_jax.models.sources import open_source
         from ngc_jax.train.losses import Objective
 
         if self.model is None:
@@ -78,6 +74,19 @@ class DistilConfig(TrainingOptions):
             stability_tokens=self.stability_tokens,
         )
         self.check()
+        with self.locked():
+            return self._distil(objective)
+
+    def _distil(self, objective: Objective) -> dict[str, Any]:
+        import jax
+        import jax.numpy as jnp
+
+        from ngc_jax.commands.console import progress_bar
+        from ngc_jax.models.fingerprint import fingerprint
+        from ngc_jax.models.load import load_from_source
+        from ngc_jax.models.sources import open_source
+
+        assert self.model is not None
         made_of = {}
         with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("load") as bar:
             student = load_from_source(source, dtype="float32", progress=bar)
@@ -93,5 +102,4 @@ class DistilConfig(TrainingOptions):
             with open_source(str(origin)) as source, progress_bar("teacher") as bar:
                 teacher = load_from_source(source, dtype=dtype, progress=bar)
                 made_of["fingerprint of the teacher"] = fingerprint(source)
-        with self.locked():
-            return self.train(student, objective, teacher=teacher, trainable=self.trainable, made_of=made_of)
+        return self.train(student, objective, teacher=teacher, trainable=self.trainable, made_of=made_of)

@@ -88,6 +88,6 @@ class TrainConfig(TrainingOptions):
         hf_config = {"vocab_size": tokenizer.vocab_size, **_ARCHITECTURE, **(self.architecture or {})}
         if self.iterations != 1:
             hf_config["ngc_iterations"] = self.iterations
-        model = fresh_model(hf_config, lambda: tokenizer, jax.random.key(self.seed), plan_of=plan_of)
         with self.locked():
+            model = fresh_model(hf_config, lambda: tokenizer, jax.random.key(self.seed), plan_of=plan_of)
             return self.train(model, Objective())

@@ -122,7 +122,7 @@ class TrainingOptions:
             if directory.exists() and not directory.is_dir():
                 raise UsageError(f"{directory} is a file; choose another --out")
         check_output(out / "model", overwrite=True)
-        if self.profile is not None:
+        if self.profile is not None and not self.dry_run:
             Path(self.profile).mkdir(parents=True, exist_ok=True)
         self.make_optimizer()
         self.loop()
@@ -332,7 +332,8 @@ class TrainingOptions:
                 on_metrics=on_metrics,
                 on_start=writer.continue_after,
             )
-        history = result.history
+        # Of the whole run, those steps included that other processes did before.
+        history = writer.entries() or result.history
         summary: dict[str, Any] = {
             **options.settings(),
             "out": options.out,
@@ -342,7 +343,7 @@ class TrainingOptions:
             "tokens_seen": result.step * options.batch_size * options.sequence_length,
             "perplexities": {int(m["step"]): m["perplexity"] for m in history if "perplexity" in m},
             "losses": [m["loss"] for m in history if "loss" in m],
-            "step_seconds": _median([m["seconds"] for m in history if "loss" in m][2:]),
+            "step_seconds": _median([m["seconds"] for m in result.history if "loss" in m][2:]),
             "seconds": time.perf_counter() - started,
         }
         if result.interrupted:

@@ -59,7 +59,7 @@ class LoopConfig:
         save_every: Steps between checkpoints; 0 for only after the last.
         keep: Checkpoints that stay.
         parallel: jit over a named mesh, or pmap (data parallel only).
-        profile: Directory for a trace of the fourth to the sixth step; None for none.
+        profile: Directory for a trace of the fourth to the sixth step that this process takes; None for none.
     """
 
     steps: int
@@ -210,12 +210,19 @@ def train(
         if on_metrics is not None:
             on_metrics(metrics)
 
+    keeper = None if directory is None else Checkpoints(directory, keep=config.keep)
+
+    def save() -> None:
+        if keeper is not None:
+            keeper.save(placed.single, batches.get_state(), settings)
+
     def look(step: int) -> None:
         if evaluate is not None:
+            if keeper is not None:
+                keeper.wait()  # an evaluation may end the process, for example for want of memory
             report({"step": step, **evaluate(placed.single.params)})
 
-    keeper = None if directory is None else Checkpoints(directory, keep=config.keep)
-    with stop_signals() as stopped, keeper or _nothing():
+    with stop_signals() as stopped, keeper or _nothing(), _Trace(config.profile) as trace:
         step = _restore(keeper, placed, batches, settings)
         if on_start is not None:
             on_start(step)
@@ -225,11 +232,17 @@ def train(
             looked = step
         waiting: tuple[int, dict[str, jax.Array]] | None = None
         began = time.perf_counter()
-        interrupted = False
-        while step < config.steps:
-            if config.profile is not None and step == 3:
-                jax.profiler.start_trace(config.profile)
-            rows = next(batches, None)
+        interrupted = step < config.steps and _agreed(stopped)
+        while step < config.steps and not interrupted:
+            trace.before_step()
+            try:
+                rows = next(batches, None)
+            except Exception:
+                # All steps before this one are good. With several processes the others may have their rows.
+                if waiting is not None and jax.process_count() == 1:
+                    _take(waiting, began, report, keeper)
+                    save()
+                raise
             if rows is None:
                 break
             placed.state, metrics = placed.step(placed.state, placed.constants, placed.batch(rows))
@@ -238,9 +251,7 @@ def train(
             if waiting is not None:
                 began = _take(waiting, began, report, keeper)
             waiting = (step, metrics)
-            if config.profile is not None and step == 6:
-                jax.block_until_ready(placed.state)
-                jax.profiler.stop_trace()
+            trace.after_step(placed.state)
             interrupted = _agreed(stopped)
             evaluates = config.evaluate_every and step % config.evaluate_every == 0
             saves = config.save_every and step % config.save_every == 0
@@ -248,21 +259,47 @@ def train(
                 began = _take(waiting, began, report, keeper)
                 waiting = None
                 # First of all: an evaluation takes long, and may fail.
-                if keeper is not None:
-                    keeper.save(placed.single, batches.get_state(), settings)
+                save()
                 if evaluates and not interrupted:
                     look(step)
                     looked = step
+                    interrupted = step < config.steps and _agreed(stopped)
                 began = time.perf_counter()
-            if interrupted:
-                break
         if waiting is not None:  # the batches have ended
             _take(waiting, began, report, keeper)
-            if keeper is not None:
-                keeper.save(placed.single, batches.get_state(), settings)
+            save()
         if not interrupted and looked != step:
             look(step)
         return Result(placed.host_params(), step, history, interrupted)
+
+
+class _Trace:
+    """A profile of the fourth to the sixth step of this process; a context manager that ends it if a run is shorter."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._directory, self._steps, self._running = directory, 0, False
+
+    def __enter__(self) -> _Trace:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def before_step(self) -> None:
+        if self._directory is not None and self._steps == 3:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after_step(self, state: TrainState) -> None:
+        self._steps += 1
+        if self._running and self._steps == 6:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 def _restore(keeper: Checkpoints | None, placed: Placed, batches: Batches, settings: dict[str, Any]) -> int:

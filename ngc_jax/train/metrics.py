@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from ngc_jax.files import write_text
+
+_FLUSH_SECONDS = 30.0
 
 
 class MetricsWriter:
     """Writes `metrics.jsonl` and `tensorboard/` of a directory; a context manager. Only process 0 writes.
 
-    A run that continues appends, after `continue_after` has removed what was lost with a process and is done again.
+    Nothing is opened or made before the first entry. A run that continues appends, after `continue_after` has removed
+    what was lost with a process and is done again.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Open or make them.
+        """Name the directory.
 
         Args:
             directory: Of the run; made if missing.
         """
-        self._lines = self._board = None
-        if jax.process_index() == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self._directory = Path(directory)
-            self._file = self._directory / "metrics.jsonl"
-            self._lines = self._file.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(self._directory / "tensorboard"))
+        self._directory = Path(directory)
+        self._file = self._directory / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        self._purge: int | None = None
+        self._lines: TextIO | None = None
+        self._board: _Board | None = None
 
     def continue_after(self, step: int) -> None:
         """Remove the lines of later steps, and evaluations of this one, which are made again."""
-        if self._lines is None or self._board is None:
+        if not self._writes or not self._file.exists():
             return
-        self._lines.close()
-        lines = self._file.read_text(encoding="utf-8").splitlines()
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _comes_before(line, step)]
         if kept != lines:
             write_text(self._file, "".join(f"{line}\n" for line in kept))
-            self._board.close()
-            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1)
-        self._lines = self._file.open("a", encoding="utf-8")
+            self._purge = step + 1
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -52,19 +57,80 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lines is not None and self._board is not None:
-            self._lines.close()
-            self._board.close()
+        # The first error says more than that a full disk could not be written again.
+        with suppress(OSError) if error is not None else _named(self._directory):
+            try:
+                if self._lines is not None:
+                    self._lines.close()
+            finally:
+                if self._board is not None:
+                    self._board.close()
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """One entry; `step` is its step, all others are scalars."""
-        if self._lines is None or self._board is None:
+        """One entry; `step` is its step, all others are scalars.
+
+        Raises:
+            OSError: If it cannot be written, with the file's name.
+        """
+        if not self._writes:
             return
-        self._lines.write(json.dumps(dict(metrics)) + "\n")
-        self._lines.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(metrics["step"]))
+        with _named(self._file):
+            if self._lines is None:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._lines = self._file.open("a", encoding="utf-8")
+            self._lines.write(json.dumps(dict(metrics)) + "\n")
+            self._lines.flush()
+        with _named(self._directory / "tensorboard"):
+            if self._board is None:
+                self._board = _Board(self._directory / "tensorboard", self._purge)
+            self._board.add(metrics)
+
+    def entries(self) -> list[dict[str, float]]:
+        """What the run has written, the processes before this one included; nothing on other processes than 0."""
+        if not self._writes or not self._file.exists():
+            return []
+        return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+
+
+class _Board:
+    """TensorBoard's events, written by the calling thread.
+
+    tensorboardX's own writer has a thread, which ends when it cannot write; then the queue to it fills, and the run
+    waits for ever.
+    """
+
+    def __init__(self, directory: Path, purge: int | None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A name of its own, or a run that is restarted within a second would replace the file.
+        self._writer: Any = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        self._flushed = 0.0
+        if purge is not None:
+            self._write(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"]
+        self._write(Event(step=int(metrics["step"]), summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Give the operating system's errors the name of what was written, which they lack where a file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
+        raise
 
 
 def _comes_before(line: str, step: int) -> bool:

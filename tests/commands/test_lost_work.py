@@ -150,12 +150,13 @@ def test_a_stopped_run_saves_first_and_evaluates_nothing(place, tmp_path, monkey
     assert run(place, out, 4, *flags) == 0
     assert order == ["evaluate", "save", "evaluate", "save", "evaluate"]
     order.clear()
-    agreed = iter([False, True])
+    agreed = iter([False, False, True])  # before the first step, and after each
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_agreed", lambda stopped: next(agreed))
         assert run(place, out, 4, *flags) == 0
     assert order == ["evaluate", "save"]
+    assert checkpoints(out) == ["2"]
     assert run(place, out, 4, *flags) == 0  # what was due is made up for
     assert [line["step"] for line in lines(out) if "perplexity" in line] == [0, 2, 4]
 
@@ -166,8 +167,9 @@ def test_a_second_run_in_one_directory_is_refused(place, tmp_path, capsys):
             compare = ["compare", str(place / "dense"), "--out", str(out)]
             arguments = command(place, out, 2, *QUIET) if name == "train" else compare
             assert cli.main(arguments) == 2
+            assert [path.name for path in out.iterdir()] == [".lock"]
         assert f"in use by process {os.getpid()}" in capsys.readouterr().err
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("where", ["out", "model", "checkpoints"])
