@@ -108,6 +108,10 @@ class Checkpoints:
                         settings=ocp.args.JsonRestore(),
                     ),
                 )
+                if not isinstance(found["settings"], Mapping) or not (
+                    isinstance(found["data"], Mapping) and found["data"]
+                ):
+                    raise ValueError("its settings or its position in the data are damaged")
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 reasons[step] = reason
@@ -132,6 +136,8 @@ class Checkpoints:
         """
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.metadata(self._directory / str(step) / "state").item_metadata
+        if saved is None:
+            raise ValueError("its arrays are missing or damaged")
         shapes = _shapes(saved.tree)
         for name, wanted in _shapes(abstract).items():
             if shapes.get(name, wanted) != wanted:

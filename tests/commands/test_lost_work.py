@@ -1,5 +1,7 @@
 """What a run has learnt is kept: data that end early, damaged checkpoints, two runs in one place, kills, full disks."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,9 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ngc_jax import cli
+from ngc_jax.errors import UsageError
 from ngc_jax.files import lock_directory
 from ngc_jax.models.save import save_model
-from ngc_jax.train import evaluation, loop, sharding
+from ngc_jax.train import evaluation, loop, metrics, sharding
 from ngc_jax.train.checkpoints import Checkpoints
 from tests.tiny import tiny_model
 
@@ -111,7 +114,7 @@ def _ends_after(count):
     return take
 
 
-@pytest.mark.parametrize("damage", ["state", "settings", "data", "empty"])
+@pytest.mark.parametrize("damage", ["state", "settings", "data", "empty", "null"])
 def test_a_damaged_newest_checkpoint_is_moved_aside_and_its_step_written_again(place, tmp_path, damage, caplog):
     out = tmp_path / "run"
     assert run(place, out, 6, "--save-every", "2", *QUIET) == 0
@@ -121,6 +124,8 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_its_step_written_again(p
     if damage == "empty":
         shutil.rmtree(out / "checkpoints" / "4")
         (out / "checkpoints" / "4").mkdir()
+    elif damage == "null":  # JSON, but no position
+        (out / "checkpoints" / "4" / "data" / "metadata").write_text("null")
     else:
         for file in (out / "checkpoints" / "4" / damage).rglob("*"):
             if file.is_file():
@@ -212,6 +217,61 @@ def test_metrics_are_cut_back_to_the_step_that_is_resumed(place, tmp_path):
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # of a process that was killed
     assert run(place, out, 4, "--save-every", "2", *QUIET) == 0
     assert steps_of(out) == [1, 2, 3, 4]
+
+
+def test_the_summary_of_a_resumed_run_is_that_of_the_whole(place, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "summary.json"
+    flags = ("--save-every", "2", "--evaluation-tokens", "64", "--json", str(file))
+    assert run(place, out, 4, *flags) == 0
+    whole = json.loads(file.read_text())
+    shutil.rmtree(out / "checkpoints" / "4")
+    assert run(place, out, 4, *flags) == 0
+    resumed = json.loads(file.read_text())
+    assert len(whole["losses"]) == 4
+    assert list(whole["perplexities"]) == ["0", "4"]
+    for name in ("losses", "perplexities", "step"):
+        assert resumed[name] == whole[name]
+
+
+def test_a_full_disk_under_tensorboard_ends_the_run_with_one_line(place, tmp_path, monkeypatch, capsys):
+    def full(self, event):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics, "_FLUSH_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+        assert run(place, tmp_path / "run", 30, *QUIET) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("done")]
+    assert len(error) == 1
+    assert "tensorboard: No space left on device; make space" in error[0]
+    assert run(place, tmp_path / "run", 4, *QUIET) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_a_refused_run_leaves_nothing(place, tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    assert run(place, out, 3, "--data-options", "{paking: pack}") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert run(place, out, 3, *QUIET) == 0
+    before = sorted(out.rglob("*"))
+    assert run(place, out, 3, "--seed", "1", *QUIET) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def late(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".lock").unlink()  # its holder ends
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    refused = pytest.raises(UsageError, match=f"in use by process {os.getpid()}")
+    with lock_directory(tmp_path), refused, lock_directory(tmp_path):
+        pytest.fail("locked twice")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_distillation_notices_that_its_model_was_converted_again(place, tmp_path, capsys):

@@ -34,7 +34,7 @@ def _replicate_the_vocabulary(monkeypatch):
     monkeypatch.setattr(sharding, "LOGICAL_AXES", {**sharding.LOGICAL_AXES, "vocab": None})
 
 
-def run(setting, steps, directory=None, *, mesh=None, batches=None, settings=None, **options):
+def run(setting, steps, directory=None, *, mesh=None, batches=None, settings=None, evaluate=None, **options):
     program, trained, constants = setting
     return train(
         program,
@@ -45,6 +45,7 @@ def run(setting, steps, directory=None, *, mesh=None, batches=None, settings=Non
         mesh=mesh or sharding.make_mesh(1, devices=jax.devices()[:1]),
         directory=directory,
         settings=settings,
+        evaluate=evaluate,
     )
 
 
@@ -127,6 +128,50 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(setting, tmp_path):
         run(setting, 7, tmp_path / "run", batches=Overflowing(), save_every=2)
     with Checkpoints(tmp_path / "run") as keeper:
         assert keeper.steps == [2]
+
+
+def test_what_was_learnt_is_saved_where_the_data_fail(setting, seven, tmp_path):
+    class Failing(CountedBatches):
+        def __next__(self):
+            if self.next == 4:
+                raise ConnectionError("the stream broke off")
+            return super().__next__()
+
+    with pytest.raises(ConnectionError):
+        run(setting, 7, tmp_path / "run", batches=Failing())
+    result = run(setting, 7, tmp_path / "run")
+    assert sorted(losses(result)) == [5, 6, 7]
+    equal(result.params, seven.params)
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_signal_while_it_is_evaluated_stops_before_the_next_step(setting, tmp_path, when):
+    looked = []
+
+    def evaluate(params):
+        step = 2 * len(looked)
+        looked.append(step)
+        # Whatever an evaluation does to the process, the checkpoint is whole.
+        assert step == 0 or (tmp_path / "run" / str(step)).is_dir()
+        if step == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    result = run(setting, 7, tmp_path / "run", evaluate=evaluate, evaluate_every=2)
+    assert result.interrupted
+    assert result.step == when
+    with Checkpoints(tmp_path / "run") as keeper:
+        assert keeper.steps == [when][: when > 0]
+
+
+def test_profiles_of_short_and_of_resumed_runs(setting, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append(directory))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    run(setting, 5, tmp_path / "run", profile="here")
+    assert calls == ["here", "stop"]
+    run(setting, 7, tmp_path / "run", profile="here")  # two steps are too few for another
+    assert calls == ["here", "stop"]
 
 
 SCRIPT = """
