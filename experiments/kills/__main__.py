@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     rng, rows = random.Random(options.seed), []
     with tempfile.TemporaryDirectory(prefix="ngc-jax-kills-") as directory, progress_bar("kill") as bar:
         place = Path(directory)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
         make_seeds(place / "seeds")
         expected: dict[str, tuple[Any, float]] = {}
         for number in range(options.count):
@@ -99,6 +98,7 @@ def _start(name: str, place: Path, out: Path) -> subprocess.Popen[bytes]:
     quiet = subprocess.DEVNULL
     # One device, whatever the caller has been given.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
     command = _command(name, place, out)
     return subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment, start_new_session=True)
 
