@@ -247,6 +247,7 @@ def convert_and_save(
         "width": recipe.resolved_width,
         "kernel": recipe.kernel,
         "source": config.model,
+        **({} if config.tokenizer is None else {"tokenizer": config.tokenizer}),
         "calibration": {
             "text": Path(config.text).name,
             "tokens": len(tokens),

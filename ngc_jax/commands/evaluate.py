@@ -66,6 +66,7 @@ class EvaluateConfig:
             )
         summary = {
             "model": self.model,
+            "tokenizer": self.tokenizer,
             "text": self.text,
             "prefix": list(tokenizer.prefix(self.bos)),
             **dataclasses.asdict(result),

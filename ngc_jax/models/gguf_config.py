@@ -19,6 +19,11 @@ _FAMILIES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
+# Blocks that may have biases, by GGUF's names.
+ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+MLP = ("ffn_gate", "ffn_up", "ffn_down")
+# What files say where there is no such token: -1, which may have been stored without its sign.
+NO_TOKEN = (-1, 2**32 - 1)
 # Gemma 3's published constants, which its GGUF files leave out.
 _GEMMA3_SLIDING_PATTERN = 6
 _GEMMA3_LOCAL_ROPE_THETA = 10_000.0
@@ -55,31 +60,42 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": keys.token_id("bos"),
-        "eos_token_id": keys.token_id("eos"),
+        "bos_token_id": keys.token_id("bos", vocab_size),
+        "eos_token_id": keys.token_id("eos", vocab_size),
         "dtype": "float32",
     }
     config["rope_scaling"] = _rope_scaling(keys, head_dim, config["rope_theta"])
     if keys.arch == "gemma3":
-        return config | _gemma3(keys, config)
-    config["hidden_act"] = "silu"
-    if keys.arch == "llama" and _biased(file, "qkv") and not _biased(file, "ogud"):
-        # Hugging Face's llama has biases on all four or none; its qwen2 is this model.
-        return config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
-    if keys.arch != "qwen2":  # which always has biases on q, k and v, and no such setting
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if keys.arch == "llama":
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    return config
+        return config | _gemma3(keys, config) | {"attention_bias": bool(_biased(file) & set(ATTENTION))}
+    return config | {"hidden_act": "silu"} | _biases(keys)
 
 
-_BIASES = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "g": "ffn_gate", "u": "ffn_up"}
-_BIASES |= {"d": "ffn_down"}
+def biased_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """GGUF's names of the blocks that have biases in every layer of the model of a synthesised config."""
+    attention = ATTENTION[:3] if config["model_type"] == "qwen2" else ATTENTION if config["attention_bias"] else ()
+    return (*attention, *(MLP if config.get("mlp_bias") else ()))
 
 
-def _biased(file: GgufFile, roles: str) -> bool:
-    """Whether the first layer's blocks of any of these roles have biases."""
-    return any(f"blk.0.{_BIASES[role]}.bias" in file.tensors for role in roles)
+def _biases(keys: "_Keys") -> dict[str, Any]:
+    """Settings of the Hugging Face class that has a place for every bias of the file.
+
+    That of llama has biases on all four of attention or on none, and on all three of the MLP or on none; that of qwen2
+    has them on q, k and v alone.
+    """
+    biased = _biased(keys.file) & {*ATTENTION, *MLP}
+    attention, mlp = bool(biased & set(ATTENTION)), bool(biased & set(MLP))
+    if keys.arch == "qwen3":
+        return {"attention_bias": attention}
+    if biased <= set(ATTENTION[:3]) and (attention or keys.arch == "qwen2"):
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return llama | {"attention_bias": attention, "mlp_bias": mlp}
+
+
+def _biased(file: GgufFile) -> set[str]:
+    """Which blocks have a bias in any layer."""
+    parts = (name.split(".") for name in file.tensors)
+    return {part[2] for part in parts if len(part) == 4 and part[0] == "blk" and part[3] == "bias"}
 
 
 def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
@@ -165,9 +181,10 @@ class _Keys:
             raise self.error(key, f"is {_brief(value)}, expected a positive number")
         return _shortest(value)
 
-    def token_id(self, role: str) -> int | None:
+    def token_id(self, role: str, vocab_size: int) -> int | None:
         value = self.file.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return value if isinstance(value, int) else None
+        usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+        return value if usable else None
 
     def tensor_shape(self, name: str, n_dims: int) -> tuple[int, ...]:
         info = self.file.tensors.get(name)
@@ -216,10 +233,13 @@ def _rope_scaling(keys: _Keys, head_dim: int, theta: float) -> dict[str, Any] | 
                 "one per pair of a head's dimensions; convert the model again"
             )
         return rope_scaling_from_factors(keys.file.read(ROPE_FACTORS), theta)
-    kind = keys.get("rope.scaling.type") or ("linear" if keys.get("rope.scale_linear") else "none")
-    if kind == "none":
+    # As llama.cpp: a factor alone is linear scaling, and 0 is none.
+    kind, factor = keys.get("rope.scaling.type") or "linear", 1.0
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        if keys.get(key) not in (None, 0):
+            factor = keys.real(key)
+    if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
@@ -269,6 +289,8 @@ def _sliding(keys: _Keys, n_layers: int) -> list[bool]:
     if isinstance(pattern, list):
         if len(pattern) != n_layers:
             raise keys.error(key, f"has {len(pattern)} entries, expected one for each of {n_layers} layers")
+        if not all(isinstance(slides, int) for slides in pattern):
+            raise keys.error(key, f"is {_brief(pattern)}, expected true or false for each layer")
         return [bool(slides) for slides in pattern]
     period = keys.integer(key, _GEMMA3_SLIDING_PATTERN)
     return [(layer + 1) % period != 0 for layer in range(n_layers)]

@@ -18,7 +18,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf_header import Header, TensorInfo, read_header
 
 _SLAB_NUMBERS = 1 << 22
-_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(|\.gguf)", re.IGNORECASE)
 
 
 class GgufFile:
@@ -43,14 +43,22 @@ class GgufFile:
         try:
             self.metadata: Mapping[str, Any]
             self.metadata, tensors = self._add(path)
-            for companion in _companions(path, self.metadata):
-                for name, info in self._add(companion).tensors.items():
+            for number, companion in enumerate(_companions(path, self.metadata), start=1):
+                header = self._add(companion)
+                _check_part(companion, header.metadata, number, self.metadata["split.count"])
+                for name, info in header.tensors.items():
                     if name in tensors:
                         raise UsageError(
                             f"{companion}: tensor {name!r} is also in {tensors[name].path.name}; "
                             "download or copy all files again"
                         )
                     tensors[name] = info
+            expected = self.metadata.get("split.tensors.count", len(tensors))
+            if expected != len(tensors):
+                raise UsageError(
+                    f"{path}: has {len(tensors)} tensors in all its parts, expected {expected}; "
+                    "download or copy all files again"
+                )
             self.tensors: Mapping[str, TensorInfo] = tensors
         except BaseException:
             self.close()
@@ -143,7 +151,7 @@ def _companions(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
             f"{path}: is one of {count} files of a split model, but not named NAME-00001-of-0000N.gguf; "
             "give it and its companions their original names"
         )
-    names = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, count + 1)]
+    names = [f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}" for number in range(1, count + 1)]
     if path.name != names[0]:
         raise UsageError(f"{path}: is a later part of a split model; give the first, {path.with_name(names[0])}")
     paths = [path.with_name(name) for name in names[1:]]
@@ -154,3 +162,13 @@ def _companions(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
             "download or copy them as well"
         )
     return paths
+
+
+def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
+    """Refuses a part that says that it is another than its name says."""
+    says = metadata.get("split.no", number), metadata.get("split.count", count)
+    if says != (number, count):
+        raise UsageError(
+            f"{path}: is part {number + 1} of {count} by its name and says that it is another (split.no {says[0]!r}, "
+            f"split.count {says[1]!r}); download or copy all files again"
+        )

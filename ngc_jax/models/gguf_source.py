@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_config import ROPE_FACTORS, config_from_gguf
+from ngc_jax.models.gguf_config import ROPE_FACTORS, biased_parts, config_from_gguf
 from ngc_jax.models.gguf_file import GgufFile
-from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from ngc_jax.models.gguf_tokenizer import is_utf8, tokenizer_from_gguf
 from ngc_jax.models.tokenizer import Tokenizer
 
 _OUTSIDE_LAYERS = {
@@ -56,7 +56,7 @@ class GgufSource:
             UsageError: the file is damaged, of an unsupported architecture, lacks metadata, or holds a tensor
                 of a type that cannot be dequantised.
         """
-        self.name = path.stem
+        self.name = path.stem if path.suffix.lower() == ".gguf" else path.name  # "llama-3.2" has no suffix
         self._file = GgufFile(path)
         try:
             self.config: dict[str, Any] = config_from_gguf(self._file)
@@ -67,16 +67,26 @@ class GgufSource:
             raise
         self._arch = self._file.metadata["general.architecture"]
         self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if not _UNUSED.search(name)}
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
-        }
-        self.sizes: Mapping[str, int] = {
-            name: self._file.tensors[gguf_name].n_bytes for name, gguf_name in self._gguf_names.items()
-        }
+        stored = {name: self._file.tensors[gguf_name] for name, gguf_name in self._gguf_names.items()}
+        self._zeros = self._missing_biases()
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in stored.items()} | self._zeros
+        self.sizes: Mapping[str, int] = {name: info.n_bytes for name, info in stored.items()}
+        self.sizes |= dict.fromkeys(self._zeros, 0)
         self.nbytes = sum(self.sizes.values())
         self.files = self._file.paths
         named = self._file.metadata.get("general.license")
-        self.license = named if isinstance(named, str) and named else None
+        self.license = named if isinstance(named, str) and named and is_utf8(named) else None
+        self._tokenizer: Tokenizer | None = None
+
+    def _missing_biases(self) -> dict[str, tuple[int, ...]]:
+        """Biases that the architecture has and this file does not, with their shapes: they are 0."""
+        missing = {}
+        for layer in range(self.config["num_hidden_layers"]):
+            for part in biased_parts(self.config):
+                weight = self._file.tensors.get(f"blk.{layer}.{part}.weight")
+                if weight is not None and f"blk.{layer}.{part}.bias" not in self._file.tensors:
+                    missing[hf_name(self._arch, f"blk.{layer}.{part}.bias")] = weight.shape[:1]
+        return missing
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.
@@ -84,6 +94,8 @@ class GgufSource:
         Raises:
             UsageError: no tensor has that name, the file has shrunk, or the shape does not fit the heads.
         """
+        if name in self._zeros:
+            return np.zeros(self._zeros[name], np.float32)
         if name not in self._gguf_names:
             raise UsageError(f"{self._file.path}: has no tensor {name!r}; ask for one of the names in shapes")
         gguf_name = self._gguf_names[name]
@@ -110,13 +122,15 @@ class GgufSource:
         Raises:
             UsageError: the file has no tokenizer, one of an unsupported kind, or one of more tokens than the model has.
         """
-        tokenizer = tokenizer_from_gguf(self._file.metadata, str(self._file.path))
-        if tokenizer.vocab_size > self.config["vocab_size"]:
-            raise UsageError(
-                f"{self._file.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
-                f"{self.config['vocab_size']} rows; convert the model again, or give another tokenizer"
-            )
-        return tokenizer
+        if self._tokenizer is None:  # what is guessed is said once
+            tokenizer = tokenizer_from_gguf(self._file.metadata, str(self._file.path))
+            if tokenizer.vocab_size > self.config["vocab_size"]:
+                raise UsageError(
+                    f"{self._file.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
+                    f"{self.config['vocab_size']} rows; convert the model again, or give another tokenizer"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
 
     def close(self) -> None:
         """Closes the file."""

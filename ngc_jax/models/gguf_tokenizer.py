@@ -1,6 +1,7 @@
 """Rebuilds a model's tokenizer from the metadata of its GGUF file."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.gguf_config import NO_TOKEN
 from ngc_jax.models.gguf_pretokenizers import pre_tokenizer
 from ngc_jax.models.tokenizer import Tokenizer, one_line, wrap
 
@@ -76,15 +78,18 @@ class _Vocabulary:
         )
 
     def flag(self, key: str, default: bool) -> bool:
-        return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if not isinstance(value, int):  # some writers store 0 and 1
+            raise self.error(f"tokenizer.ggml.{key} is {value!r:.60}, expected true or false")
+        return bool(value)
 
     def special(self, key: str) -> str | None:
         """The text of a special token, None when the file names none."""
         index = self.metadata.get(f"tokenizer.ggml.{key}_token_id", self.default_ids.get(key))
-        if index is None:
+        if index is None or (isinstance(index, int) and index in NO_TOKEN):
             return None
-        if not isinstance(index, int) or not 0 <= index < len(self.tokens):
-            raise self.error(f"the {key} token is number {index!r} of {len(self.tokens)}")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self.tokens):
+            raise self.error(f"the {key} token is number {index!r:.60} of {len(self.tokens)}")
         return self.tokens[index]
 
     def ids(self) -> dict[str, int]:
@@ -105,17 +110,26 @@ def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[st
             "convert the model again, or give its directory "
             "with tokenizer.json"
         )
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        types = [_NORMAL] * len(tokens)
+        if metadata.get("tokenizer.chat_template") is not None:
+            _LOG.warning(
+                "%s: does not say which tokens are special (no tokenizer.ggml.token_type); those of its chat template "
+                "are read as ordinary text: give the tokenizer of the original model",
+                where,
+            )
     vocabulary = _Vocabulary(where, metadata, tokens, types, default_ids)
     for key in ("ggml.tokens", "ggml.merges", "chat_template"):
-        if not _is_utf8(metadata.get(f"tokenizer.{key}")):
+        if not is_utf8(metadata.get(f"tokenizer.{key}")):
             raise vocabulary.error(f"tokenizer.{key} has a text that is not UTF-8")
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or not _all(int, types):
         raise vocabulary.error(f"tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     return vocabulary
 
 
-def _is_utf8(value: Any) -> bool:
+def is_utf8(value: Any) -> bool:
+    """Whether a text of the header, or every one of a list, was UTF-8 in the file."""
     texts = value if isinstance(value, list) else [value]
     try:
         "".join(text for text in texts if isinstance(text, str)).encode()
@@ -157,7 +171,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
 def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
     """SentencePiece BPE: merges follow from scores; characters that are no token become bytes."""
     scores = vocabulary.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens) or not _all(float, scores):
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens) or not all(map(_is_score, scores)):
         raise vocabulary.error("tokenizer.ggml.scores does not have one number for each token")
     merges = _merges_from_scores(vocabulary, scores)
     unknown = vocabulary.special("unknown")
@@ -171,6 +185,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
         backend.normalizer = to_marks
         backend.decoder = decoders.Sequence(to_text)
     return backend
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
 
 
 def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:

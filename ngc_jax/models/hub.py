@@ -6,12 +6,11 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.tokenizer import one_line
 
 # No *.py and no pickle files: what is not fetched cannot be run. Nor copies of the weights in other layouts.
-_PATTERNS = [
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+_OTHERS = [
     "README.md",
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -23,12 +22,13 @@ _PATTERNS = [
 ]
 
 
-def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
+def hub_snapshot(model: str, cache_dir: Path | None = None, *, weights: bool = True) -> Path:
     """Returns a local copy of a hub repository, fetching what is missing.
 
     Args:
         model: `org/name` or `org/name@revision`.
         cache_dir: the hub's own cache by default.
+        weights: whether to fetch the weights too.
 
     Raises:
         UsageError: there is no such repository or revision, access is restricted, or there is neither a
@@ -45,7 +45,8 @@ def hub_snapshot(model: str, cache_dir: Path | None = None) -> Path:
     repo, _, revision = model.partition("@")
     try:
         # By itself it uses the cached copy when there is no network.
-        found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=_PATTERNS)
+        patterns = [*_OTHERS, *_WEIGHTS] if weights else _OTHERS
+        found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=patterns)
     except GatedRepoError:
         raise UsageError(
             f"{repo}: access is restricted; accept its terms on its hub page, then log in with 'hf auth login'"

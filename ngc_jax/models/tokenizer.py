@@ -1,6 +1,5 @@
 """A thin wrapper around transformers' fast tokenizers: text in, int32 token ids out, and back."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.tokenizer_model import load_tokenizer_model, only_tokenizer_model
 from ngc_jax.tokens import Bos
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _GENERATION_CONFIG = "generation_config.json"
-# What transformers reads tokenizer.model with: package and module.
-_MODEL_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
@@ -70,25 +68,22 @@ class Tokenizer:
                 # own way of cutting words in place of the one in tokenizer.json: SmolLM2 loses its digits so.
                 complete = (directory / "tokenizer.json").is_file()
                 loader = PreTrainedTokenizerFast if complete else AutoTokenizer
-                fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+                if only_tokenizer_model(directory):
+                    fast = load_tokenizer_model(directory)
+                else:
+                    fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+            if isinstance(fast, PreTrainedTokenizerFast):
+                return cls(fast, stops)
         except BaseException as error:  # whatever the parsers behind it raise; Rust's panics are no Exceptions
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit | UsageError):
                 raise
-            missing = _missing_package(directory)
-            if missing is not None:
-                raise UsageError(
-                    f"{directory}: its tokenizer.model needs the package {missing}, which is not installed; run "
-                    f"'pip install {missing}'"
-                ) from None
             raise UsageError(
                 f"{directory}: its tokenizer cannot be loaded ({one_line(error)}); "
                 "copy the original model's tokenizer files again"
             ) from None
-        if not isinstance(fast, PreTrainedTokenizerFast):
-            raise UsageError(
-                f"{directory}: its tokenizer has no fast version; save it as tokenizer.json with transformers first"
-            )
-        return cls(fast, stops)
+        raise UsageError(
+            f"{directory}: its tokenizer has no fast version; save it as tokenizer.json with transformers first"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -163,7 +158,7 @@ class Tokenizer:
         if isinstance(text, str):
             return self.encode(text, special_tokens)
         if not isinstance(text, list | tuple):
-            raise _no_text(text)
+            raise _no_text(text, "expected a text (str), or a list of texts")
         return [self.encode(one, special_tokens) for one in text]
 
     def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
@@ -180,29 +175,34 @@ class Tokenizer:
             UsageError: it is no text.
         """
         if not isinstance(text, str):
-            raise _no_text(text)
+            raise _no_text(text, "expected a text (str); for a list of texts call the tokenizer itself")
         # A lone surrogate, of a path say, is no character that a tokenizer knows.
         text = text.encode(errors="replace").decode() if not text.isascii() else text
         # The batch call is the one that leaves out offsets, a third of the time.
-        with _no_panic():
+        with _refuse_failures("encode this text"):
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
-        return np.asarray(encoding.ids, np.int32)
+            return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Turns (L,) ids back into text; of a batch (1, L) the one row.
 
+        Ids that the tokenizer does not have, such as those of rows that pad a model's embedding, are left out.
+
         Raises:
-            UsageError: they are no ids of this tokenizer.
+            UsageError: they are no ids.
         """
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:
+            raise UsageError("lists of unequal lengths to decode; expected (L,) whole numbers: decode each") from None
         array = array[0] if array.ndim == 2 and len(array) == 1 else array
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise UsageError(
                 f"ids of shape {array.shape} and type {array.dtype} to decode; expected (L,) whole numbers"
             )
-        if array.size and not 0 <= array.min() <= array.max() < 2**32:
-            raise UsageError(f"ids from {array.min()} to {array.max()} to decode; expected none below 0")
-        with _no_panic():
+        if array.size and not 0 <= array.min() <= array.max() < 2**31:
+            raise UsageError(f"ids from {array.min()} to {array.max()} to decode; expected 0 to 2^31 - 1")
+        with _refuse_failures("decode these ids"):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
@@ -249,29 +249,22 @@ class Tokenizer:
             _write_json(generation, {**ids, "pad_token_id": self.pad})
 
 
+def _no_text(text: Any, expected: str) -> UsageError:
+    return UsageError(f"{type(text).__name__} given to a tokenizer; {expected}")
+
+
 @contextmanager
-def _no_panic() -> Iterator[None]:
-    """Rust code that meets what it holds impossible, as in a damaged tokenizer.json, panics: no Exception in Python."""
+def _refuse_failures(what: str) -> Iterator[None]:
+    """Makes a UsageError of whatever the tokenizers library raises, whose panics are no Exceptions."""
     try:
         yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
         raise UsageError(
-            f"the tokenizer is damaged ({one_line(error)}); copy the original model's tokenizer files again"
+            f"the tokenizer is damaged: it cannot {what} ({one_line(error)}); "
+            "copy the original model's tokenizer files again"
         ) from None
-
-
-def _no_text(text: Any) -> UsageError:
-    return UsageError(f"{type(text).__name__} given to a tokenizer; expected a text (str), or a list of texts")
-
-
-def _missing_package(directory: Path) -> str | None:
-    """The package that a directory with a tokenizer.model alone needs and that is not installed."""
-    if (directory / "tokenizer.json").is_file() or not (directory / "tokenizer.model").is_file():
-        return None
-    missing = [name for name, module in _MODEL_PACKAGES.items() if importlib.util.find_spec(module) is None]
-    return missing[0] if missing else None
 
 
 def wrap(

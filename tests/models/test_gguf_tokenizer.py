@@ -348,7 +348,7 @@ def test_sentencepiece_special_tokens() -> None:
         ({"merges": ["ab"]}, ["'ab' is not a pair"]),
         ({"merges": ["a nosuchtoken"]}, ["merges do not fit"]),
         ({"eos_token_id": 10**6}, ["eos", "1000000"]),
-        ({"bos_token_id": -1}, ["bos", "-1"]),
+        ({"bos_token_id": -2}, ["bos", "-2"]),
         ({"bos_token_id": "<s>"}, ["bos", "'<s>'"]),
     ],
 )

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 from ngc_jax.errors import UsageError
 from ngc_jax.models import sources
 from ngc_jax.models.hub import hub_snapshot
-from ngc_jax.models.sources import open_source
+from ngc_jax.models.sources import open_source, open_tokenizer
+from tests.models.gguf_files import write
+from tests.models.test_gguf_tokenizer import family, to_metadata, trained
 
 
 @pytest.fixture
@@ -123,6 +125,67 @@ def test_what_is_not_there(
     monkeypatch.chdir(gguf_path.parent)
     with refused(*parts):
         open_source(model)
+
+
+# --- another model's tokenizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["directory without weights", "tokenizer files alone", "tokenizer.json", "vocabulary"])
+def test_a_tokenizer_needs_no_weights(kind: str, directory: Path, tmp_path: Path) -> None:
+    family("gpt-2")[1].save(tmp_path / "files")
+    place = {"tokenizer.json": tmp_path / "files" / "tokenizer.json"}.get(kind, tmp_path / "files")
+    if kind == "directory without weights":
+        (place / "config.json").write_text('{"model_type": "llama"}')
+    if kind == "vocabulary":  # as llama.cpp publishes them
+        place = tmp_path / "vocabulary"
+        write(place, "llama", {}, to_metadata(trained("gpt-2"), "gpt-2"))
+    expected = family("gpt-2")[1].encode("The 3 foxes").tolist()
+    assert open_tokenizer(str(place)).encode("The 3 foxes").tolist() == expected
+    with open_source(str(directory), tokenizer=str(place)) as source:
+        assert source.tokenizer().encode("The 3 foxes").tolist() == expected
+        np.testing.assert_array_equal(source.read("w"), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "parts"),
+    [
+        ("", ["no such model"]),
+        ("x" * 5000, ["no usable path"]),
+        ("~nobody-of-this-name/model", ["no usable path"]),
+        ("models/tiny-llama", ["has no tokenizer"]),
+        ("models/tiny-llama/config.json", ["not a GGUF file"]),
+        ("tiny.gguf", ["tiny.gguf", "no tokenizer"]),
+        ("a/b/c", ["no such model"]),
+        ("wheel:other", ["wheel:other"]),
+    ],
+)
+def test_tokenizers_that_are_not_there(
+    directory: Path, gguf_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, parts: list[str]
+) -> None:
+    monkeypatch.chdir(gguf_path.parent)
+    with refused(*parts):
+        open_source("models/tiny-llama", tokenizer=tokenizer)
+
+
+def test_of_a_hub_repository_the_tokenizer_alone_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family("gpt-2")[1].save(tmp_path)
+    asked: list[Any] = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_tokenizer("org/tiny").vocab_size == family("gpt-2")[1].vocab_size
+    published = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "config.json",
+        "tokenizer.model",
+    ]
+    kept = list(huggingface_hub.utils.filter_repo_objects(published, allow_patterns=asked[0]))
+    assert kept == ["tokenizer.json", "config.json", "tokenizer.model"]
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------
