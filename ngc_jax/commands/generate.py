@@ -84,7 +84,8 @@ class GenerateConfig:
                 console.print(text)
         return {
             "model": self.model,
-            "prefix": list(tokenizer.prefix(self.bos)),
+            "bos": self.bos,
+            "prefix": [] if self.chat else list(tokenizer.prefix(self.bos)),  # templates write their own
             "prompts": list(self.prompt),
             "texts": texts,
         }
