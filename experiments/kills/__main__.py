@@ -97,7 +97,10 @@ _SMALL = (
 def _start(name: str, place: Path, out: Path) -> subprocess.Popen[bytes]:
     out.mkdir(exist_ok=True)
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(_command(name, place, out), stdout=quiet, stderr=quiet, start_new_session=True)
+    # One device, whatever the caller has been given.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = _command(name, place, out)
+    return subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment, start_new_session=True)
 
 
 def _run(name: str, place: Path, out: Path) -> Any:
