@@ -123,7 +123,8 @@ class Tokenizer:
             return (self.bos_token_id,)
         # Around a text that is in every vocabulary: one of its own special tokens, where there are any.
         known = [token.content for token in self._fast.added_tokens_decoder.values()]
-        (framed,) = self._backend.encode_batch_fast([known[0] if known else "a"], add_special_tokens=True)
+        with _no_panic():
+            (framed,) = self._backend.encode_batch_fast([known[0] if known else "a"], add_special_tokens=True)
         own = [place for place, sequence in enumerate(framed.sequence_ids) if sequence is not None]
         return tuple(framed.ids[: own[0]]) if own else ()
 
@@ -257,7 +258,8 @@ def _no_panic() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        # A plain Exception is what it raises where a text cannot be encoded at all, for lack of an unknown token.
+        if type(error).__name__ != "PanicException" and type(error) is not Exception:
             raise
         raise UsageError(
             f"the tokenizer is damaged ({one_line(error)}); copy the original model's tokenizer files again"

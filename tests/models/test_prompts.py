@@ -26,6 +26,13 @@ def test_no_letter_has_to_be_in_the_vocabulary(backend, ending):
     assert wrap(made, special_tokens={"bos_token": "<s>", "eos_token": "<s>"}, add_eos=ending).prefix() == ()
 
 
+def test_a_text_that_cannot_be_encoded_is_refused():
+    tokenizer = wrap(Backend(models.WordLevel({"cat": 1})), special_tokens={})
+    for use in (lambda: tokenizer.encode("dog"), tokenizer.prefix):
+        with pytest.raises(UsageError, match="Missing"):
+            use()
+
+
 @pytest.mark.parametrize("add_bos", [True, False, None])
 @pytest.mark.parametrize("processor", [True, False])
 def test_the_rule_is_that_of_transformers(tmp_path, add_bos, processor):
