@@ -76,26 +76,35 @@ def begin_windows(tokens: np.ndarray, window: int, prefix: Sequence[int]) -> np.
     """Put a model's first tokens, such as BOS, before each window of a stream.
 
     Cut into windows of `window` tokens, the result has `prefix` at the beginning of each, and all of `tokens` after it.
+    Where the stream itself has the prefix at the beginning of a window, as a text with BOS written in it, it is not
+    repeated.
 
     Args:
         tokens: (T,), one stream.
         window: Tokens of a window, the prefix included.
-        prefix: What the tokenizer puts before a text; may be empty, and the stream stays what it is.
+        prefix: What the tokenizer puts before a text; if empty, the stream is returned unchanged.
 
     Returns:
-        (T + windows * P,) int32.
+        (T + windows * P,) int32, less the prefixes that the stream had itself.
 
     Raises:
-        UsageError: If a window has no room for the prefix and two tokens more.
+        UsageError: If a window has no room for the prefix and two tokens more, or nothing follows the prefix.
     """
     if not prefix:
         return tokens
     step = window - len(prefix)
     if step < 2:
         raise UsageError(f"window {window} has no room for {len(prefix)} tokens before a text; give a longer window")
-    pieces = [tokens[start : start + step] for start in range(0, len(tokens), step)]
-    first = np.asarray(prefix, np.int32)
-    return np.concatenate([part for piece in pieces for part in (first, piece)]).astype(np.int32)
+    first, parts, start = np.asarray(prefix, np.int32), [], 0
+    while start < len(tokens):
+        if np.array_equal(tokens[start : start + len(first)], first):
+            start += len(first)
+        if start < len(tokens):
+            parts += [first, tokens[start : start + step]]
+        start += step
+    if not parts:
+        raise UsageError("the text has nothing after what comes before every text (BOS); give a longer text")
+    return np.concatenate(parts).astype(np.int32)
 
 
 def whole_windows(count: int, window: int, prefix: Sequence[int]) -> int:

@@ -10,8 +10,13 @@ import pytest
 from tokenizers import processors
 
 from ngc_jax import cli
+from ngc_jax.commands.training import TrainingOptions
+from ngc_jax.convert import pipeline
+from ngc_jax.convert.gradients import measure_fisher
+from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.remeasure import tokens_again
 from ngc_jax.convert.statistics import calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.perplexity import measure_perplexity
@@ -20,8 +25,11 @@ from ngc_jax.models.save import save_model
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import as_tokens, begin_windows, check_ids, whole_windows
+from ngc_jax.train import sharding
 from ngc_jax.train.data import DataConfig, make_pipeline
+from ngc_jax.train.evaluation import perplexity_on
 from ngc_jax.train.packing import TokenDocument
+from ngc_jax.train.trainable import split_params
 from tests.tiny import forward, random_tokens, tiny_model, tiny_tokenizer
 
 BOS, WINDOW = 257, 16  # <user> of the tiny tokenizer
@@ -86,6 +94,54 @@ def test_every_window_begins_with_the_prefix(prefix):
 def test_a_window_without_room_is_refused():
     with pytest.raises(UsageError, match="no room"):
         begin_windows(TOKENS, 2, (BOS,))
+    with pytest.raises(UsageError, match="nothing after"):
+        begin_windows(np.array([BOS]), WINDOW, (BOS,))
+
+
+@pytest.mark.parametrize("at", [0, WINDOW - 1, 2 * (WINDOW - 1), len(TOKENS)])
+def test_bos_that_a_window_begins_with_is_not_repeated(at):
+    """Documents may have been joined with BOS before each."""
+    written = np.insert(TOKENS, at, BOS)
+    expected = begin_windows(TOKENS, WINDOW, (BOS,))
+    if at == len(TOKENS):  # in the middle of the last window it is a token like others
+        expected = np.append(expected, BOS)
+    np.testing.assert_array_equal(begin_windows(written, WINDOW, (BOS,)), expected)
+
+
+def test_a_text_with_bos_written_in_it_is_scored_as_without(model):
+    texts = ("Groups of neurons", "<user>Groups of neurons")
+    one, other = (measure_perplexity(model, text, tokenizer=bos_tokenizer(), window=WINDOW) for text in texts)
+    assert dataclasses.replace(one, tokens_per_second=0) == dataclasses.replace(other, tokens_per_second=0)
+
+
+@pytest.mark.parametrize("count", [20, 50, 100])
+def test_gradients_are_measured_again_on_whole_windows(model, monkeypatch, count):
+    read = []
+
+    def remeasure(model, recipe, compact, statistics, tokens, **options):
+        read.append(tokens)
+        return statistics
+
+    monkeypatch.setattr(pipeline, "remeasure", remeasure)
+    monkeypatch.setattr(pipeline, "fit_groups", lambda *given, **options: None)
+    monkeypatch.setattr(pipeline, "finish", lambda *given, **options: given[0])
+    stream = begin_windows(random_tokens(count), WINDOW, (BOS,))
+    recipe = Recipe("ngc", rounds=1, propagation=0.0)
+    for begun in (True, False):
+        options = {"gradient_tokens": 3 * WINDOW, "window": WINDOW, "begun": begun}
+        pipeline.refine(model, recipe, model, [], stream, **options)
+    begins, as_ever = read
+    assert (begins[::WINDOW] == BOS).all()
+    np.testing.assert_array_equal(as_ever, tokens_again(stream, 3 * WINDOW))
+
+
+@pytest.mark.parametrize("bos", ["auto", "never"])
+def test_perplexity_while_training_is_that_of_an_evaluation(model, bos):
+    tokenizer, mesh = bos_tokenizer(), sharding.make_mesh(devices=jax.local_devices()[:1])
+    trained, frozen = split_params(model.params, "all")
+    found = perplexity_on(TOKENS, tokenizer.prefix(bos), model.decoder, frozen, mesh)(trained)["perplexity"]
+    expected = measure_perplexity(model, TOKENS, tokenizer=tokenizer, bos=bos)
+    assert found == pytest.approx(expected.perplexity, rel=1e-5)
 
 
 @pytest.mark.parametrize("bos", ["auto", "never", "always"])
@@ -179,6 +235,44 @@ def summary_of(arguments, tmp_path):
     return json.loads((tmp_path / "summary.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({}, (BOS,)),
+        ({"bos": "never"}, ()),
+        ({"data_options": {"begin_token": False}}, ()),
+        ({"bos": "never", "data_options": {"begin_token": True}}, (BOS,)),
+    ],
+)
+def test_a_training_run_evaluates_with_what_its_rows_begin_with(text, options, prefix):
+    run = TrainingOptions(out="run", text=text, sequence_length=WINDOW, **options)
+    assert run.prefix(bos_tokenizer()) == prefix
+    row = next(iter(run.rows(bos_tokenizer(), 259)))["tokens"][0]
+    assert (row[0] == BOS) == bool(prefix)
+
+
+def test_a_chat_needs_no_bos_of_its_own(tmp_path):
+    directory = str(save_model(tiny_model(), tmp_path / "model"))
+    given = ["generate", directory, "--chat", "--bos", "always", "--prompt", "a", "--max-new-tokens", "2"]
+    summary = summary_of(given, tmp_path)
+    assert (summary["bos"], summary["prefix"]) == ("always", [])
+
+
+def test_samples_of_a_report_begin_with_bos(directory, tmp_path, monkeypatch):
+    read = []
+
+    def spy(model, prompts, **options):
+        read.append([prompt.tolist() for prompt in prompts])
+        return prompts
+
+    monkeypatch.setattr("ngc_jax.models.generate.generate", spy)
+    for bos in ("auto", "never"):
+        out = ["--out", str(tmp_path / f"{bos}.html"), "--bos", bos]
+        assert summary_of(["report", directory, "--prompt", "a", *out], tmp_path)["bos"] == bos
+    plain = bos_tokenizer().encode("a").tolist()
+    assert read == [[[BOS, *plain]], [plain]]
+
+
 def test_commands_record_what_comes_before_a_text(directory, text, tmp_path):
     evaluate = ["evaluate", directory, "--text", text, "--window", "32", "--max-tokens", "64"]
     auto, never = (summary_of([*evaluate, "--bos", bos], tmp_path) for bos in ("auto", "never"))
@@ -186,7 +280,8 @@ def test_commands_record_what_comes_before_a_text(directory, text, tmp_path):
     assert (never["prefix"], never["tokens"]) == ([], 62)
     assert auto["perplexity"] != never["perplexity"]
     convert_it = ["convert", directory, "--text", text, "--method", "svd_llm", "--window", "32", "--out"]
-    assert summary_of([*convert_it, str(tmp_path / "out")], tmp_path)["calibration"]["prefix"] == [BOS]
+    calibration = summary_of([*convert_it, str(tmp_path / "out")], tmp_path)["calibration"]
+    assert (calibration["bos"], calibration["prefix"]) == ("auto", [BOS])
     assert summary_of(["generate", directory, "--prompt", "a", "--max-new-tokens", "2"], tmp_path)["prefix"] == [BOS]
 
 
@@ -206,6 +301,9 @@ def test_ids_outside_the_vocabulary_are_refused_wherever_they_come_in(model, wro
         lambda: measure_perplexity(model, tokens, tokenizer=tiny_tokenizer()),
         lambda: convert(model, SVD_LLM, tokens),
         lambda: generate(model, [tokens], max_new_tokens=2),
+        lambda: list(calibrate(model.config, model.params, tokens)),
+        lambda: measure_output_gradients(model.config, model.params, tokens),
+        lambda: measure_fisher(model, tokens),
         lambda: check_ids(tokens[None], 259),
     ):
         with pytest.raises(UsageError, match="outside the model's vocabulary of 259"):
@@ -274,3 +372,9 @@ def test_convert_takes_a_text(model):
     text = "Groups of neurons tell others what they see."
     one, other = convert(model, SVD_LLM, text), convert(model, SVD_LLM, model.load_tokenizer().encode(text)[None])
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, one.params, other.params)))
+
+
+@pytest.mark.parametrize("measure", [calibrate, measure_output_gradients])
+def test_what_is_no_stream_is_refused_where_it_is_measured(model, measure):
+    with pytest.raises(UsageError, match=r"shape \(2, 24\)"):
+        list(measure(model.config, model.params, TOKENS[:48].reshape(2, 24)))

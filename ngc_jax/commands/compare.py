@@ -141,7 +141,7 @@ class Comparison:
                 peak = cost["peak_bytes"] / 2**30
                 console.print(f"{entry.variant}: {cost['seconds']:.0f} s, peak {peak:.2f} GiB in its own process")
         results = {
-            "settings": self._settings(),
+            "settings": self._settings() | {"bos": self.config.bos},
             "dense": json.loads(dense_file.read_text(encoding="utf-8")),
             "entries": [result for entry in self.entries if (result := self._read(entry)) is not None],
         }
@@ -172,7 +172,7 @@ class Comparison:
         cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
         found = load_statistics(cache)
         if found is None or not needs <= set(found[1]["needs"]):
-            statistics, seconds = self._measure(dense, tokens, needs)
+            statistics, seconds = self._measure(dense, tokens, needs, gradient_tokens)
             found_needs = needs | ({"inputs"} if statistics else set())
             save_statistics(statistics, cache, {"needs": sorted(found_needs), "seconds": seconds})
         else:
@@ -205,6 +205,7 @@ class Comparison:
                         gradient_tokens=gradient_tokens,
                         propagation_tokens=propagation_tokens,
                         window=self.config.window,
+                        begun=bool(prefix),
                     )
                     assert compact.plan is not None
                     compact = dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=removed))
@@ -226,7 +227,7 @@ class Comparison:
             shutil.rmtree(cache, ignore_errors=True)
 
     def _measure(
-        self, dense: LanguageModel, tokens: np.ndarray, needs: set[str]
+        self, dense: LanguageModel, tokens: np.ndarray, needs: set[str], gradient_tokens: int
     ) -> tuple[list[dict[str, Statistics]], dict[str, float]]:
         """Everything that any entry needs to know, layer by layer, and what each kind took in seconds."""
         from ngc_jax.commands.console import progress_bar
@@ -240,7 +241,7 @@ class Comparison:
         gradients: dict[str, Any] = {}
         if needs <= {"nothing"}:
             return [], {"inputs": 0.0}
-        window, some = self.config.window, tokens[: self.config.gradient_tokens]
+        window, some = self.config.window, tokens[:gradient_tokens]
         with progress_bar() as bar:
             started = time.perf_counter()
             stream = calibrate(
@@ -320,6 +321,7 @@ class Comparison:
         speed = measure_decode_speed(model) if decode else None
         return {
             **dataclasses.asdict(result),
+            "prefix": list(tokenizer.prefix(c.bos)),
             "parameters": model.count_parameters(),
             "decode_tokens_per_second": speed,
         }

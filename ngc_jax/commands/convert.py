@@ -252,6 +252,7 @@ def convert_and_save(
             "text": Path(config.text).name,
             "tokens": len(tokens),
             "window": config.window,
+            "bos": config.bos,
             "prefix": list(prefix),
         }
         if recipe.reads_text

@@ -118,6 +118,7 @@ class DemoConfig:
             stop_tokens=tokenizer.stop_tokens,
         )
         return {
+            "prefix": list(tokenizer.prefix(self.bos)),
             "parameters": model.count_parameters(),
             "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
             **dataclasses.asdict(result),

@@ -51,6 +51,7 @@ class EvaluateConfig:
         check_positive(batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens)
         with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()
+            prefix = tokenizer.prefix(self.bos)
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
             with progress_bar("load") as bar:
                 model = load_from_source(source, dtype=self.dtype, progress=bar)
@@ -68,7 +69,8 @@ class EvaluateConfig:
             "model": self.model,
             "tokenizer": self.tokenizer,
             "text": self.text,
-            "prefix": list(tokenizer.prefix(self.bos)),
+            "bos": self.bos,
+            "prefix": list(prefix),
             **dataclasses.asdict(result),
             "parameters": model.count_parameters(),
         }

@@ -85,7 +85,8 @@ class GenerateConfig:
         return {
             "model": self.model,
             "tokenizer": self.tokenizer,
-            "prefix": list(tokenizer.prefix(self.bos)),
+            "bos": self.bos,
+            "prefix": [] if self.chat else list(tokenizer.prefix(self.bos)),  # templates write their own
             "prompts": list(self.prompt),
             "texts": texts,
         }

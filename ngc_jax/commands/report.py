@@ -37,6 +37,7 @@ class ReportConfig:
         prompt: One prompt or several, which every model continues.
         max_new_tokens: Tokens to generate at most.
         chat: Put each prompt into the model's chat template.
+        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
         texts: Prompts shown token by token of each stability run; the others are in its pictures and means.
         dtype: Of the parameters of models that write: float32, bfloat16 or float16; float32 on CPU if not given.
         overwrite: Replace the page if it exists.
@@ -51,6 +52,7 @@ class ReportConfig:
     prompt: list[str] | None = None
     max_new_tokens: int = 64
     chat: bool = False
+    bos: Literal["auto", "always", "never"] = "auto"
     texts: int = 24
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
@@ -87,7 +89,7 @@ class ReportConfig:
         sections.append(made_by(command_line(self), versions(), inputs))
         size = write_page(render(self.title or _title(inputs), _lead(inputs), tiles, sections), file)
         console.print(f"{file}: {size / 1e6:.2f} MB, {', '.join(section.title for section in sections)}")
-        return {"report": self.out, "bytes": size, "sections": [section.key for section in sections]}
+        return {"report": self.out, "bos": self.bos, "bytes": size, "sections": [section.key for section in sections]}
 
     def _output(self) -> Path:
         """The page's file, refused before any work is done if it must not be written."""
@@ -143,7 +145,7 @@ class ReportConfig:
         encoded = [
             tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
             if self.chat
-            else tokenizer.encode_prompt(prompt)
+            else tokenizer.encode_prompt(prompt, self.bos)
             for prompt in self.prompt or ()
         ]
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop_tokens": tokenizer.stop_tokens}

@@ -96,7 +96,8 @@ class StabilityConfig:
             "exponents": self.exponents,
             **({"memory": self.memory} if self.along == "sequence" else {}),
             "seed": self.seed,
-            "prefix": list(tokenizer.prefix(self.bos)),
+            "bos": self.bos,
+            "prefix": [] if self.chat else list(tokenizer.prefix(self.bos)),  # templates write their own
             "prompts": results,
         }
         directory = Path(self.out)

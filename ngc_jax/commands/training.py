@@ -216,7 +216,7 @@ class TrainingOptions:
             if teacher is None:
                 raise UsageError("text sampled from the teacher needs a teacher; give another text")
             count = self.tokens or self.steps * self.batch_size * self.sequence_length
-            prefix = tokenizer.prefix(self.bos)
+            prefix = self.prefix(tokenizer)
             given["sampled"] = sampled_source(
                 teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
             )
@@ -228,6 +228,11 @@ class TrainingOptions:
             vocab_size=vocab_size,
             given=given,
         )
+
+    def prefix(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """What comes before each row and document, in training and evaluation."""
+        begin = (self.data_options or {}).get("begin_token")
+        return tokenizer.prefix(self.bos if begin is None else "always" if begin else "never")
 
     def settings(self) -> dict[str, Any]:
         """What a run that continues must share with the one before: all that changes what the steps compute."""
@@ -305,7 +310,7 @@ class TrainingOptions:
                 options.evaluation_text, tokenizer, options.evaluation_skip_tokens, options.evaluation_tokens
             )
             check_ids(held_out, model.config.vocab_size)
-            evaluate = perplexity_on(held_out, tokenizer.prefix(options.bos), decoder, constants.frozen, mesh)
+            evaluate = perplexity_on(held_out, options.prefix(tokenizer), decoder, constants.frozen, mesh)
         assert options.out is not None
         directory = Path(options.out)
         with MetricsWriter(directory) as writer, progress_bar("train") as bar:
@@ -337,6 +342,7 @@ class TrainingOptions:
         summary: dict[str, Any] = {
             **options.settings(),
             "out": options.out,
+            "prefix": list(options.prefix(tokenizer)),
             "step": result.step,
             "interrupted": result.interrupted,
             "parameters": model.count_parameters(),

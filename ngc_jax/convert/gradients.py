@@ -13,6 +13,7 @@ from ngc_jax.evaluate.likelihood import token_log_likelihoods
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel, Params
 from ngc_jax.text import split_windows
+from ngc_jax.tokens import as_tokens
 
 
 @partial(jax.jit, static_argnames=("decoder",))
@@ -49,7 +50,7 @@ def measure_fisher(
     Returns:
         By block name, (d_in,) float64.
     """
-    batches = split_windows(tokens, window, 1)
+    batches = split_windows(as_tokens(tokens, model.config.vocab_size), window, 1)
     decoder = Decoder(model.config, None, model.dtype, remat=True)
     sums = {block.name: np.zeros(block.d_in) for block in model.config.blocks()}
     for done, (window_tokens, positions) in enumerate(batches, start=1):

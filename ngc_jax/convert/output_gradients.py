@@ -30,6 +30,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
 from ngc_jax.models.load import Params
+from ngc_jax.tokens import as_tokens
 
 GradientGeometry = Literal["full", "diagonal"]
 Loss = Literal["text", "sampled", "teacher"]
@@ -205,6 +206,7 @@ def measure_output_gradients(
     Raises:
         UsageError: If there are fewer than two tokens, or gradients are not finite.
     """
+    tokens = as_tokens(tokens, config.vocab_size, least=0)
     if len(tokens) < 2:
         raise UsageError("there are too few tokens to take gradients on; give a longer text")
     if loss == "sampled" and key is None:

@@ -71,6 +71,7 @@ def convert(
     Raises:
         UsageError: If the model is compact already, the tokens are none of its own, or calibration fails.
     """
+    prefix: tuple[int, ...] = ()
     if recipe.reads_text:
         tokenizer = None if bos == "never" and not isinstance(tokens, str) else model.load_tokenizer()
         tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
@@ -132,6 +133,7 @@ def convert(
         gradient_tokens=gradient_tokens,
         propagation_tokens=propagation_tokens,
         window=window,
+        begun=bool(prefix),
         batch_size=batch_size,
         mesh=mesh,
         donate=donate,
@@ -152,6 +154,7 @@ def refine(
     gradient_tokens: int = GRADIENT_TOKENS,
     propagation_tokens: int = PROPAGATION_TOKENS,
     window: int = 1024,
+    begun: bool = False,
     batch_size: int = 4,
     donate: bool = False,
     mesh: Mesh | None = None,
@@ -171,6 +174,7 @@ def refine(
         gradient_tokens: As for `convert`.
         propagation_tokens: As for `convert`.
         window: Tokens in a calibration window.
+        begun: Whether windows begin with a prefix, so that they can only be cut where they are (`begin_windows`).
         batch_size: Windows that run at once, on each device.
         donate: Delete the dense kernels that states replace.
         mesh: As for `convert`; the parameters are on all of its devices.
@@ -179,7 +183,7 @@ def refine(
     groups = all_candidates(candidate_cells(model.config, recipe.resolved_topology))
     ranks = given_ranks(recipe, groups) or None
     for left in reversed(range(recipe.resolved_rounds)):
-        some = tokens_again(tokens, gradient_tokens)
+        some = tokens_again(tokens, gradient_tokens, window if begun else 1)
         statistics[:] = remeasure(model, recipe, compact, statistics, some, window=window, mesh=mesh, progress=progress)
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             fitted = fit_groups(model, recipe, statistics, directory, ranks=ranks, progress=progress)

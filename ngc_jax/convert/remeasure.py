@@ -34,10 +34,16 @@ _PRIOR = 12.0
 _MOST = 10.0
 
 
-def tokens_again(tokens: np.ndarray, gradient_tokens: int) -> np.ndarray:
-    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on."""
+def tokens_again(tokens: np.ndarray, gradient_tokens: int, multiple: int = 1) -> np.ndarray:
+    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on.
+
+    Args:
+        tokens: (T,) calibration tokens.
+        gradient_tokens: How many of them, from the first, the dense model's gradients were taken on.
+        multiple: Begin at a multiple of this: of the window, where every window begins with BOS.
+    """
     count = max(min(round(gradient_tokens * REMEASURED), _ENOUGH), 2)
-    start = max(min(gradient_tokens, len(tokens) - count), 0)
+    start = max(min(gradient_tokens, len(tokens) - count), 0) // multiple * multiple
     return tokens[start : start + count]
 
 

@@ -24,6 +24,7 @@ from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import Params
+from ngc_jax.tokens import as_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,8 @@ def calibrate(
     Args:
         config: The architecture.
         params: Dense parameters.
-        tokens: (T,), one stream of token ids; cut into windows.
+        tokens: (T,), one stream of token ids; cut into windows. What has to come before each window is in it, see
+            `ngc_jax.tokens.begin_windows`.
         begun: Sums over tokens that were read before these; taken from it layer by layer.
         keep_first: Also yield what they are without these.
         window: Tokens in a window.
@@ -234,8 +236,9 @@ def calibrate(
         A layer's number and the statistics of its blocks by name. Blocks with the same input share one object.
 
     Raises:
-        UsageError: If there are no tokens, or a layer's activations are not finite.
+        UsageError: If there are no tokens or they are none of the model's, or a layer's activations are not finite.
     """
+    tokens = as_tokens(tokens, config.vocab_size, least=0)
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")

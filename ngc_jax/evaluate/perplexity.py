@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -78,7 +78,8 @@ def measure_perplexity(
     check_window(window)
     tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
     prefix = tokenizer.prefix(bos)
-    batches = split_windows(begin_windows(tokens, window, prefix), window, batch_size)
+    stream = begin_windows(tokens, window, prefix)
+    batches = split_windows(stream, window, batch_size)
     decoder, totals = model.decoder, []
     first = map(jnp.asarray, batches[0])
     score = _score.lower(model.params, *first, decoder=decoder, context=max(len(prefix), 1)).compile()
@@ -97,7 +98,7 @@ def measure_perplexity(
     mean = nats / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / scored_bytes(tokens, window, tokenizer, prefix),
+        bits_per_byte=nats / math.log(2) / scored_bytes(stream, window, tokenizer, len(prefix)),
         tokens=scored,
         tokens_per_second=len(tokens) / seconds,
     )
@@ -109,13 +110,14 @@ def check_window(window: int) -> None:
         raise UsageError(f"window {window} has no token to score; expected at least 2")
 
 
-def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> int:
-    """UTF-8 bytes of the stream, less those of the first token of every window if no prefix comes before it."""
+def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: int = 0) -> int:
+    """UTF-8 bytes of a stream's scored tokens: all but the prefix of every window, or its first token without one."""
 
     def size(ids: np.ndarray) -> int:
         # A token can be a part of a character, which decodes to U+FFFD: count it as the one byte that it mostly is.
         text = tokenizer.decode(ids)
         return len(text.replace("\ufffd", "?").encode("utf-8"))
 
-    contexts = range(0, 0 if prefix else len(tokens), window)
-    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in contexts), 1)
+    if prefix:
+        return max(size(tokens[np.arange(len(tokens)) % window >= prefix]), 1)
+    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1)

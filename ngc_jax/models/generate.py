@@ -26,13 +26,14 @@ from ngc_jax.models.sampling import Sampling
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.tokens import check_ids
 
+Prompt = np.ndarray | Array | Sequence[int] | str
 GREEDY = Sampling()
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt] | Prompt,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -44,7 +45,7 @@ def generate(
 
     Args:
         model: The model.
-        prompts: Token ids of each, (L,).
+        prompts: Token ids of each, (L,), or its text; see `as_prompts`.
         max_new_tokens: Longest continuation, in tokens.
         sampling: How to choose tokens.
         key: Randomness; may be None if greedy.
@@ -58,6 +59,7 @@ def generate(
         UsageError: If a prompt is empty, has tokens that the model does not know or leaves no room for
             max_new_tokens; if max_new_tokens is below 1; if there is no key to sample with.
     """
+    prompts = as_prompts(model, prompts)
     chunks = list(
         _batches(model, prompts, MAX_STEPS, max_new_tokens, sampling, key, stop_tokens, seeds) if prompts else ()
     )
@@ -65,9 +67,44 @@ def generate(
     return [row[row != NO_TOKEN] for row in rows]
 
 
+def as_prompts(model: LanguageModel, prompts: Sequence[Prompt] | Prompt) -> list[np.ndarray]:
+    """Prompts as token ids, from what a person may give for them.
+
+    Args:
+        model: The model; its tokenizer encodes texts, with BOS where its own rule puts it.
+        prompts: Arrays or lists of whole numbers, (L,) or (1, L) each, and texts; or one of these alone; or (B, L).
+
+    Returns:
+        As many arrays; ids and lengths are not checked.
+
+    Raises:
+        UsageError: If it is none of these.
+    """
+    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+        raise UsageError(f"prompts is {type(prompts).__name__}; expected texts, or token ids (L,) of each")
+    alone = isinstance(prompts, str) or getattr(prompts, "ndim", 0) == 1 or _is_ids(prompts)
+    encode = None
+    found = []
+    for index, prompt in enumerate([prompts] if alone else prompts):
+        if isinstance(prompt, str):
+            encode = encode or model.load_tokenizer().encode_prompt
+            prompt = encode(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:
+            raise UsageError(f"prompt {index} has rows of different lengths; expected token ids, (L,)") from None
+        found.append(ids[0] if ids.ndim == 2 and len(ids) == 1 else ids)
+    return found
+
+
+def _is_ids(prompts: object) -> bool:
+    """Whether a list is one prompt's ids."""
+    return isinstance(prompts, list | tuple) and bool(prompts) and all(isinstance(i, int | np.integer) for i in prompts)
+
+
 def stream(
     model: LanguageModel,
-    prompt: np.ndarray,
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -80,7 +117,7 @@ def stream(
 
     Args:
         model: The model.
-        prompt: Token ids, (L,).
+        prompt: Token ids, (L,), or a text.
         max_new_tokens: Longest continuation, in tokens.
         sampling: How to choose tokens.
         key: Randomness; may be None if greedy.
@@ -96,13 +133,13 @@ def stream(
     """
     if not 1 <= steps <= MAX_STEPS:
         raise UsageError(f"steps is {steps}; expected 1 to {MAX_STEPS}")
-    chunks = _batches(model, [prompt], steps, max_new_tokens, sampling, key, stop_tokens, [seed])
+    chunks = _batches(model, as_prompts(model, [prompt]), steps, max_new_tokens, sampling, key, stop_tokens, [seed])
     return (row[row != NO_TOKEN] for (row,) in chunks)
 
 
 def stream_text(
     model: LanguageModel,
-    prompt: np.ndarray,
+    prompt: Prompt,
     tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
@@ -115,7 +152,7 @@ def stream_text(
 
     Args:
         model: The model.
-        prompt: Token ids, (L,).
+        prompt: Token ids, (L,), or a text.
         tokenizer: The model's tokenizer.
         max_new_tokens: Longest continuation, in tokens.
         sampling: How to choose tokens.
@@ -129,6 +166,7 @@ def stream_text(
     Raises:
         UsageError: As `generate`.
     """
+    (prompt,) = as_prompts(model, [prompt])
     stops = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
     chunks = stream(
         model,

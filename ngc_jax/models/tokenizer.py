@@ -116,9 +116,12 @@ class Tokenizer:
             if self.bos_token_id is None:
                 raise UsageError("this tokenizer has no BOS token; choose auto or never")
             return (self.bos_token_id,)
-        plain, framed = (self.encode("a", special_tokens=special).tolist() for special in (False, True))
-        starts = (start for start in range(len(framed)) if framed[start : start + len(plain)] == plain)
-        return tuple(framed[: next(starts, 0)])
+        # Around a text that is in every vocabulary: one of its own special tokens, where there are any.
+        known = [token.content for token in self._fast.added_tokens_decoder.values()]
+        with _refuse_failures("encode a text"):
+            (framed,) = self._backend.encode_batch_fast([known[0] if known else "a"], add_special_tokens=True)
+        own = [place for place, sequence in enumerate(framed.sequence_ids) if sequence is not None]
+        return tuple(framed.ids[: own[0]]) if own else ()
 
     def encode_prompt(self, text: str, bos: Bos = "auto") -> np.ndarray:
         """Encodes a text to be continued: with what comes before one, unless it begins with that, and nothing after.
@@ -262,8 +265,7 @@ def _refuse_failures(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UsageError(
-            f"the tokenizer is damaged: it cannot {what} ({one_line(error)}); "
-            "copy the original model's tokenizer files again"
+            f"the tokenizer cannot {what} ({one_line(error)}); if it is damaged, copy the original model's files again"
         ) from None
 
 

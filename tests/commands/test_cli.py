@@ -146,6 +146,7 @@ def test_text_that_the_model_samples_itself(dense, tmp_path):
         "text": "sampled",
         "tokens": 96,
         "window": 32,
+        "bos": "auto",
         "prefix": [],
     }
 

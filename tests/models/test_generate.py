@@ -220,7 +220,7 @@ ONE = {"max_new_tokens": 3}
     ("prompts", "options", "message"),
     [
         ([[1, 2], []], ONE, "prompt 1 has shape"),
-        ([[[1, 2]]], ONE, r"prompt 0 has shape \(1, 2\)"),
+        ([[[1, 2], [3, 4]]], ONE, r"prompt 0 has shape \(2, 2\)"),
         ([[0.5]], ONE, "prompt 0 has float64"),
         ([[1, 259]], ONE, r"token id 259 \(at position 1\) is outside"),
         ([[-1, 2]], ONE, r"token id -1 \(at position 0\) is outside"),
