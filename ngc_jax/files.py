@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ngc_jax.errors import UsageError
 
@@ -250,20 +250,40 @@ def lock_directory(directory: str | Path) -> Iterator[Path]:
         UsageError: If another process has it, with that process's number.
     """
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{directory} is a file, or is below one; choose another --out") from None
-    with (directory / _LOCK).open("a+", encoding="utf-8") as file:
+    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    with _locked(directory):
+        try:
+            yield directory
+        except BaseException:
+            # What was refused before it wrote anything leaves nothing. Another process may be writing there by now.
+            with suppress(OSError):
+                if made and [path.name for path in directory.iterdir()] == [_LOCK]:
+                    (directory / _LOCK).unlink()
+                    for parent in made:
+                        parent.rmdir()
+            raise
+
+
+def _locked(directory: Path) -> TextIO:
+    """The directory's lock file, open and locked, with this process's number in it."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = (directory / _LOCK).open("a+", encoding="utf-8")
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"{directory} is a file, or is below one; choose another --out") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
             raise UsageError(
                 f"{directory} is in use by process {holder}; wait for it to end, stop it, or choose another --out"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield directory
+        if os.fstat(file.fileno()).st_nlink:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            return file
+        file.close()  # its holder removed it in the meantime
