@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     rng, rows = random.Random(options.seed), []
     with tempfile.TemporaryDirectory(prefix="ngc-jax-kills-") as directory, progress_bar("kill") as bar:
         place = Path(directory)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
         make_seeds(place / "seeds")
         expected: dict[str, tuple[Any, float]] = {}
         for number in range(options.count):
@@ -97,7 +96,11 @@ _SMALL = (
 def _start(name: str, place: Path, out: Path) -> subprocess.Popen[bytes]:
     out.mkdir(exist_ok=True)
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(_command(name, place, out), stdout=quiet, stderr=quiet, start_new_session=True)
+    # One device, whatever the caller has been given.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
+    command = _command(name, place, out)
+    return subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment, start_new_session=True)
 
 
 def _run(name: str, place: Path, out: Path) -> Any:

@@ -184,7 +184,8 @@ class Tokenizer:
         # A lone surrogate, of a path say, is no character that a tokenizer knows.
         text = text.encode(errors="replace").decode() if not text.isascii() else text
         # The batch call is the one that leaves out offsets, a third of the time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
+        with _no_panic():
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
         return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
@@ -201,7 +202,8 @@ class Tokenizer:
             )
         if array.size and not 0 <= array.min() <= array.max() < 2**32:
             raise UsageError(f"ids from {array.min()} to {array.max()} to decode; expected none below 0")
-        return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
+        with _no_panic():
+            return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
         """Renders a conversation as the model was trained to see it, ready for the assistant's answer.
@@ -245,6 +247,19 @@ class Tokenizer:
         if not generation.exists():
             ids = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.stop_tokens)}
             _write_json(generation, {**ids, "pad_token_id": self.pad})
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Rust code that meets what it holds impossible, as in a damaged tokenizer.json, panics: no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(
+            f"the tokenizer is damaged ({one_line(error)}); copy the original model's tokenizer files again"
+        ) from None
 
 
 def _no_text(text: Any) -> UsageError:

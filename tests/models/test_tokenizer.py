@@ -228,3 +228,16 @@ def test_the_package_that_a_sentencepiece_model_needs_is_named(tmp_path: Path, m
     )
     with refused("needs the package sentencepiece", "pip install sentencepiece"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_damaged_tokenizer_that_makes_its_library_panic(directory: Path) -> None:
+    data = json.loads((directory / "tokenizer.json").read_text())
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    with refused("damaged"):
+        Tokenizer.load(directory).encode("a", special_tokens=True)
