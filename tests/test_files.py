@@ -84,3 +84,19 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path):
         write_text(tmp_path / "x.json", "\ud800")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_locked_directory_that_was_made_in_vain_is_removed(tmp_path):
+    with pytest.raises(UsageError), lock_directory(tmp_path / "runs" / "first"):
+        raise UsageError("refused")
+    assert not any(tmp_path.iterdir())
+    run = tmp_path / "run"
+    with lock_directory(run):
+        (run / "metrics.jsonl").touch()
+    with pytest.raises(UsageError), lock_directory(run):
+        raise UsageError("refused")
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "metrics.jsonl"]
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UsageError), lock_directory(run):  # which was there before
+        raise UsageError("refused")
+    assert run.is_dir()

@@ -11,19 +11,25 @@ temporary directory and OUT only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from ngc_jax.commands.console import console, progress_bar
+from experiments.fuzz.inputs import make_case
+from ngc_jax.commands.console import Report, console, progress_bar
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 200
-PATIENCE = 180  # seconds for one input, on a machine that does other things too
+PATIENCE = 300  # seconds for one input; a worker ends its own after fewer, unless they wait or are not in Python
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,15 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
             numbers = [len(results), min(len(results) + CHUNK, options.count)]
             log = place / "log.jsonl"
             log.write_text("", encoding="utf-8")
-            kept = str(out / "faults")
-            _worker(place, ["run", str(place / "seeds"), str(log), str(options.seed), *map(str, numbers), kept])
+            kept = out / "faults"
+            words = ["run", str(place / "seeds"), str(log), str(options.seed), *map(str, numbers), str(kept)]
+            alive = _worker(place, words, log, partial(_advance, bar, len(results), options.count))
             done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-            # The worker writes a line before an input and another after it: one without the other killed the worker.
-            if done and done[-1]["outcome"] == "begun":
-                done[-1]["outcome"] = "fault: the process died"
-            results += [line for line in done if line["outcome"] != "begun"]
             if not done:
-                raise RuntimeError("the worker did not start")
+                raise RuntimeError(f"the worker did not start: {(place / 'worker.log').read_text()[-500:]}")
+            # The worker writes a line before an input and another after it: one without the other ended the worker.
+            if done[-1]["outcome"] == "begun":
+                done[-1]["outcome"] = "fault: the process died" if alive else f"fault: no end within {PATIENCE} s"
+                _keep(done[-1]["number"], options.seed, place / "seeds", kept)
+            results += [line for line in done if line["outcome"] != "begun"]
             bar(min(len(results), options.count), options.count)
     counts = Counter((line["kind"], line["outcome"].split(":")[0]) for line in results)
     kinds = list(dict.fromkeys(line["kind"] for line in results))
@@ -72,14 +80,48 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _worker(place: Path, words: list[str]) -> None:
+def _advance(bar: Report, before: int, total: int, finished: int) -> None:
+    bar(before + finished, total)
+
+
+def _keep(number: int, seed: int, seeds: Path, faults: Path) -> None:
+    """Make an input again where it is kept; the worker had no time to."""
+    place = faults / str(number)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    case = make_case(number, seed, seeds, place)
+    (place / "command.json").write_text(json.dumps(case.command), encoding="utf-8")
+
+
+def _worker(
+    place: Path, words: list[str], log: Path | None = None, progress: Callable[[int], None] | None = None
+) -> bool:
+    """Run a worker to its end; False if it wrote nothing into its log for so long that it was killed."""
     (place / "tmp").mkdir(exist_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf"), "JAX_PLATFORMS": "cpu"}
     # All that a command writes is below one directory, to which the worker confines itself.
     environment |= {"TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    with (place / "worker.log").open("w") as log:
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with (place / "worker.log").open("w") as output:
         command = [sys.executable, "-m", "experiments.fuzz.worker", *words]
-        subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        size, since = 0, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.2)
+                return True
+            if log is None or progress is None:
+                continue
+            if log.stat().st_size != size:
+                size, since = log.stat().st_size, time.monotonic()
+                progress(log.read_text(encoding="utf-8").count("\n") // 2)
+            elif time.monotonic() - since > PATIENCE:
+                process.kill()
+                process.wait()
+                return False
 
 
 if __name__ == "__main__":

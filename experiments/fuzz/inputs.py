@@ -9,9 +9,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from experiments.fuzz.gguf import mutate_gguf
 from experiments.fuzz.mutate import dump, mutate_bytes, mutate_json, mutate_text
 from experiments.fuzz.seeds import TOPOLOGIES
 
@@ -35,7 +37,7 @@ class Case:
 def make_case(number: int, seed: int, seeds: Path, place: Path) -> Case:
     """Write the input of a number into an empty directory; the same for the same numbers."""
     rng = random.Random(f"{seed}-{number}")
-    kind = list(KINDS)[number % len(KINDS)]
+    kind = _ORDER[number % len(_ORDER)]
     return Case(kind, KINDS[kind](rng, seeds, place))
 
 
@@ -108,7 +110,10 @@ def _index(rng: random.Random, seeds: Path, place: Path) -> list[str]:
 def _gguf(rng: random.Random, seeds: Path, place: Path) -> list[str]:
     file = place / "model.gguf"
     data = (seeds / "model.gguf").read_bytes()
-    file.write_bytes(mutate_bytes(rng, data, 9000, same_length=rng.random() < 0.7))
+    if rng.random() < 0.4:
+        file.write_bytes(mutate_bytes(rng, data, 9000, same_length=rng.random() < 0.7))
+    else:
+        file.write_bytes(mutate_gguf(rng, data))
     return _read(rng, file, seeds)
 
 
@@ -123,6 +128,98 @@ def _yaml(rng: random.Random, seeds: Path, place: Path) -> list[str]:
     text = mutate_text(rng, text) if rng.random() < 0.4 else text
     (place / "options.yaml").write_text(text, encoding="utf-8", errors="replace")
     return [command, "--config", str(place / "options.yaml")]
+
+
+def _training(rng: random.Random, seeds: Path, place: Path) -> list[str]:
+    """Options of `train` and `distil`; most of the mutations are in those that hold others."""
+    source = {"name": str(seeds / "rows.jsonl"), "weight": 1.0, "column": "text", "streaming": False, "max_tokens": 400}
+    source |= {"prompt_column": "prompt", "skip_tokens": 0, "joined": False, "seed": 0, "arguments": {}}
+    nested = {
+        "data_options": {
+            "sources": [source, str(seeds / "text.txt")],
+            "packing": rng.choice(("pack", "concatenate")),
+            "long_documents": "cut",
+            "mask_prompts": True,
+            "prompts": rng.choice(("plain", "chat")),
+            "separator": "\n",
+            "end_token": True,
+            "shuffle": True,
+            "remainder": "drop",
+            "window": 4,
+            "prefetch": 0,
+        },
+        "optimizer_options": {"b1": 0.9, "b2": 0.99, "weight_decay": 0.1, "eps": 1e-8},
+        "learning_rate_scales": {"groups/.*": 0.5, "embed": 0},
+        "architecture": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    }
+    options: dict[str, Any] = {
+        "out": str(place / "out"),
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "parallel": "jit",
+        "steps": 1,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "warmup_steps": 0,
+        "evaluation_tokens": 0,
+        "save_every": 0,
+        "seed": 0,
+        "compute_dtype": "float32",
+        **nested,
+    }
+    command = rng.choice(("train", "distil"))
+    if command == "train":
+        options |= {"tokenizer": str(seeds / "dense"), "topology": "qkv-o-ug-d", "rank": 4}
+    else:
+        options |= {"model": str(seeds / "compact"), "teacher": str(seeds / "dense")}
+        del options["architecture"]
+    name = rng.choice([name for name in nested if name in options])
+    options = mutate_json(rng, options) if rng.random() < 0.25 else {**options, name: mutate_json(rng, options[name])}
+    (place / "options.yaml").write_text(yaml.safe_dump(options), encoding="utf-8", errors="replace")
+    return [command, "--config", str(place / "options.yaml")]
+
+
+def _conversion(rng: random.Random, seeds: Path, place: Path) -> list[str]:
+    options: dict[str, Any] = {
+        "model": str(seeds / "dense"),
+        "out": str(place / "out"),
+        "method": "svd",
+        "topology": rng.choice(TOPOLOGIES),
+        "keep": 0.7,
+        "rank_multiple": 1,
+        "gauge": True,
+        "text": str(seeds / "text.txt"),
+        "window": 16,
+        "calibration_tokens": 64,
+        "batch_size": 2,
+        "seed": 0,
+        "dtype": "float32",
+    }
+    mutated = mutate_json(rng, options)
+    mutated = mutate_json(rng, mutated) if rng.random() < 0.2 and isinstance(mutated, dict) else mutated
+    (place / "options.yaml").write_text(yaml.safe_dump(mutated), encoding="utf-8", errors="replace")
+    return ["convert", "--config", str(place / "options.yaml")]
+
+
+def _chat(rng: random.Random, seeds: Path, place: Path) -> list[str]:
+    """A prompt, and the chat template or the stop tokens that answer it."""
+    model = _model(seeds, place)
+    text = mutate_text(rng, rng.choice(("The capital of France is", "[/INST] hi <eos>"))).replace("\0", "")
+    file = model / rng.choice(("tokenizer_config.json", "generation_config.json", "chat_template.jinja"))
+    if file.suffix == ".jinja":
+        template = "{% for m in messages %}<user>{{ m['content'] | trim }}{% endfor %}{% if x %}{% endif %}"
+        file.write_text(mutate_text(rng, template), encoding="utf-8", errors="replace")
+    else:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"eos_token_id": [298, 1]}
+        file.write_bytes(dump(rng, mutate_json(rng, content)))
+    return ["generate", str(model), "--chat", f"--prompt={text}", "--max-new-tokens", "2"]
 
 
 def _topology(rng: random.Random, seeds: Path, place: Path) -> list[str]:
@@ -154,7 +251,12 @@ KINDS: dict[str, Make] = {
     "safetensors index": _index,
     "GGUF header": _gguf,
     "YAML options": _yaml,
+    "training options": _training,
+    "conversion options": _conversion,
+    "chat": _chat,
     "topology": _topology,
     "text": _text,
     "JSONL rows": _rows,
 }
+# A training run takes a hundred times as long as reading a file does.
+_ORDER = ([kind for kind in KINDS if kind != "training options"] * 4) + ["training options"]

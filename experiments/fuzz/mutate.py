@@ -99,7 +99,39 @@ def mutate_text(rng: random.Random, text: str) -> str:
 def dump(rng: random.Random, value: Any) -> bytes:
     """JSON text of a value; sometimes its bytes are mutated too."""
     data = json.dumps(value).encode()
+    chance = rng.random()
+    if chance < 0.03:
+        data = _nested(rng, value)
+    elif chance < 0.06:
+        data = _doubled(rng, value)
     return mutate_bytes(rng, data) if rng.random() < 0.15 else data
+
+
+def _nested(rng: random.Random, value: Any) -> bytes:
+    """JSON text with a value that is nested deeper than any reader's stack, and is valid."""
+    depth = rng.choice((60, 2_000, 100_000))
+    opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
+    return _spliced(rng, value, opening * depth + "1" + closing * depth)
+
+
+def _doubled(rng: random.Random, value: Any) -> bytes:
+    """JSON text in which a key stands twice, the second time with another value."""
+    text = json.dumps(value)
+    if not isinstance(value, dict) or not value:
+        return text.encode()
+    key, other = rng.choice(list(value)), rng.choice(WEIRD)
+    return f"{text[:-1]}, {json.dumps(key)}: {json.dumps(other)}}}".encode()
+
+
+def _spliced(rng: random.Random, value: Any, text: str) -> bytes:
+    """JSON text of a value with a text in the place of one part."""
+    found = copy.deepcopy(value)
+    places = list(_places(found))
+    if not places:
+        return text.encode()
+    holder, key = rng.choice(places)
+    holder[key] = "@HERE@"
+    return json.dumps(found).replace('"@HERE@"', text).encode()
 
 
 def _nearby(rng: random.Random, number: float) -> float:

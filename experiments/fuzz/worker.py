@@ -7,12 +7,14 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +37,10 @@ _WRITES = {
     "os.chmod": (0,),
     "os.chown": (0,),
 }
+# Of processor time, which a busy machine does not change; what waits for ever is ended by the parent.
 SECONDS = 60
+# What other packages write to standard error: warnings of Python's, panics of Rust, the logs of C++.
+_NOISE = re.compile(r"^(.*:\d+: \w*Warning: .*|thread .* panicked at .*|[WEF]\d{4} \d\d:\d\d:\d\d.*)$", re.MULTILINE)
 
 
 class TooLong(BaseException):
@@ -71,9 +76,10 @@ def outcome_of(case: Case, place: Path) -> str:
     """accepted, refused or fault, with the reason."""
     before = {path.name for path in place.iterdir()}
     out, err = io.StringIO(), io.StringIO()
+    native: list[str] = []
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            signal.alarm(SECONDS)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _native_stderr(native):
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             code = read_rows(case.command) if case.command[0] == "rows" else cli.main(case.command)
     except SystemExit as error:
         return f"fault: SystemExit {error.code}"
@@ -85,12 +91,30 @@ def outcome_of(case: Case, place: Path) -> str:
         where = f"{Path((ours or [last])[0].filename).name}:{(ours or [last])[0].lineno}"
         return f"fault: {type(error).__name__} at {where}: {str(error)[:200]}"
     finally:
-        signal.alarm(0)
-    return judge(code, err.getvalue(), {path.name for path in place.iterdir()} - before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return judge(code, "".join([*native, err.getvalue()]), {path.name for path in place.iterdir()} - before)
+
+
+@contextlib.contextmanager
+def _native_stderr(texts: list[str]) -> Iterator[None]:
+    """Append what code that is not Python's writes to standard error, such as the message of a panic in Rust."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
 
 
 def judge(code: int, stderr: str, written: set[str]) -> str:
-    """What an exit code, a complaint and new files say together."""
+    """What an exit code, what is on standard error and new files say together."""
+    noise = _NOISE.search(stderr)
+    if noise:
+        return f"fault: noise: {noise.group().strip()[:200]}"
     hidden = sorted(name for name in written if name.startswith("."))
     if hidden:
         return f"fault: {hidden[0]} was left behind"
@@ -155,7 +179,7 @@ def main() -> None:
         make_seeds(Path(sys.argv[2]))
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     seeds, log, seed, first, last, faults = sys.argv[2:]
     Path(faults).mkdir(parents=True, exist_ok=True)
     confine(Path(log).parent, Path(faults))

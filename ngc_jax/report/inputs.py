@@ -161,7 +161,7 @@ def _json(file: Path) -> Mapping[str, Any]:
 def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is no JSON ({error}); write it again with the command that made it") from error
     if not isinstance(data, dict):
         raise UsageError(f"{where} holds no object; write it again with the command that made it")

@@ -120,7 +120,7 @@ class Checkpoints:
                 )
                 continue
             self._move_aside(list(reasons))
-            return found["state"], found["data"], found["settings"]
+            return found["state"], dict(found["data"]), dict(found["settings"])
         if reasons:
             told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
             raise UsageError(

@@ -11,6 +11,7 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.train import packing
+from ngc_jax.train.field_types import check_field_types
 from ngc_jax.train.packing import TokenDocument
 from ngc_jax.train.sources import Document, SourceConfig
 
@@ -61,20 +62,12 @@ class DataConfig:
         """Raises UsageError for what is out of range and what does not go together."""
         if isinstance(self.sources, str) or not self.sources:
             raise UsageError(f"sources is {self.sources!r}; expected a list of at least one source")
+        check_field_types(self)
         least = {"sequence_length": 2, "batch_size": 1, "seed": 0, "window": 1, "prefetch": 0, "epochs": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise UsageError(f"{name} is {value}; expected at least {smallest}")
-        choices = {
-            "packing": ("concatenate", "pack"),
-            "long_documents": ("cut", "drop"),
-            "prompts": ("plain", "chat"),
-            "remainder": ("drop", "pad"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
         opened = self.opened
         if self.epochs is not None and (len(opened) > 1 or opened[0].streaming):
             raise UsageError(
@@ -94,7 +87,7 @@ def _source(source: SourceConfig | str | dict[str, Any]) -> SourceConfig:
     known = {field.name for field in fields(SourceConfig)}
     if not {"name"} <= set(options) <= known:
         others = ", ".join(sorted(known - {"name"}))
-        raise UsageError(f"a source has the options {', '.join(options)}; expected name, and any of {others}")
+        raise UsageError(f"a source has the options {', '.join(map(str, options))}; expected name, and any of {others}")
     return SourceConfig(**options)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.text import read_text
+from ngc_jax.train.field_types import check_field_types
 from ngc_jax.train.packing import TokenDocument
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class SourceConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for numbers out of range and options that do not go together."""
+        """Raises UsageError for other types, numbers out of range and options that do not go together."""
+        check_field_types(self)
         if not self.name:
             raise UsageError("a source has no name; give a file, pydoc, hub:NAME or reasoning-gym:TASK")
         if not (np.isfinite(self.weight) and self.weight > 0):

@@ -1,6 +1,7 @@
 """The fuzzer: its short form finds no fault, the same numbers give the same inputs, and it sees planted faults."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from experiments.fuzz import __main__ as fuzz
 from experiments.fuzz import worker
+from experiments.fuzz.gguf import mutate_gguf
 from experiments.fuzz.inputs import KINDS, Case, make_case
 from experiments.fuzz.mutate import mutate_bytes, mutate_json, mutate_text
 from experiments.fuzz.seeds import make_seeds
@@ -52,23 +54,31 @@ def test_mutations_change_something_and_leave_their_input_alone():
     assert mutate_text(rng, "qkv-o-ug-d")
 
 
+def _busy(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 @pytest.mark.parametrize(
     ("action", "outcome"),
     [
         (lambda place: 1 / 0, "fault: ZeroDivisionError"),
         (lambda place: (place / ".out-new-x").mkdir() or {}, "fault: .out-new-x was left behind"),
-        (lambda place: time.sleep(5) or {}, "fault: longer than"),
+        (lambda place: _busy(5) or {}, "fault: longer than"),
+        (lambda place: os.write(2, b"thread '<unnamed>' panicked at src/lib.rs:1:1:\n") and {}, "fault: noise: thread"),
+        (lambda place: json.loads("[" * 100_000), "fault: RecursionError"),
         (lambda place: {}, "accepted"),
     ],
 )
 def test_planted_faults_are_seen(action, outcome, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "SECONDS", 1)
-    before = signal.signal(signal.SIGALRM, worker._too_long)
+    before = signal.signal(signal.SIGPROF, worker._too_long)
     monkeypatch.setattr(InfoConfig, "run", lambda self: action(tmp_path))
     try:
         assert outcome_of(Case("planted", ["info"]), tmp_path).startswith(outcome)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,7 @@ def test_planted_faults_are_seen(action, outcome, tmp_path, monkeypatch):
         (2, "", set(), "fault"),
         (2, "ngc-jax: error: no\nmore\n", set(), "fault"),
         (1, "ngc-jax: error: no\n", set(), "fault"),
+        (0, "/lib/site.py:5: UserWarning: from elsewhere\n  import site\n", set(), "fault: noise"),
     ],
 )
 def test_what_is_right_and_what_is_not(code, stderr, written, outcome):
@@ -92,6 +103,41 @@ def test_the_short_form_finds_no_fault(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results == {"count": 150, "seed": 3, "faults": []}
     assert "| plan |" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "fault: the process died"),
+        ("import time; time.sleep(60)", "fault: no end within 2 s"),
+    ],
+)
+def test_a_worker_that_dies_or_waits_is_counted_and_its_input_kept(code, outcome, seeds, tmp_path, monkeypatch):
+    """The worker is one that begins an input and then does something else."""
+    begin = "import json, sys; from pathlib import Path; log = Path(sys.argv[3]); line = {'kind': 'text', "
+    begin += "'number': int(sys.argv[5]), 'outcome': 'begun'}; log.write_text(json.dumps(line) + chr(10)); "
+    real = subprocess.Popen
+
+    def start(command, **options):
+        if command[3] == "run":
+            return real([sys.executable, "-c", begin + code, *command[3:]], **options)
+        return real(
+            [sys.executable, "-c", f"import shutil; shutil.copytree({str(seeds)!r}, {command[4]!r})"], **options
+        )
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(fuzz, "PATIENCE", 2)
+    assert fuzz.main(["--count", "2", "--out", str(tmp_path / "out")]) == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [fault["outcome"] for fault in results["faults"]] == [outcome, outcome]
+    assert (tmp_path / "out" / "faults" / "1" / "command.json").is_file()
+
+
+def test_mutated_gguf_headers_differ_and_keep_their_weights(seeds):
+    data = (seeds / "model.gguf").read_bytes()
+    changed = [mutate_gguf(random.Random(number), data) for number in range(20)]
+    assert len(set(changed)) == 20
+    assert all(found.startswith(b"GGUF") and found[-1000:] == data[-1000:] for found in changed)
 
 
 def test_a_worker_writes_nowhere_else(tmp_path):

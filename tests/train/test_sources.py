@@ -175,3 +175,24 @@ def test_a_column_of_numbers_is_refused_when_read(tmp_path):
     source = open_source(SourceConfig(write_json(tmp_path / "t.jsonl", [{"number": 1}]), column="number"))
     with pytest.raises(UsageError, match="holds int, for example '1'"):
         list(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": 5}, "name is 5; expected a text or a list"),
+        ({"name": ["a.jsonl", None]}, "name is "),
+        ({"name": "a.jsonl", "weight": "much"}, "weight is 'much'; expected a number"),
+        ({"name": "a.jsonl", "weight": [1, 2]}, "weight is "),
+        ({"name": "a.jsonl", "skip_tokens": 1.5}, "skip_tokens is 1.5; expected a whole number"),
+        ({"name": "a.jsonl", "max_tokens": "all"}, "max_tokens is 'all'; expected a whole number or nothing"),
+        ({"name": "a.jsonl", "column": None}, "column is None; expected a text"),
+        ({"name": "a.jsonl", "prompt_column": {}}, "prompt_column is "),
+        ({"name": "a.jsonl", "streaming": "no"}, "streaming is 'no'; expected true or false"),
+        ({"name": "a.jsonl", "joined": 1}, "joined is 1"),
+        ({"name": "a.jsonl", "arguments": ["x" * 500]}, "arguments is .*\\.\\.\\.; expected a mapping"),
+    ],
+)
+def test_options_of_other_types_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        SourceConfig(**options)
