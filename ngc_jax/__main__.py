@@ -1,8 +1,25 @@
-"""`python -m ngc_jax`, the same as the command `ngc-jax`."""
+"""The command `ngc-jax`; `python -m ngc_jax` is the same."""
 
+import signal
 import sys
 
-from ngc_jax.cli import main
+
+def main() -> int:
+    """Run the command line and return its exit code; see `ngc_jax.cli.main`."""
+    try:
+        from ngc_jax import cli  # takes a moment, in which Ctrl-C may come
+
+        code = cli.main()
+    except KeyboardInterrupt:
+        print("ngc-jax: interrupted", file=sys.stderr)
+        code = 130
+    if code == 130:
+        # Another Ctrl-C, while libraries end their threads, ends the process without a word. And where the first came
+        # in code that a library made from text, Python would die of the signal at its end, unless it runs a text again.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        exec("")
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,14 +6,12 @@ import dataclasses
 import io
 import logging
 import os
-import signal
 import sys
 import threading
 import typing
 from argparse import Action
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
@@ -35,6 +33,8 @@ from ngc_jax.commands import (
     train,
 )
 from ngc_jax.commands.config_file import read_config_file, typed_values
+from ngc_jax.commands.escapes import escape_controls
+from ngc_jax.commands.interrupts import Terminated, interruptible
 from ngc_jax.errors import UsageError
 from ngc_jax.files import check_target, explain, quoted_errno, write_summary
 from ngc_jax.groups.topology_text import TopologyError
@@ -59,6 +59,10 @@ COMMANDS = {
 set_parsing_settings(add_print_completion_argument=True)
 
 
+# Errors that only a defect of ours raises, whatever else went wrong before.
+_DEFECTS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -67,16 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminated by a signal.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     _show_log()
     _print_any_text()
     _quiet_late_callbacks()
     try:
-        with _terminable():
+        with interruptible():
             _run(arguments)
             sys.stdout.flush()
     except UsageError as error:
         return _refuse(error)
-    except _Terminated:
+    except Terminated:
         print("ngc-jax: terminated; nothing half written was left behind", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
@@ -91,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if advice is None:
             raise
         return _refuse(advice)
+    except _DEFECTS:
+        raise
     except Exception as error:
         number = quoted_errno(error)
         advice = None if number is None else explain(OSError(number, os.strerror(number)))
@@ -126,27 +133,6 @@ def _refuse(reason: object) -> int:
     return 2
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception that unwinds whatever is under way."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that what is half written is removed. In the main thread only."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _quiet_late_callbacks() -> None:
     """After a write has failed, tensorstore reports to event loops that are closed by then, a traceback each time."""
     # What is logged when a write in the background fails is also raised.
@@ -172,6 +158,13 @@ def _report_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _open_streams() -> None:
+    """Standard output and standard error may be closed (`>&-`): what is printed then goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+
+
 def _print_any_text() -> None:
     """A path or a text may hold what the terminal's encoding does not."""
     for stream in (sys.stdout, sys.stderr):
@@ -185,6 +178,10 @@ class _ToStderr(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message; names of files and of what is in them are shown without control characters."""
+        return escape_controls(super().format(record))
 
 
 def _show_log() -> None:
@@ -224,11 +221,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
 # Options that hold paths: ~ in them is the home directory, wherever the value comes from.
 _PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
 _PATHS |= {"json"}
+# Of these, the ones that are read as a text: - is standard input.
+_TEXTS = {"text", "evaluation_text", "prompts"}
 
 
 def _expanded(name: str, value: Any) -> Any:
     if name in _PATHS and isinstance(value, str) and "\0" in value:
         raise UsageError(f"--{name} holds a null character; give a path")
+    if name in _TEXTS and value == "-":
+        return "/dev/stdin"
     if name in _PATHS and isinstance(value, list):
         return [_expanded(name, one) for one in value]
     return os.path.expanduser(value) if name in _PATHS and isinstance(value, str) else value
@@ -254,7 +255,9 @@ def _take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
     """The whole parser; the options of the chosen command have what its files give as defaults."""
+    # No abbreviations: --conf would be read by another way than --config is.
     parser = ArgumentParser(
+        allow_abbrev=False,
         prog="ngc-jax",
         description="See, shrink and study large language models as societies of neuronal groups.",
         version=__version__,
@@ -280,7 +283,7 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> Arg
         for base in reversed(config.__mro__)
         for parameter in parse_docstring(base.__doc__ or "").params
     }
-    parser = ArgumentParser(description=docstring.description, exit_on_error=False)
+    parser = ArgumentParser(description=docstring.description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file that fills the options below; flags override it"
     )
@@ -295,6 +298,9 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> Arg
             parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
         elif types[field.name] is bool:
             parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
+        elif types[field.name] == str | None:
+            # Words as they are: of the optional type, "# Be brief" and "null" would be read as YAML, and be nothing.
+            parser.add_argument(flag, type=str, **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
             parser.add_argument(flag, nargs="+", type=str if types[field.name] == list[str] | None else float, **common)
         else:

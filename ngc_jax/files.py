@@ -23,67 +23,124 @@ _LOCK = ".lock"
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all, replacing what was there.
+    """Write UTF-8 text to a file, a device or a pipe.
+
+    A file is written whole or not at all, and keeps its mode. A link is kept: what it points to is written.
 
     Raises:
-        OSError: If it cannot be written; what was there is unchanged.
+        OSError: If it cannot be written; a file that was there is unchanged.
     """
-    with tempfile.NamedTemporaryFile("w", dir=file.absolute().parent, delete=False, encoding="utf-8") as temporary:
-        try:
-            temporary.write(text)
-            temporary.close()
-            Path(temporary.name).chmod(stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644)
-            Path(temporary.name).replace(file)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    place = _follow(file)
+    if isinstance(place, int):
+        # Not opened by its name: that would begin a regular file again, and a socket has none.
+        with os.fdopen(os.dup(place), "w", encoding="utf-8") as descriptor:
+            descriptor.write(text)
+    elif place.exists() and not place.is_file():
+        place.write_text(text, encoding="utf-8")
+    else:
+        with atomic_file(place) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all; see `write_text`."""
+    """Write a JSON object; see `write_text`."""
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
-def check_target(target: str) -> None:
-    """Refuse a place for a summary that cannot be written, before any work is done; see `write_summary`.
+@contextmanager
+def atomic_file(file: str | Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `file` on success and vanishes on failure.
+
+    The place of a link is that of the file it points to, so that the link is kept. The mode is kept too. What a process
+    that was killed left beside it is removed first.
+
+    Raises:
+        OSError: If there is something else than a file, or nothing can be written there.
+    """
+    place = _follow(file)
+    if isinstance(place, int) or (place.exists() and not place.is_file()):
+        raise OSError(errno.EINVAL, "not a file", str(file))
+    prefix = f".{place.name[:50]}-new-"
+    for left in place.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_unlocked(left)
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=prefix)
+    temporary = Path(name)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield temporary
+        temporary.chmod(stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o644)
+        temporary.replace(place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _remove_unlocked(file: Path) -> None:
+    """Remove a temporary file whose process is no more."""
+    try:
+        with file.open("rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+    except OSError:  # a directory, or its process is at work
+        return
+
+
+def check_target(target: str, option: str = "--json") -> None:
+    """Refuse a place for a text that cannot be written, before any work is done; see `write_text`.
+
+    Args:
+        target: A path, or - for standard output.
+        option: That it was given by, for the message.
 
     Raises:
         UsageError: If it is a directory, is in none, or must not be written.
+        OSError: If the path cannot be followed.
     """
     if target == "-":
         return
     if not target or os.path.isdir(target):
-        raise UsageError(f"--json {target} is a directory; give a file, or - for standard output")
-    # A link's target is written, and may be elsewhere.
-    special = _is_special(target)
-    place = target if special else os.path.dirname(os.path.realpath(target))
-    if not special and not os.path.isdir(place):
-        raise UsageError(f"--json {target} is in a directory that does not exist; make it first")
-    if not os.access(place, os.W_OK):
-        raise UsageError(f"--json {target} cannot be written; choose another place, or - for standard output")
+        raise UsageError(f"{option} {target} is a directory; give a file")
+    place = _follow(target)
+    if isinstance(place, int):
+        try:
+            writable = fcntl.fcntl(place, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        except OSError:
+            writable = False
+    else:
+        if not place.parent.is_dir():
+            raise UsageError(f"{option} {target} is in a directory that does not exist; make it first")
+        special = place.exists() and not place.is_file()
+        writable = os.access(place if special else place.parent, os.W_OK)
+    if not writable:
+        raise UsageError(f"{option} {target} cannot be written; choose another place")
 
 
 def write_summary(target: str, summary: Mapping[str, Any]) -> None:
-    """Write a JSON object to a file, a device or a pipe; `-` is standard output.
-
-    A file is written whole or not at all, and keeps its mode. A link stays a link: what it points to is written.
-    """
-    text = json.dumps(summary, indent=2) + "\n"
+    """Write a JSON object to a place that `check_target` allows; `-` is standard output."""
     if target == "-":
-        sys.stdout.write(text)
-    elif _is_special(target):
-        sys.stdout.flush()
-        # Appended: /dev/stdout can be a file that already holds what was printed.
-        with open(target, "a", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        write_text(Path(os.path.realpath(target)), text)
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+        return
+    sys.stdout.flush()  # it may be the same pipe or file
+    write_json(Path(target), summary)
 
 
-def _is_special(target: str) -> bool:
-    """Whether it is a device, a pipe, or one of this process's open files, which must not be replaced."""
-    inside = os.path.abspath(target).startswith(("/dev/", "/proc/"))
-    return inside or (os.path.exists(target) and not os.path.isfile(target))
+_MOST_LINKS = 40  # as Linux allows
+
+
+def _follow(path: str | Path) -> Path | int:
+    """The file that a path names once all links are followed, or the number of this process's open file."""
+    place = os.path.abspath(os.path.expanduser(path))
+    for _ in range(_MOST_LINKS):
+        place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
+        opened = re.fullmatch(rf"(?:/dev|/proc/{os.getpid()}(?:/task/\d+)?)/fd/(\d+)", place)
+        if opened is not None:
+            return int(opened[1])
+        if not os.path.islink(place):
+            return Path(place)
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
 _ADVICE = {
@@ -96,6 +153,8 @@ _ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "check the links on the path",
+    errno.ENXIO: "check that it is a file",
+    errno.EBADF: "check that it is open",
     errno.ENOENT: "check the path",
     errno.EEXIST: "choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -146,10 +205,15 @@ def quoted_errno(error: BaseException) -> int | None:
 def check_output(directory: str | Path, overwrite: bool) -> Path:
     """Refuse an output directory that must not be written, before any work is done.
 
+    Returns:
+        The directory. With `overwrite` a link is kept: it is what the link points to that is replaced.
+
     Raises:
         UsageError: If it exists and `overwrite` is false, or is not a directory of a model, or has no parent.
     """
-    directory = Path(os.path.abspath(os.path.expanduser(directory)))  # "." has no name, and links are left as they are
+    directory = Path(os.path.abspath(os.path.expanduser(directory)))  # "." has no name
+    if overwrite and directory.is_symlink():
+        directory = Path(os.path.realpath(directory))
     if directory.exists() or directory.is_symlink():
         if not overwrite:
             raise UsageError(f"{directory} exists; choose another --out or add --overwrite")

@@ -1,7 +1,7 @@
 """Texts for calibration and evaluation, and the windows that their tokens are cut into.
 
 A text is named by
-- a path to a UTF-8 file or pipe; a byte order mark is dropped;
+- a path to a UTF-8 file or pipe (on the command line, - is standard input); a byte order mark is dropped;
 - `pydoc`, the Python documentation that every Python carries (`pydoc_data.topics`), or `pydoc:first-half` and
   `pydoc:second-half`, two parts with no sentence in common: no network needed;
 - `hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a dataset of the Hugging Face hub.

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ngc_jax.errors import UsageError
-from ngc_jax.files import atomic_directory, lock_directory, write_json, write_text
+from ngc_jax.files import atomic_directory, atomic_file, lock_directory, write_json, write_text
 
 REPLACE_AND_DIE = """
 import os, sys
@@ -61,6 +61,30 @@ def test_a_directory_that_is_being_made_is_left_alone(tmp_path):
         (tmp_path / "out" / "config.json").unlink()
         (tmp_path / "out" / "model.safetensors").unlink()
     assert [path.name for path in (tmp_path / "out").iterdir()]
+
+
+def test_a_link_to_a_directory_is_kept(tmp_path):
+    target, link = model_at(tmp_path / "target", "old"), tmp_path / "link"
+    link.symlink_to("target")
+    with pytest.raises(UsageError, match="exists"), atomic_directory(link, overwrite=False):
+        pass
+    with atomic_directory(link, overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_killed_process_leaves_a_file_that_the_next_one_removes(tmp_path):
+    die = "import os, sys; from ngc_jax import files\nwith files.atomic_file(sys.argv[1]): os.kill(os.getpid(), 9)"
+    file = tmp_path / ("a[b]" + "x" * 251)
+    file.write_text("old")
+    assert subprocess.run([sys.executable, "-c", die, str(file)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_file(file) as first:
+        write_text(file, "new")
+        assert first.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):

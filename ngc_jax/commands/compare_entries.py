@@ -137,6 +137,6 @@ def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, 
     with open_source(config.model) as source:
         digests: dict[str, str | None] = {"model": fingerprint(source)}
     for text in {config.evaluation_text, *(entry.text for entry in entries)}:
-        file = Path(text)
+        file = Path(text).expanduser()
         digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return digests

@@ -28,6 +28,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "an option's name must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
             seen.add(str(key.value))
@@ -80,8 +82,8 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _find(path: str) -> Path:
-    """The file, or, where there is none, the one of that name that comes with the package."""
-    file = Path(path).expanduser()
+    """The file, or, where there is none, the one of that name that comes with the package; - is standard input."""
+    file = Path("/dev/stdin" if path == "-" else path).expanduser()
     shipped = SHIPPED / Path(path).name
     shipped = shipped if shipped.suffix == ".yaml" else shipped.with_name(f"{shipped.name}.yaml")
     return shipped if not file.exists() and Path(path).parent.name in ("", "configs") and shipped.is_file() else file

@@ -19,12 +19,32 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ngc_jax.commands.escapes import escape_controls
+
 
 class _Console(Console):
-    """Prints texts as they are: a prompt may hold [/INST] or :smile:, which rich would take for its own."""
+    """Prints texts as they are: a prompt may hold [/INST] or :smile:, which rich would take for its own.
+
+    To a file or a pipe every character is written; on a terminal, which obeys control characters, they are shown as
+    escapes (`escape_controls`).
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, sep: str = " ", end: str = "\n", style: Any = None, **options: Any) -> None:
+        """Print texts as they are, anything else as rich draws it."""
+        if not all(isinstance(one, str) for one in objects):
+            super().print(*objects, sep=sep, end=end, style=style, **options)
+            return
+        text = sep.join(objects)
+        if not self.is_terminal:
+            self.file.write(text + end)
+        elif style is None:
+            self.file.write(escape_controls(text) + end)
+        else:
+            super().print(Text(escape_controls(text), style=style), end=end, **options)
+        self.file.flush()
 
     def on_broken_pipe(self) -> None:
         """The reader has gone: that is no error, and the command line ends quietly."""
@@ -68,7 +88,7 @@ def progress_bar(stage: str = "") -> Iterator[Report]:
 
     def report(done: int, total: int, stage: str = default_stage) -> None:
         if stage not in tasks:
-            tasks[stage] = progress.add_task(stage, total=total)
+            tasks[stage] = progress.add_task(escape_controls(stage), total=total)
         progress.update(tasks[stage], completed=done, total=total)
         if done == total and not _stderr.is_terminal:
             _stderr.print(f"{stage}: {done} of {total} done")
@@ -78,10 +98,10 @@ def progress_bar(stage: str = "") -> Iterator[Report]:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    result = Table(title=title, title_justify="left")
+    """A table whose first column is text and whose others are numbers; control characters are shown as escapes."""
+    result = Table(title=escape_controls(title), title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        result.add_column(escape_controls(column), justify="left" if index == 0 else "right")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(escape_controls, row))
     return result

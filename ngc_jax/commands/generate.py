@@ -73,9 +73,9 @@ class GenerateConfig:
         if len(prompts) == 1:
             pieces = []
             for piece in stream_text(model, prompts[0], tokenizer, **options):
-                print(piece, end="", flush=True)
+                console.print(piece, end="")
                 pieces.append(piece)
-            print()
+            console.print()
             texts = ["".join(pieces)]
         else:
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import check_target
 
 if TYPE_CHECKING:
     from ngc_jax.report.inputs import Inputs
@@ -96,10 +97,9 @@ class ReportConfig:
         file = Path(self.out)
         if file.is_dir():
             raise UsageError(f"--out {file} is a directory; give the name of a file, such as {file / 'report.html'}")
-        if file.exists() and not self.overwrite:
+        if file.is_file() and not self.overwrite:
             raise UsageError(f"{file} exists; choose another --out or add --overwrite")
-        if not file.absolute().parent.is_dir():
-            raise UsageError(f"--out {file} is in a directory that does not exist; make it first")
+        check_target(self.out, "--out")
         return file
 
     def _errors(self, inputs: Inputs) -> dict[str, dict[str, float]]:

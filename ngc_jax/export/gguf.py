@@ -8,7 +8,6 @@ as it is.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gguf.quants import quantize
 from ngc_jax.errors import UsageError
 from ngc_jax.export.folded import FoldedSource
 from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
+from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.gguf_config import ROPE_FACTORS
 from ngc_jax.models.sources import Source
@@ -93,16 +93,11 @@ def export_gguf(
     folded = FoldedSource(source)
     kind, file_type = GGUF_TYPES[type]
     config = folded.decoder_config
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(file) as temporary:
         writer = GGUFWriter(temporary, _ARCHITECTURES[config.architecture])
         _add_metadata(writer, folded, file_type)
         fallbacks = _add_tensors(writer, folded, kind, progress)
         writer.close()
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return {
         "out": str(file),
         "type": type,
@@ -116,10 +111,11 @@ def export_gguf(
 def _check_file(file: Path, overwrite: bool) -> None:
     if file.is_dir():
         raise UsageError(f"{file} is a directory; give the name of a file, such as {file / 'model.gguf'}")
+    if file.exists() and not file.is_file():
+        raise UsageError(f"{file} is a device or a pipe, and GGUF is not written in order; give the name of a file")
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists; choose another name or overwrite it")
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"{file} is in a directory that does not exist; make it first")
+    check_target(str(file), option="the output")
 
 
 def _add_metadata(writer: GGUFWriter, folded: FoldedSource, file_type: LlamaFileType) -> None:

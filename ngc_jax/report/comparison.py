@@ -22,12 +22,10 @@ def write_report(results: Mapping[str, Any], directory: Path) -> None:
         results: `settings`, `dense` and `entries`, as `ngc-jax compare` returns them.
         directory: An existing directory.
     """
-    from ngc_jax.files import write_json
+    from ngc_jax.files import write_json, write_text
 
     write_json(directory / "results.json", results)
-    temporary = directory / ".results.md"
-    temporary.write_text(markdown(results), encoding="utf-8")
-    temporary.replace(directory / "results.md")
+    write_text(directory / "results.md", markdown(results))
     figures.draw_comparison(results, directory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ngc_jax.files import atomic_file
 
 Rows = Sequence[Mapping[str, Any]]
 # Perplexities above this multiple of the dense one are off the picture: the model is broken there.
@@ -64,10 +67,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, file: Path) -> Path:
     """Write a picture (PNG) whole or not at all; returns the file."""
-    temporary = file.with_name(f".{file.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(file)
+    with atomic_file(file) as temporary, warnings.catch_warnings():
+        # A name may be written in a script that matplotlib's font does not have: boxes are drawn.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(temporary, format="png")
     return file
+
+
+def as_text(name: str) -> str:
+    """No picture may read a dollar sign as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def pareto(rows: Rows, dense: Mapping[str, Any]) -> Figure:
@@ -95,7 +104,7 @@ def pareto(rows: Rows, dense: Mapping[str, Any]) -> Figure:
             markersize=11 if ours else 5,
             linewidth=2.4 if ours else 1.2,
             zorder=3 if ours else 2,
-            label=name,
+            label=as_text(name),
         )
     axes.axhline(dense["perplexity"], color=_GRAY, linestyle="--", linewidth=1)
     axes.annotate(
@@ -116,7 +125,7 @@ def pareto(rows: Rows, dense: Mapping[str, Any]) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("stored / dense parameters of the converted blocks")
     axes.set_ylabel("perplexity (log)")
-    note = f"; perplexity above {_CEILING:g} x dense: {', '.join(broken)}" if broken else ""
+    note = f"; perplexity above {_CEILING:g} x dense: {as_text(', '.join(broken))}" if broken else ""
     axes.set_title(f"One-shot conversion, no training{note}", fontsize=10, loc="left", wrap=True)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8.5)
@@ -143,7 +152,7 @@ def bars(rows: Rows, dense: Mapping[str, Any]) -> Figure:
             axes.annotate(
                 text, (min(value, ceiling), place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
             )
-        axes.set_yticks(range(len(names)), names, fontsize=8.5)
+        axes.set_yticks(range(len(names)), [as_text(name) for name in names], fontsize=8.5)
         axes.set_title(f"keep {keep:g}", fontsize=10, loc="left")
         axes.set_xlabel("ln(perplexity / dense)")
         axes.margins(x=0.18)
@@ -169,7 +178,7 @@ def rank_map(row: Mapping[str, Any]) -> Figure:
     axes.set_xticks(range(0, layers, max(layers // 10, 1)))
     axes.set_xlabel("layer")
     axes.set_title(
-        f"{row['variant']} at keep {row['keep']:g}: rank / full rank (1: left dense)", fontsize=10, loc="left"
+        f"{as_text(row['variant'])} at keep {row['keep']:g}: rank / full rank (1: left dense)", fontsize=10, loc="left"
     )
     figure.colorbar(image, ax=axes, pad=0.01)
     return figure

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ngc_jax.files import write_text
 from ngc_jax.report import svg, svg_blocks
 from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
 from ngc_jax.report.colours import BINS, THEMES, colour_bin, variables
@@ -141,11 +142,8 @@ def render(title: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Sect
 
 def write_page(page: str, file: Path) -> int:
     """Write the page whole or not at all; returns its size in bytes."""
-    data = page.encode("utf-8")
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(file)
-    return len(data)
+    write_text(file, page)
+    return len(page.encode("utf-8"))
 
 
 def token_classes(text: Text, place: int) -> str:

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
 from ngc_jax.report.colours import INKS, SERIES, colour_bin, ramp, text_on
-from ngc_jax.report.figures import new_figure
+from ngc_jax.report.figures import as_text, new_figure
 from ngc_jax.report.scales import ASINH_WIDTH, scale_ticks, scaled
 
 _DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
@@ -56,16 +56,18 @@ def _(chart: Lines) -> Figure:
             marker=None if not one.markers else "*" if one.style < 0 else _MARKERS[one.style % len(_MARKERS)],
             markersize=11 if one.style < 0 else 5,
             zorder=3 if one.style < 0 else 2,
-            label=_plain(one.name),
+            label=as_text(one.name),
         )
         if one.low is not None and one.high is not None:
             axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.13, linewidth=0)
     for y, label in chart.rules:
         axes.axhline(y, color=_INK["muted"], linewidth=1, linestyle="--" if label else "-")
-        axes.annotate(label, (1, y), (-2, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
+        axes.annotate(
+            as_text(label), (1, y), (-2, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8
+        )
     for x, label in chart.marks:
         axes.axvline(x, color=_INK["muted"], linewidth=1, linestyle="--")
-        axes.annotate(_plain(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
+        axes.annotate(as_text(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
     if chart.y_scale != "linear":
         axes.set_yscale(chart.y_scale, **({"linear_width": ASINH_WIDTH} if chart.y_scale == "asinh" else {}))
     if chart.y_range is not None and chart.y_range[0] < chart.y_range[1]:
@@ -95,13 +97,13 @@ def _(chart: Bars) -> Figure:
             axes.barh(row, length, color=_colour(chart.styles[row]), height=0.7)
             told = f"{value:.3g}" if value <= chart.highest else "broken"
             axes.annotate(told, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(as_text(title), fontsize=9, loc="left")
         axes.set_xlabel(chart.x_label, fontsize=8)
         axes.margins(x=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(chart.names)), [_plain(name) for name in chart.names])
+    panels[0].set_yticks(range(len(chart.names)), [as_text(name) for name in chart.names])
     panels[0].invert_yaxis()
-    figure.suptitle(_plain(chart.title), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(as_text(chart.title), fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -160,11 +162,11 @@ def _(chart: Text) -> Figure:
             bin_ = colour_bin(measure.key, measure.values[place], measure.lowest, measure.highest)
             face = "none" if bin_ is None else colours[bin_]
             axes.add_patch(Rectangle((start, line), max(len(piece), 1), 0.86, facecolor=face, edgecolor="none"))
-            axes.text(start, line + 0.46, _plain(piece), family="monospace", fontsize=7, va="center", clip_on=True)
+            axes.text(start, line + 0.46, as_text(piece), family="monospace", fontsize=7, va="center", clip_on=True)
         axes.set_xlim(0, widest)
         axes.set_ylim(count, 0)
         axes.set_axis_off()
-        axes.set_title(_plain(f"{chart.title}: {measure.name} {measure.unit}".strip()), fontsize=9, loc="left")
+        axes.set_title(as_text(f"{chart.title}: {measure.name} {measure.unit}".strip()), fontsize=9, loc="left")
         mappable = _mappable(measure.key, measure.lowest, measure.highest)
         figure.colorbar(mappable, ax=axes, pad=0.01, aspect=10).ax.tick_params(labelsize=7)
     return figure
@@ -194,15 +196,10 @@ def _mappable(name: str, lowest: float, highest: float) -> Any:
 
 
 def _titled(figure: Figure, axes: Any, title: str) -> Figure:
-    axes.set_title(_plain(title), fontsize=10, loc="left")
+    axes.set_title(as_text(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _colour(style: int) -> str:
     return _INK["ours"] if style < 0 else SERIES["light"][style % len(SERIES["light"])]
-
-
-def _plain(text: str) -> str:
-    """No picture may read a dollar sign as mathematics."""
-    return text.replace("$", r"\$")

@@ -231,7 +231,7 @@ def _files(config: SourceConfig) -> Sequence[Document] | Stream:
             f"{', '.join(_BUILDERS)}"
         )
     builder = _BUILDERS[min(kinds)]
-    options = {"sample_by": "document"} if builder == "text" else {}
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     return _load(config, config.column, builder, data_files=files, split="train", **options)
 
 

@@ -88,6 +88,8 @@ BAD_FILES = {
     "keep: " + "[" * 3000 + "]" * 3000: "not valid YAML",
     "text: 2024-99-99": "not valid YAML",
     "config: other.yaml": "does not have",
+    "? [a, b]\n: 1": "must be a word",
+    "{a: 1}: 1": "must be a word",
     b"\xff\xfe\x00": "not UTF-8",
 }
 
@@ -118,9 +120,18 @@ def test_home_is_expanded_wherever_a_path_comes_from(tmp_path, monkeypatch):
     assert cli.parse_arguments(["generate", "--prompt", "~ is home"])[1].prompt == ["~ is home"]
 
 
-def test_an_unknown_option_of_the_line_is_refused():
-    with pytest.raises(UsageError, match="--colour"):
-        cli.parse_arguments(["info", "--colour"])
+@pytest.mark.parametrize("option", ["--colour", "--conf=x.yaml", "--js=x"])
+def test_an_unknown_option_of_the_line_is_refused(option):
+    with pytest.raises(UsageError, match=option):
+        cli.parse_arguments(["info", option])
+
+
+@pytest.mark.parametrize("words", ["# Be brief", "null", "&a", "*a", "[/INST]", "{a: b}", "2024-01-01", "1.0", "a: b"])
+def test_words_are_no_yaml(words, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"system": words, "prompt": [words]}))
+    for given in (["--system", words, "--prompt", words], ["--config", str(tmp_path / "c.yaml")]):
+        config = cli.parse_arguments(["generate", *given])[1]
+        assert (config.system, config.prompt) == (words, [words])
 
 
 @pytest.mark.parametrize("name", ["compare_quick", "compare_quick.yaml", "configs/compare_quick.yaml"])

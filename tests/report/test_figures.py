@@ -1,3 +1,5 @@
+import pytest
+
 from ngc_jax.report.figures import bars, draw_comparison
 
 
@@ -33,3 +35,11 @@ def test_levers_stand_below_the_methods_they_change_at_the_same_keep_ratios(tmp_
         ("ngc, once", 0.8),
     ]
     assert tmp_path / "levers.png" in files
+
+
+@pytest.mark.parametrize("name", [r"$\bad$", "a$b", "日本"])
+def test_names_are_no_mathematics_and_may_be_of_any_script(name, tmp_path):
+    entries = [row(name, 0.8, perplexity, "methods", "ngc") for perplexity in (12.0, 9e9)]
+    files = draw_comparison({"entries": entries, "dense": {"perplexity": 10.0, "block_parameters": 1000}}, tmp_path)
+    assert files
+    assert all(file.stat().st_size for file in files)
