@@ -42,6 +42,18 @@ def write_text(file: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, for files that anybody may have written.
+
+    Raises:
+        ValueError: If it is no JSON, or nested deeper than Python can read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object; see `write_text`."""
     write_text(file, json.dumps(value, indent=2) + "\n")

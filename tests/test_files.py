@@ -119,7 +119,7 @@ def test_a_locked_directory_that_was_made_in_vain_is_removed(tmp_path):
         (run / "metrics.jsonl").touch()
     with pytest.raises(UsageError), lock_directory(run):
         raise UsageError("refused")
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl"]
     (run / "metrics.jsonl").unlink()
     with pytest.raises(UsageError), lock_directory(run):  # which was there before
         raise UsageError("refused")

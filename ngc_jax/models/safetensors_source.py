@@ -4,7 +4,6 @@ The safetensors header (a length, then JSON) is parsed here: the library's NumPy
 and float8, and maps whole files into memory. One tensor is read at a time, so memory holds that tensor only.
 """
 
-import json
 import logging
 import math
 import re
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import parse_json
 from ngc_jax.models.quantised import dequantise, find_scales
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UsageError: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}") from None
     except ValueError as error:
@@ -256,10 +256,10 @@ def _read_header(file: BufferedReader, path: Path) -> dict[str, _Entry]:
             f"the file has {size}; download or copy it again"
         )
     try:
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         data_start = 8 + length
         entries = {name: _entry(path, fields, data_start) for name, fields in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f"{path}: its safetensors header is corrupt; download or copy it again") from None
     for name, entry in entries.items():
         end = entry.start + entry.n_bytes

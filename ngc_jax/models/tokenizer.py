@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import parse_json
 from ngc_jax.models.tokenizer_model import load_tokenizer_model, only_tokenizer_model
 from ngc_jax.tokens import Bos
 
@@ -244,7 +245,7 @@ class Tokenizer:
         self._fast.save_pretrained(str(directory))
         # The class under the name that transformers 4 knows too; it takes tokenizer.json as it is.
         config = directory / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = parse_json(config.read_text(encoding="utf-8"))
         _write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
         generation = directory / _GENERATION_CONFIG
         if not generation.exists():
@@ -332,10 +333,10 @@ def _stops(path: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        settings: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        settings: Any = parse_json(path.read_text(encoding="utf-8-sig"))
         text = settings.get("text_config")
         places = (settings, text if isinstance(text, dict) else {})
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         raise UsageError(f"{path}: is no JSON object; copy the original file again, or delete it") from None
     found = [place.get("eos_token_id") for place in places]
     flat = [index for eos in found for index in (eos if isinstance(eos, list) else [eos])]

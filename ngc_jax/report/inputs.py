@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import parse_json
 from ngc_jax.models.inspect import Inspection, inspect_model
 from ngc_jax.models.sources import open_source
 
@@ -160,8 +160,8 @@ def _json(file: Path) -> Mapping[str, Any]:
 
 def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"{where} is no JSON ({error}); write it again with the command that made it") from error
     if not isinstance(data, dict):
         raise UsageError(f"{where} holds no object; write it again with the command that made it")
