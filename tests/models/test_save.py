@@ -93,7 +93,8 @@ def test_what_goes_with_the_tensors(tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path / "out"))
     text = "Groups of neurons"
     np.testing.assert_array_equal(loaded.load_tokenizer().encode(text), model.load_tokenizer().encode(text))
-    assert loaded.hf_config == {**model.hf_config, "dtype": "float32", "torch_dtype": "float32"}
+    own = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "torch_dtype": "float32"}
+    assert loaded.hf_config == {**model.hf_config, **own}
     assert loaded.conversion is None
     save_model(model, tmp_path / "carded", card="# A card\n")
     assert (tmp_path / "carded" / "README.md").read_text() == "# A card\n"
