@@ -158,6 +158,7 @@ def convert_and_save(
     from ngc_jax.convert.recipe import Recipe
     from ngc_jax.files import check_output
     from ngc_jax.host_memory import peak_bytes
+    from ngc_jax.models.card import hub_id
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
@@ -248,6 +249,7 @@ def convert_and_save(
         "kernel": recipe.kernel,
         "source": config.model,
         **({} if config.tokenizer is None else {"tokenizer": config.tokenizer}),
+        "base_model": hub_id(config.model),
         "calibration": {
             "text": Path(config.text).name,
             "tokens": len(tokens),

@@ -380,14 +380,16 @@ def _plain(value: Any) -> Any:
 
 
 def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any], trainable: str) -> str:
-    from ngc_jax.models.card import model_card
+    from ngc_jax.models.card import Measured, model_card
 
+    perplexity = summary["perplexities"].get(summary["step"])
+    measured = None if perplexity is None else Measured(Path(options.evaluation_text).name, perplexity)
     training = (
         f"Trained on {summary['tokens_seen']:,} tokens of {Path(options.text).name} ({options.steps} steps of "
         f"{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training "
         f"{trainable})."
     )
-    return model_card(model, Path(options.out or "").name, training=training)
+    return model_card(model, Path(options.out or "").name, training=training, measured=measured)
 
 
 def _median(values: list[float]) -> float | None:

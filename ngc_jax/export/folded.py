@@ -20,7 +20,7 @@ from ngc_jax.groups.plan import GroupPlan
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
-from ngc_jax.models.load import parameter_shapes
+from ngc_jax.models.load import check_tied_head, count_not_finite, parameter_shapes, read_tensor
 from ngc_jax.models.saved_config import join_config, split_config
 from ngc_jax.models.sources import Source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ class FoldedSource:
         config: config.json of the dense architecture, without our own section.
         decoder_config: The same, read.
         compact: Whether the model has groups.
+        conversion: How the model was converted, if it was.
         shapes: Tensor name -> shape.
         nbytes: Bytes of all tensors in the type of the source's embedding.
 
@@ -74,6 +75,7 @@ class FoldedSource:
         self._stored = match_tensors(
             parameter_shapes(Decoder(config, inspection.plan)), source.shapes, config, source.name
         )
+        check_tied_head(source, config, self._stored["embed.embedding"])
         dense = parameter_shapes(Decoder(config))
         self._parameters = {hf_name(parameter, config): parameter for parameter in dense}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: dense[p] for name, p in self._parameters.items()}
@@ -81,6 +83,7 @@ class FoldedSource:
         self.sizes: Mapping[str, int] = {name: width * int(np.prod(shape)) for name, shape in self.shapes.items()}
         self.nbytes = sum(self.sizes.values())
         self.license, self.files = source.license, source.files
+        self.conversion = inspection.conversion
         self._held: tuple[str, dict[str, Any]] | None = None
 
     def parameter(self, name: str) -> str:
@@ -99,7 +102,7 @@ class FoldedSource:
         block, _, leaf = parameter.rpartition(".")
         group = self._groups.get(block)
         if group is None or leaf != "kernel":
-            return self._source.read(self._stored[parameter])
+            return read_tensor(self._source, self._stored[parameter])
         d_in = self.shapes[name][1]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.asarray(weights(group.kernel, self._states(group), block, d_in, pivots=group.pivots))
@@ -141,7 +144,7 @@ def read_states(source: Source, group: GroupPlan, names: Mapping[str, str]) -> d
         if not path.startswith(prefix):
             continue
         part, _, member = path.removeprefix(prefix).partition(".")
-        array = jnp.asarray(source.read(name).astype(np.float32))
+        array = jnp.asarray(read_tensor(source, name).astype(np.float32))
         if member:
             states.setdefault(part, {})[member] = array
         else:
@@ -157,6 +160,7 @@ def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         result = tensor.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(result).all():
-        raise UsageError(f"tensor {name!r} has numbers too large for {dtype}; choose bfloat16 or float32")
+    if count_not_finite(result):
+        wider = "bfloat16 or float32" if dtype == np.float16 else "float32"
+        raise UsageError(f"tensor {name!r} has numbers too large for {dtype}; choose {wider}")
     return result

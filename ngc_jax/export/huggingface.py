@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from ngc_jax.errors import UsageError
 from ngc_jax.export.folded import DTYPES, FoldedSource, cast
 from ngc_jax.files import atomic_directory, os_errors
+from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.save import SHARD_BYTES
 from ngc_jax.models.sources import Source
 
@@ -109,15 +110,10 @@ def _shards(folded: FoldedSource, itemsize: int, shard_bytes: int) -> Iterator[l
 
 
 def _card(name: str, folded: FoldedSource) -> str:
+    conversion = folded.conversion or {}
+    source = str(conversion.get("source") or folded.name)
+    base = conversion["base_model"] if "base_model" in conversion else hub_id(source)
     what = "Its neuronal groups are folded into dense weights." if folded.compact else "Its weights are dense."
-    license_line = "" if folded.license is None else f"license: {folded.license}\n"
-    return f"""---
-{license_line}library_name: transformers
-pipeline_tag: text-generation
-tags: [ngc-jax]
----
-
-# {name}
-
-Exported by ngc-jax from {folded.name}. {what} The weights keep the licence of the model they were made from.
-"""
+    text = f"Exported by ngc-jax from {folded.name}. {what}"
+    licence = "The weights keep the licence of the model they were made from."
+    return render_card(front_matter(folded.license, base, plain=True), [f"# {name}", f"{text} {licence}"])

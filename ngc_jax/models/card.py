@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,85 @@ from ngc_jax.models.wheel import WHEEL_MODELS
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(model: LanguageModel, name: str, *, training: str | None = None) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity that was measured.
+
+    Attributes:
+        text: The text, for example pydoc:second-half.
+        perplexity: By token.
+    """
+
+    text: str
+    perplexity: float
+
+
+def model_card(
+    model: LanguageModel, name: str, *, training: str | None = None, measured: Measured | None = None
+) -> str:
     """The card of a dense, pruned or compact model.
 
     Args:
         model: The model.
         name: What it is called.
         training: How it was trained, a sentence; None if it was not.
+        measured: What was measured of it; None if nothing was.
     """
     conversion = model.conversion or {}
-    source = conversion.get("source") or model.name
+    source = conversion.get("source")
     parts = [f"# {name}"]
-    if model.plan is not None and conversion:
-        parts.append(_conversion_text(model, str(source)))
+    if model.plan is not None and source is not None:
+        parts.append(_conversion_text(model, f"A compact form of `{source}`"))
+    elif model.plan is not None:
+        parts.append(_conversion_text(model, "A model of neuronal groups"))
     elif training is None:
         parts.append(f"Made from `{model.name}` by ngc-jax.")
     if training is not None:
         parts.append(training)
-    if model.license is None and conversion:
+    if measured is not None:
+        parts.append(f"Perplexity on {measured.text}: {measured.perplexity:.3f}.")
+    if source is not None and model.license in (None, "other"):
         parts.append("The weights keep the licence of the model they were made from.")
-    if is_plain(model.config, model.plan):
+    plain = is_plain(model.config, model.plan)
+    if plain:
         parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
     else:
         parts.append("Only ngc-jax loads it: its weights are made of neuron states when it runs.")
     parts.append(f'    ngc-jax generate {name} --prompt "The capital of France is"\n    ngc-jax info {name}')
-    front = yaml.safe_dump(_front_matter(model, str(source) if conversion else None), sort_keys=False)
-    return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+    base = conversion["base_model"] if "base_model" in conversion else hub_id(str(source or model.name))
+    front = front_matter(model.license, base, plain=plain)
+    if measured is not None:
+        front["model-index"] = [{"name": name, "results": [_result(measured)]}]
+    return render_card(front, parts)
 
 
-def _front_matter(model: LanguageModel, source: str | None) -> dict[str, Any]:
-    plain = is_plain(model.config, model.plan)
-    front: dict[str, Any] = {} if model.license is None else {"license": model.license}
-    base = None if source is None else hub_id(source)
-    if base is not None:
-        front |= {"base_model": base}
-    tags = ["ngc-jax", *(["compression", "low-rank"] if not plain else [])]
-    return front | {
+def front_matter(license: str | None, base_model: str | None, *, plain: bool) -> dict[str, Any]:
+    """What the hub reads of a card.
+
+    Args:
+        license: The hub's name of it; None if it is not known.
+        base_model: A hub id; None if the model has none.
+        plain: Whether it is a model of a plain architecture.
+    """
+    return {
+        **({} if license is None else {"license": license}),
+        **({} if base_model is None else {"base_model": base_model}),
         "library_name": "transformers" if plain else "ngc-jax",
         "pipeline_tag": "text-generation",
-        "tags": tags,
+        "tags": ["ngc-jax", *([] if plain else ["compression", "low-rank"])],
+    }
+
+
+def render_card(front: Mapping[str, Any], parts: Iterable[str]) -> str:
+    """A README.md of front matter and paragraphs."""
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=False)}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _result(measured: Measured) -> dict[str, Any]:
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": "text", "name": measured.text},
+        "metrics": [{"type": "perplexity", "name": "Perplexity", "value": float(measured.perplexity)}],
     }
 
 
@@ -71,15 +112,13 @@ def hub_id(source: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) and not Path(source).exists() else None
 
 
-def _conversion_text(model: LanguageModel, source: str) -> str:
-    plan, conversion = model.plan, model.conversion
+def _conversion_text(model: LanguageModel, what: str) -> str:
+    plan, conversion = model.plan, model.conversion or {}
     assert plan is not None
-    assert conversion is not None
     kept = (
         f"a keep ratio of {plan.keep_ratio():.4f} ({plan.count_parameters():,} of {plan.dense_parameters():,} "
         f"parameters of the converted blocks; {model.count_parameters():,} parameters in all)"
     )
-    what = f"A compact form of `{source}`"
     if plan.groups:
         members = sum(len(group.members) for group in plan.groups)
         text = f"{what}: {len(plan.groups)} neuronal groups in place of {members} weight matrices, at {kept}."

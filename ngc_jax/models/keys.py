@@ -35,9 +35,11 @@ _GEMMA_NORMS = {
 }
 # Tensors that a file may hold and a text decoder does not need.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
-# What wrappers put before every name: torch.compile, peft, DataParallel.
-_WRAPPERS = ("_orig_mod.", "base_model.model.", "module.")
-_MULTIMODAL = ("language_model.", "model.language_model.")
+# What torch.compile, FSDP and activation checkpointing put into names, anywhere.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_EMBEDDING = "embed_tokens.weight"
+# Where else the head of a multimodal model is.
+_HEADS = ("language_model.lm_head.weight", "model.language_model.lm_head.weight")
 # What a decoder without a head calls its own.
 _BARE = ("layers.", "embed_tokens.", "norm.")
 
@@ -82,9 +84,13 @@ def match_tensors(
     """
     canonical: dict[str, str] = {}
     twice = []
-    for name in tensors:
-        if not _IGNORED.search(name) and canonical.setdefault(_canonical(name), name) != name:
+    for name, plain in plain_names(tensors).items():
+        if canonical.setdefault(plain, name) != name:
             twice.append(name)
+    head, embedding = (hf_name(parameter, config) for parameter in ("unembed.kernel", "embed.embedding"))
+    if config.tied_embeddings and embedding not in canonical and head in canonical:
+        # Of two names of one tensor some programs write the other.
+        canonical[embedding] = canonical.pop(head)
     wanted = {hf_name(parameter, config): parameter for parameter in parameters}
     missing = [name for name in wanted if name not in canonical]
     misshapen = [
@@ -93,7 +99,7 @@ def match_tensors(
         if name in canonical and tuple(tensors[canonical[name]]) != tuple(parameters[parameter])
     ]
     # A tied model's file may repeat the embedding as lm_head.
-    left_over = twice + [name for name in canonical if name not in wanted and name != "lm_head.weight"]
+    left_over = twice + [name for plain, name in canonical.items() if plain not in wanted and plain != head]
     problems = []
     if missing:
         problems.append(f"missing {_some(_with_guess(name, left_over) for name in missing)}")
@@ -108,15 +114,35 @@ def match_tensors(
     return {parameter: canonical[name] for name, parameter in wanted.items()}
 
 
-def _canonical(name: str) -> str:
-    """A tensor's name as the plain causal language model has it."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    for prefix in _MULTIMODAL:
-        if name.startswith(prefix):
+def is_ignored(name: str) -> bool:
+    """Whether a text decoder does not need a tensor: a vision tower's, or one that is computed."""
+    return _IGNORED.search(_WRAPPERS.sub("", name)) is not None
+
+
+def plain_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Every tensor's name as the plain causal language model has it; ignored ones are left out.
+
+    What stands before the decoder's names (peft, DataParallel, a multimodal model and many others put something there)
+    is what stands before the name of the only embedding of tokens. Where there are several, nothing is taken away.
+
+    >>> plain_names(["base.model.embed_tokens.weight", "base.lm_head.weight"])["base.lm_head.weight"]
+    'lm_head.weight'
+    """
+    unwrapped = {name: _WRAPPERS.sub("", name) for name in tensors if not is_ignored(name)}
+    found = {name for name in unwrapped.values() if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")}
+    inner = found.pop().removesuffix(_EMBEDDING) if len(found) == 1 else "model."
+    outer = inner.removesuffix("model.") if inner.endswith(".model.") or inner == "model." else inner
+    return {name: _plain(rest, inner, outer) for name, rest in unwrapped.items()}
+
+
+def _plain(name: str, inner: str, outer: str) -> str:
+    """A name without what stands before the decoder's (inner) and before its head's (outer)."""
+    if name in _HEADS:
+        return "lm_head.weight"
+    for prefix in (inner, outer):
+        if prefix and name.startswith(prefix):
             name = name.removeprefix(prefix)
-            if not name.startswith(("model.", "lm_head.")):
-                name = f"model.{name}"
+            return name if prefix == outer != inner or name.startswith("lm_head.") else f"model.{name}"
     return f"model.{name}" if name.startswith(_BARE) else name
 
 

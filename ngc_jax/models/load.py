@@ -16,7 +16,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.keys import match_tensors
+from ngc_jax.models.keys import match_tensors, plain_names
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -136,6 +136,7 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     by_path = _shapes_by_path(decoder)
     shapes = {".".join(path): shape for path, shape in by_path.items()}
     names = match_tensors(shapes, source.shapes, decoder.config, source.name)
+    check_tied_head(source, decoder.config, names["embed.embedding"])
     flat = {}
     for done, path in enumerate(by_path, start=1):
         name = names[".".join(path)]
@@ -155,12 +156,62 @@ def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(array, tensor, casting="unsafe")
     if count_not_finite(array):
-        damaged = count_not_finite(tensor)
-        if damaged:
-            raise UsageError(f"{what} has {damaged:,} numbers that are NaN or infinite; get the checkpoint again")
-        raise UsageError(f"{what} has numbers too large for {dtype}; load it in bfloat16 or float32")
+        check_finite(tensor, what)
+        raise UsageError(f"{what} has numbers too large for {dtype}; {_wider(dtype)}")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return jax.device_put(array).block_until_ready()
+
+
+def _wider(dtype: jnp.dtype) -> str:
+    """What to do about numbers too large for a type."""
+    if dtype == jnp.float16:
+        return "load it in bfloat16 or float32"
+    return "get the checkpoint again" if dtype == jnp.float32 else "load it in float32"
+
+
+def read_tensor(source: Source, name: str) -> np.ndarray:
+    """One tensor of a source, of which every number is finite.
+
+    Raises:
+        UsageError: If it cannot be read, or has numbers that are NaN or infinite.
+    """
+    tensor = source.read(name)
+    check_finite(tensor, f"tensor {name!r} of {source.name}")
+    return tensor
+
+
+def check_finite(tensor: np.ndarray, what: str) -> None:
+    """Refuse numbers that are NaN or infinite; `what` names the tensor."""
+    damaged = count_not_finite(tensor)
+    if damaged:
+        raise UsageError(f"{what} has {damaged:,} numbers that are NaN or infinite; get the checkpoint again")
+
+
+def check_tied_head(source: Source, config: DecoderConfig, embedding: str) -> None:
+    """Refuse a file whose head is not the embedding where config.json says that it is.
+
+    Programs disagree on such files: some read the embedding twice, others both tensors.
+
+    Args:
+        source: The open model.
+        config: Its architecture.
+        embedding: Name of the embedding's tensor.
+
+    Raises:
+        UsageError: If the two differ.
+    """
+    heads = [name for name, plain in plain_names(source.shapes).items() if plain == "lm_head.weight"]
+    if not config.tied_embeddings or heads in ([], [embedding]):
+        return
+    first, second = read_tensor(source, embedding), read_tensor(source, heads[0])
+    slabs = [slice(start, start + (1 << 12)) for start in range(0, len(first), 1 << 12)]
+    if first.shape != second.shape or not all(
+        np.array_equal(first[slab].astype(np.float32), second[slab].astype(np.float32)) for slab in slabs
+    ):
+        raise UsageError(
+            f"config.json of {source.name} ties the head to the embedding, but tensor {heads[0]!r} differs from "
+            f"{embedding!r}; set tie_word_embeddings to false to use both, or remove the head from the file"
+        )
 
 
 def count_not_finite(array: np.ndarray) -> int:

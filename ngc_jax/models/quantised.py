@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.keys import is_ignored
 
+# The entries of config.json that describe a quantisation; the last is MLX's.
+ENTRIES = ("quantization_config", "compression_config", "quantization")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+# Types of scales that are plain numbers. Bytes can be exponents as well as half of a scale of two levels.
+_SCALE_TYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
 # Suffixes of a weight's scales and zero point, and of what only serves quantised activations.
 _SCALES = ("_scale", "_scale_inv")
 _ZERO = "_zero_point"
-_ACTIVATIONS = re.compile(r"\.(input|output|k|v|q)_(scale|zero_point|global_scale)$|\.activation_scale$")
+_ACTIVATIONS = re.compile(r"\.(input|output|k|v|q)_(scale|zero_point|global_scale|scale_ub)$|\.activation_scale$")
 # Tensors that only packed formats have, and the format where config.json does not say.
 _PACKED = {
     r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
@@ -36,6 +41,7 @@ _PACKED = {
 }
 _NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM"}
 _NAMES |= {"exl2": "EXL2", "exl3": "EXL3", "fp8": "FP8", "fbgemm_fp8": "FBGEMM FP8", "eetq": "EETQ", "quark": "Quark"}
+_NAMES |= {"modelopt": "ModelOpt", "torchao": "torchao", "bitnet": "BitNet", "vptq": "VPTQ", "auto-round": "AutoRound"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What config.json says of quantisation, wherever it says so."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, Mapping) else {}):
-        for name in ("quantization_config", "compression_config"):
+        for name in ENTRIES:
             if isinstance(place.get(name), Mapping):
                 found: Mapping[str, Any] = place[name]
                 return found
@@ -81,13 +87,20 @@ def find_scales(
         UsageError: If weights are stored in a way that cannot be read, named as what it is.
     """
     settings = quantisation_config(config)
+    rotations = None if settings is None else settings.get("transform_config")
+    if isinstance(rotations, Mapping) and rotations.get("config_groups"):
+        raise _refusal(where, str(_called(settings)), "its transform_config rotates weights and activations")
     for name in tensors:
         for pattern, kind in _PACKED.items():
             if re.search(pattern, name):
                 raise _refusal(where, _called(settings) or kind, f"it has tensors such as {name!r}")
-    weights = {name: kind for name, (kind, _) in tensors.items() if kind in (*_FLOAT8, *_INTEGERS) and _is_weight(name)}
+    weights = {
+        name: kind
+        for name, (kind, _) in tensors.items()
+        if kind in (*_FLOAT8, *_INTEGERS) and _is_weight(name) and not is_ignored(name)
+    }
     scales: dict[str, Scales] = {}
-    helpers = {name for name in tensors if settings is not None and _ACTIVATIONS.search(name)}
+    helpers: set[str] = set()
     for name, kind in weights.items():
         found = [name + suffix for suffix in _SCALES if name + suffix in tensors]
         if not found:
@@ -96,11 +109,25 @@ def find_scales(
             raise _refusal(where, _called(settings) or f"weights of type {kind}", f"{name!r} has no scales beside it")
         if kind not in (*_FLOAT8, "I8"):
             raise _refusal(where, _called(settings) or f"weights of type {kind}", f"{name!r} is of type {kind}")
+        if tensors[found[0]][0] not in _SCALE_TYPES:
+            why = f"the scales of {name!r} are of type {tensors[found[0]][0]}"
+            raise _refusal(where, _called(settings) or f"weights of type {kind}", why)
         _check_described(settings, where, name)
         zero = name + _ZERO if name + _ZERO in tensors else None
         scales[name] = Scales(found[0], zero, _block(settings))
         helpers |= {found[0], *([] if zero is None else [zero])}
+    if scales or settings is not None:
+        helpers |= {name for name in tensors if _ACTIVATIONS.search(name)}
+    if settings is not None:
+        for name in tensors:
+            if not (_is_weight(name) or name in helpers or is_ignored(name)):
+                raise _refusal(where, str(_called(settings)), f"it has tensors such as {name!r}")
     return scales, helpers
+
+
+def has_bare_float8(tensors: Mapping[str, tuple[str, tuple[int, ...]]], scales: Mapping[str, Scales]) -> bool:
+    """Whether weights are in float8 without scales, as a plain cast leaves them; arguments as of `find_scales`."""
+    return any(kind in _FLOAT8 and _is_weight(name) and name not in scales for name, (kind, _) in tensors.items())
 
 
 def dequantise(
@@ -131,8 +158,8 @@ def _spread(
     if values.size == 1:
         return np.float32(values.reshape(()))
     rows, columns = shape if len(shape) == 2 else (shape[0], 1)
-    whole = block is not None or (rows % values.shape[0] == 0)
     values = values.reshape(values.shape[0], -1)
+    whole = block is not None or (rows % values.shape[0] == 0 and columns % values.shape[1] == 0)
     heights = block[0] if block is not None and values.shape[0] != rows else -(-rows // values.shape[0])
     widths = block[1] if block is not None and values.shape[1] not in (1, columns) else -(-columns // values.shape[1])
     if not whole or values.shape != (-(-rows // heights), -(-columns // widths)):
@@ -178,11 +205,14 @@ def _called(settings: Mapping[str, Any] | None) -> str | None:
     """The format's name, with its bits where they are said."""
     if settings is None:
         return None
-    method = str(settings.get("quant_method", "compressed-tensors"))
+    mlx = "bits" in settings and "group_size" in settings
+    method = str(settings.get("quant_method", "MLX" if mlx else "compressed-tensors"))
+    detail = settings.get("quant_algo", settings.get("format") if method == "compressed-tensors" else None)
     bits = settings.get("bits", settings.get("w_bit"))
     for key, number in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         bits = number if settings.get(key) else bits
-    return f"{_NAMES.get(method.lower(), method)}{f' {bits}-bit' if isinstance(bits, int) else ''}"
+    name = _NAMES.get(method.lower(), method)
+    return name + (f" {bits}-bit" if isinstance(bits, int) else f" {detail}" if isinstance(detail, str) else "")
 
 
 def _refusal(where: str, kind: str, why: str) -> UsageError:

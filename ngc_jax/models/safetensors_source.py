@@ -21,7 +21,7 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import parse_json
-from ngc_jax.models.quantised import dequantise, find_scales
+from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
 from ngc_jax.models.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ _DTYPES: dict[str, np.dtype] = {
         "BF16": ml_dtypes.bfloat16,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     }.items()
 }
 
@@ -85,6 +86,8 @@ class SafetensorsSource:
                 self._add(path)
             found = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
             self._scales, helpers = find_scales(self.config, found, str(directory))
+            if has_bare_float8(found, self._scales):
+                _LOG.warning("%s: has weights in float8 without scales; they are read as they are", directory)
         except BaseException:
             self.close()
             raise
@@ -197,14 +200,20 @@ def _license(card: Path) -> str | None:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
-    if (directory / _SINGLE).is_file():
+    if (directory / _SINGLE).is_file() and not (index.is_file() and _names(index, _SINGLE)):
         # As transformers does. An index beside it mostly belongs to the model that was there before.
-        if index.is_file() and not _names_only(index, _SINGLE):
+        if index.is_file():
             _LOG.warning("%s: %s is read; %s and its files are not", directory, _SINGLE, _INDEX)
         return [directory / _SINGLE]
     if index.is_file():
         return _indexed_files(index)
-    found = sorted(directory.glob("*.safetensors"))
+    every = sorted(directory.glob("*.safetensors"))
+    found = [path for path in every if not path.name.startswith("adapter_")]
+    if len(every) > len(found) == 0:
+        raise UsageError(
+            f"{directory}: has only an adapter ({every[0].name}), no model; merge it into its base model, with "
+            "merge_and_unload of peft"
+        )
     if len(found) == 1:
         return found
     if found:
@@ -219,12 +228,12 @@ def _weight_files(directory: Path) -> list[Path]:
     raise UsageError(f"{directory}: has no weights, expected {_SINGLE} or {_INDEX}; check the path")
 
 
-def _names_only(index: Path, file: str) -> bool:
+def _names(index: Path, file: str) -> bool:
     try:
         weight_map = read_json_object(index).get("weight_map")
     except UsageError:
         return False
-    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {file}
+    return isinstance(weight_map, dict) and file in map(str, weight_map.values())
 
 
 def _indexed_files(index: Path) -> list[Path]:

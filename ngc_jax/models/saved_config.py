@@ -12,14 +12,22 @@ from typing import Any
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, text_config
+from ngc_jax.models.quantised import ENTRIES
 
 SECTION = "ngc"
 MODEL_TYPE = "ngc"
 ARCHITECTURE = "NgcForCausalLM"
 # 1: without the types of the dense architecture, which stood in their usual place.
 FORMAT_VERSION = 2
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 # Entries that were true of the files they came with, and are not of what is written.
-_STALE = ("quantization_config", "compression_config", "auto_map", "_name_or_path", "transformers_version")
+_STALE = (*ENTRIES, "auto_map", "_name_or_path", "transformers_version")
 
 
 def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
@@ -41,7 +49,7 @@ def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any]
     if section is not None and not isinstance(section, Mapping):
         raise UsageError(f"config.json of {source} has a section {SECTION!r} without a plan; convert the model again")
     version = 1 if section is None else section.get("format", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise UsageError(
             f"config.json of {source} is of format {version!r}, this ngc-jax reads up to {FORMAT_VERSION}; install a "
             "newer ngc-jax"
@@ -73,6 +81,9 @@ def join_config(
         conversion: How the model was made, if it was converted.
     """
     whole = {name: value for name, value in hf_config.items() if name not in _STALE}
+    if not whole.get("architectures") and whole.get("model_type") in _CLASSES:
+        # Of a model trained from scratch; some programs choose their code by it.
+        whole["architectures"] = [_CLASSES[whole["model_type"]]]
     section: dict[str, Any] = {"format": FORMAT_VERSION, **(conversion or {})}
     if not is_plain(config, plan):
         section |= {"model_type": whole.get("model_type"), "architectures": whole.get("architectures")}

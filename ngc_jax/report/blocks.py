@@ -19,7 +19,7 @@ from ngc_jax.models.config import ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import match_tensors
-from ngc_jax.models.load import parameter_shapes
+from ngc_jax.models.load import parameter_shapes, read_tensor
 from ngc_jax.models.sources import Source
 from ngc_jax.report.charts import BlockMap, Cell, Number, percent
 
@@ -157,14 +157,14 @@ def block_errors(
             if pruned and _is_mlp(member.name):
                 continue
             made_JxI = weights(group.kernel, states, member.name, member.d_in, pivots=group.pivots)
-            errors[member.name] = _distance(dense.read(names[f"{member.name}.kernel"]), np.asarray(made_JxI))
+            errors[member.name] = _distance(read_tensor(dense, names[f"{member.name}.kernel"]), np.asarray(made_JxI))
         if progress is not None:
             progress(done, total)
     for done, block in enumerate(small.plan.dense, start=len(small.plan.groups) + 1):
         kernel = f"{block.name}.kernel"
         if pruned and _is_mlp(block.name):
             continue
-        errors[block.name] = _distance(dense.read(names[kernel]), compact.read(own[kernel]))
+        errors[block.name] = _distance(read_tensor(dense, names[kernel]), read_tensor(compact, own[kernel]))
         if progress is not None:
             progress(done, total)
     return errors

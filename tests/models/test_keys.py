@@ -185,3 +185,43 @@ def test_prefixes_of_wrappers(prefixed: Callable[[str], str]) -> None:
 def test_a_name_with_and_without_its_prefix_is_ambiguous() -> None:
     with pytest.raises(UsageError, match=r"left over norm\.weight"):
         match({**TENSORS, "norm.weight": (24,)})
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"base_model.model.{name}",  # peft
+        lambda name: f"module.{name}",  # DataParallel
+        lambda name: f"policy.{name}",  # a program's own
+        lambda name: name.replace("model.", "model.model.", 1),
+        lambda name: name.replace("model.", "llm.", 1),
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("lm_head", "model.lm_head"),
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    ],
+)
+def test_what_stands_before_all_names_is_taken_away(wrapped: Callable[[str], str]) -> None:
+    shared = {name: shape for name, shape in TENSORS.items() if not name.startswith("groups.")}
+    parameters = {name: shape for name, shape in PARAMETERS.items() if not name.startswith("groups.")}
+    found = match({wrapped(name): shape for name, shape in shared.items()}, parameters)
+    assert found == {parameter: wrapped(TABLE[parameter]) for parameter in parameters}
+
+
+def test_of_two_models_in_one_file_none_is_chosen() -> None:
+    for other in ("ema.", "ema.model."):
+        second = {f"{other}{name.removeprefix('model.')}": shape for name, shape in TENSORS.items()}
+        with pytest.raises(UsageError, match=rf"left over {other}embed_tokens\.weight, "):
+            match({**TENSORS, **second})
+    second = {name.removeprefix("model."): shape for name, shape in TENSORS.items() if name.startswith("model.")}
+    with pytest.raises(UsageError, match=r"left over embed_tokens\.weight, "):
+        match({**TENSORS, **second})
+
+
+def test_a_tied_model_may_have_its_embedding_under_the_name_of_its_head() -> None:
+    config = DecoderConfig.from_hf(HF_CONFIGS["llama"])
+    tied = {name: shape for name, shape in PARAMETERS.items() if name != "unembed.kernel"}
+    tensors = {name: shape for name, shape in TENSORS.items() if name != "model.embed_tokens.weight"}
+    assert match_tensors(tied, tensors, config, "it")["embed.embedding"] == "lm_head.weight"
+    with pytest.raises(UsageError, match=r"missing model\.embed_tokens\.weight"):
+        match(tensors)

@@ -18,10 +18,12 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from ngc_jax.errors import UsageError
+from ngc_jax.export.folded import FoldedSource
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import load_model, parameter_shapes, read_plan
+from ngc_jax.models.sources import open_source
 from tests.models.compact import compact_model, compact_plan
 from tests.tiny import HF_CONFIGS, tiny_tokenizer
 
@@ -97,6 +99,24 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
         UsageError, match=r"^the tensors of gone do not fit its config\.json: missing model\.layers\.1\."
     ):
         load_model(str(tmp_path / "gone"))
+
+
+def fold(path: str) -> None:
+    with open_source(path) as source:
+        FoldedSource(source)
+
+
+@pytest.mark.parametrize("open_it", [load_model, fold])
+def test_a_tied_head_that_differs_is_refused(open_it: Any, tmp_path: Path) -> None:
+    """transformers 4 reads the embedding twice, transformers 5 both tensors: neither is chosen without a word."""
+    tensors = write_model(tmp_path, {**HF_CONFIGS["llama"], "num_hidden_layers": 1})
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    open_it(str(tmp_path))
+    head[-1, 3] += 1
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"'lm_head.weight' differs from .*; set tie_word_embeddings to false to use"):
+        open_it(str(tmp_path))
 
 
 SECTION = {"plan": compact_plan(compact_model().config).to_json()}

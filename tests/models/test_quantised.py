@@ -10,8 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from ngc_jax import cli
 from ngc_jax.errors import UsageError
+from ngc_jax.export.huggingface import export_huggingface
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
+from ngc_jax.models.sources import open_source
 from tests.models.compact import dense_model
 from tests.tiny import tiny_model
 
@@ -62,6 +64,20 @@ def by_block(weight):
     return {"": float8(weight, wide), "_scale_inv": scale}
 
 
+def by_group(weight):
+    groups = weight.reshape(len(weight), -1, 4)
+    scale = np.abs(groups).max(axis=2).astype(np.float32) / 127
+    return {"": np.round(groups / scale[..., None]).astype(np.int8).reshape(weight.shape), "_scale": scale}
+
+
+def by_exponent(weight):
+    """Blocks of 16 rows and 8 columns whose scales are powers of two, stored as exponents alone."""
+    scale = by_block(weight)["_scale_inv"]
+    scale = np.exp2(np.round(np.log2(scale))).astype(ml_dtypes.float8_e8m0fnu)
+    wide = np.repeat(np.repeat(scale.astype(np.float32), 16, 0), 8, 1)[: weight.shape[0], : weight.shape[1]]
+    return {"": float8(weight, wide), "_scale_inv": scale}
+
+
 def dequantised(tensors, name):
     """A plain loop, number by number."""
     weight = tensors[name].astype(np.float64)
@@ -72,6 +88,8 @@ def dequantised(tensors, name):
         for column in range(weight.shape[1]):
             if scale.size == 1:
                 factor, offset = scale.reshape(()), 0.0
+            elif scale.shape[0] == len(weight) and scale.shape[1] > 1:
+                factor, offset = scale[row, column // 4], 0.0
             elif scale.shape[1] == 1:
                 factor, offset = scale[row, 0], 0.0 if zero is None else float(zero[row, 0])
             else:
@@ -86,7 +104,9 @@ def dequantised(tensors, name):
         (by_row, {"quantization_config": COMPRESSED}),
         (by_row, {"compression_config": COMPRESSED}),
         (by_row_with_zero, {"quantization_config": COMPRESSED}),
+        (by_group, {"quantization_config": COMPRESSED}),
         (by_block, {"quantization_config": BLOCKS}),
+        (by_exponent, {"quantization_config": BLOCKS}),
         (lambda weight: {k: v for k, v in by_tensor(weight).items() if k != "_input"}, {"quantization_config": BLOCKS}),
     ],
 )
@@ -102,8 +122,25 @@ def test_8_bit_weights_with_scales_are_dequantised(change, config, directory, tm
     assert not {"quantization_config", "compression_config"} & set(saved)
 
 
-def test_float8_without_scales_is_read_as_it_is(directory):
+@pytest.mark.parametrize("config", [None, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}])
+def test_scales_of_activations_are_not_needed(config, directory):
+    def change(weight):
+        activations = {".input_scale": np.ones(1, np.float32), ".input_scale_ub": np.ones(1, np.float32)}
+        return {name: tensor for name, tensor in by_tensor(weight).items() if name != "_input"} | activations
+
+    tensors = rewrite(directory, change, config)
+    for name in [name for name in tensors if ".weight.input" in name]:
+        tensors[name.replace(".weight.", ".")] = tensors.pop(name)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    found = np.asarray(load_model(str(directory)).params["layers"]["0"]["attn"]["q"]["kernel"])
+    expected = dequantised(tensors, "model.layers.0.self_attn.q_proj.weight")
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_float8_without_scales_is_read_as_it_is(directory, caplog):
     tensors = rewrite(directory, lambda weight: {"": weight.astype(ml_dtypes.float8_e5m2)}, None)
+    with open_source(str(directory)):
+        assert "has weights in float8 without scales; they are read as they are" in caplog.text
     found = np.asarray(load_model(str(directory)).params["layers"]["0"]["attn"]["q"]["kernel"])
     np.testing.assert_array_equal(found, tensors["model.layers.0.self_attn.q_proj.weight"].astype(np.float32))
 
@@ -125,6 +162,24 @@ REFUSED = {
     "EXL2 or EXL3": (lambda w: {".trellis": np.zeros((2, 2), np.int16)}, None),
     "compressed-tensors packed": (lambda w: {"_packed": np.zeros((2, 2), np.int32)}, None),
     "compressed-tensors": (by_row, {"quant_method": "compressed-tensors"}),  # and does not say how
+    "compressed-tensors mxfp8-quantized": (
+        lambda w: {"": w.astype(ml_dtypes.float8_e4m3fn), "_scale": np.full((len(w), 2), 127, np.uint8)},
+        {**COMPRESSED, "format": "mxfp8-quantized"},
+    ),
+    "compressed-tensors int-quantized": (  # with reordered columns
+        lambda w: by_row(w) | {"_g_idx": np.zeros(w.shape[1], np.int32)},
+        {**COMPRESSED, "format": "int-quantized"},
+    ),
+    "compressed-tensors float-quantized": (
+        lambda w: {"": w},
+        {**COMPRESSED, "format": "float-quantized", "transform_config": {"config_groups": {"R1": {}}}},
+    ),
+    "ModelOpt NVFP4": (
+        lambda w: {"": np.zeros((9, 2), np.uint8), "_scale": np.ones((9, 1), ml_dtypes.float8_e4m3fn)},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    ),
+    "torchao": (lambda w: {":_data": w.astype(np.int8)}, {"quant_method": "torchao"}),
+    "MLX 4-bit": (lambda w: {"": np.zeros((9, 2), np.uint32)}, {"group_size": 64, "bits": 4}),
     "quanto": (lambda w: {"": w.astype(np.int8)}, {"quant_method": "quanto"}),
     "weights of type I8": (lambda w: {"": w.astype(np.int8)}, None),
     "weights of type I32": (lambda w: {"": w.astype(np.int32)}, None),
@@ -175,6 +230,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_used(value, d
         ["evaluate", str(directory), "--text", str(text)],
         ["convert", str(directory), "--method", "svd", "--text", str(text), "--out", str(tmp_path / "out")],
         ["generate", str(directory), "--prompt", "a"],
+        ["export", str(directory), "--to", "hf", "--out", str(tmp_path / "out")],
     ]
     for command in commands:
         assert cli.main(command) == 2
@@ -189,3 +245,10 @@ def test_numbers_too_large_for_a_type_are_not_called_damage(tmp_path):
     with pytest.raises(UsageError, match="too large for float16; load it in bfloat16 or float32"):
         load_model(directory, dtype="float16")
     load_model(directory, dtype="bfloat16")
+    model.params["norm"]["scale"] = model.params["norm"]["scale"].at[0].set(3.4e38)
+    save_model(model, directory, overwrite=True)
+    with pytest.raises(UsageError, match="too large for bfloat16; load it in float32"):
+        load_model(directory, dtype="bfloat16")
+    with open_source(directory) as source, pytest.raises(UsageError, match="too large for bfloat16; choose float32"):
+        export_huggingface(source, tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out").exists()

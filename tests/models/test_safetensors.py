@@ -191,6 +191,22 @@ def test_one_file_beside_the_index_of_another_model(tmp_path: Path, caplog: pyte
     assert not caplog.records
 
 
+def test_an_index_that_names_the_one_file_among_others_is_read(tmp_path: Path) -> None:
+    everything = list(tensors().items())
+    files = {"model.safetensors": dict(everything[:2]), "model-2.safetensors": dict(everything[2:])}
+    with SafetensorsSource(model_directory(tmp_path / "m", files, index=True)) as source:
+        assert set(source.shapes) == set(tensors())
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "m", {"adapter_model.safetensors": tensors()})
+    with refused("only an adapter", "merge"):
+        SafetensorsSource(directory)
+    save_file(tensors(), directory / "other.safetensors")
+    with SafetensorsSource(directory) as source:
+        assert set(source.shapes) == set(tensors())
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     directory = model_directory(tmp_path / "m", {"x.safetensors": tensors(), "y.safetensors": tensors()}, index=True)
     weight_map = {"a.weight": "x.safetensors", "b.weight": "y.safetensors"}

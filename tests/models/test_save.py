@@ -93,7 +93,8 @@ def test_what_goes_with_the_tensors(tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path / "out"))
     text = "Groups of neurons"
     np.testing.assert_array_equal(loaded.load_tokenizer().encode(text), model.load_tokenizer().encode(text))
-    assert loaded.hf_config == {**model.hf_config, "dtype": "float32", "torch_dtype": "float32"}
+    own = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "torch_dtype": "float32"}
+    assert loaded.hf_config == {**model.hf_config, **own}
     assert loaded.conversion is None
     save_model(model, tmp_path / "carded", card="# A card\n")
     assert (tmp_path / "carded" / "README.md").read_text() == "# A card\n"
@@ -182,12 +183,14 @@ def test_a_model_can_take_its_own_place(saved: Path) -> None:
     assert_same(load_model(str(saved)), model)
 
 
-def test_overwrite_of_a_link_leaves_what_it_points_to(saved: Path) -> None:
+def test_overwrite_of_a_link_replaces_what_it_points_to(saved: Path) -> None:
     link = saved.parent / "link"
     link.symlink_to(saved)
-    save_model(compact_model(), link, overwrite=True)
-    assert not link.is_symlink()
-    assert (saved / "notes.txt").exists()
+    model = compact_model("gemma3")
+    save_model(model, link, overwrite=True)
+    assert link.is_symlink()
+    assert_same(load_model(str(saved)), model)
+    assert not (saved / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("content", [["notes.txt"], ["config.json"], ["model.safetensors"]])
@@ -200,12 +203,14 @@ def test_what_is_no_model_is_never_overwritten(content: list[str], tmp_path: Pat
     assert left_in(tmp_path / "out") == content
 
 
-def test_files_and_dead_links_are_never_overwritten(tmp_path: Path) -> None:
+def test_files_are_never_overwritten_and_dead_links_are_written_through(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "link"):
-        with pytest.raises(UsageError, match="is not a model directory"):
-            check_output(tmp_path / name, overwrite=True)
+    with pytest.raises(UsageError, match="is not a model directory"):
+        check_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(UsageError, match="exists"):
+        check_output(tmp_path / "link", overwrite=False)
+    assert check_output(tmp_path / "link", overwrite=True) == tmp_path / "nowhere"
     with pytest.raises(UsageError, match=r"cannot be made in .*/file; choose an --out that can be written"):
         check_output(tmp_path / "file" / "out", overwrite=False)
 

@@ -109,3 +109,8 @@ def test_every_config_that_is_read_is_split(tmp_path):
     read = load_model(str(directory))
     assert read.config == DecoderConfig.from_hf(model.hf_config)
     assert read.plan == model.plan
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("llama", "LlamaForCausalLM"), ("gemma3", "Gemma3ForCausalLM")])
+def test_a_model_trained_from_scratch_names_its_architecture(family, architecture, tmp_path):
+    assert config_of(save_model(dense_model(family), tmp_path / "out"))["architectures"] == [architecture]
