@@ -32,6 +32,7 @@ from ngc_jax.convert.candidates import all_candidates, candidate_cells
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
+from ngc_jax.convert.widths import choose_width
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block
 from ngc_jax.host_memory import handed_over
@@ -40,8 +41,6 @@ from ngc_jax.models.load import LanguageModel, Params
 
 # Whose outputs go with hidden neurons: their G must be measured whole.
 NARROW_ROLES = "ug"
-# Widths are multiples of this, a TPU's tile, if the dense model's is.
-_TILE = 128
 # Neurons that go before all of the two matrices is brought up to date, by one product.
 _BLOCK = 64
 # Relative to the mean diagonal of C: neurons that are silent on the calibration text go first, by no division by zero.
@@ -59,26 +58,25 @@ def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig,
         Both as they were if every hidden neuron stays.
 
     Raises:
-        UsageError: If a width is asked for and the topology leaves MLPs out, or the width leaves too little.
+        UsageError: If a width is asked for and the topology leaves MLPs out, the width leaves too little, or no width
+            and no ranks reach the keep ratio.
     """
     if recipe.resolved_width == 1:
         return config, recipe
-    tile = math.gcd(config.mlp_dim, _TILE)
-    width = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
     blocks = _planned(config, recipe)
     whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
     if not whole <= blocks.keys():
         if recipe.width is not None or recipe.resolved_allocation == "neurons":
             raise UsageError("hidden neurons can go where the topology has u, g and d of every layer; add them to it")
         return config, recipe
-    narrow = dataclasses.replace(config, mlp_dim=width)
+    dense = sum(block.parameters for block in blocks.values())
+    budget = math.floor(recipe.keep * dense)
+    mlp = sum(blocks[name].parameters for name in whole)
+    if recipe.width is not None and dense - round((1 - recipe.width) * mlp) < budget:
+        raise UsageError(f"width {recipe.width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width")
+    narrow = dataclasses.replace(config, mlp_dim=choose_width(config, recipe, budget))
     left = sum(block.parameters for block in _planned(narrow, recipe).values())
-    budget = math.floor(recipe.keep * sum(block.parameters for block in blocks.values()))
-    if budget > left:
-        raise UsageError(
-            f"width {recipe.resolved_width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width"
-        )
-    return narrow, dataclasses.replace(recipe, keep=budget / left, width=1.0)
+    return narrow, dataclasses.replace(recipe, keep=min(budget / left, 1.0), width=1.0)
 
 
 def removed_parameters(config: DecoderConfig, narrow: DecoderConfig, recipe: Recipe) -> int:
