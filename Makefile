@@ -47,8 +47,9 @@ test-browser: $(BROWSER_STAMP) ## open the report in a headless Chromium (CHROMI
 
 test-all: test parity test-browser test-slow ## every test
 
-lint: $(DEV_STAMP) ## check style and format
+lint: $(DEV_STAMP) ## check style, format and declared dependencies
 	@$(BIN)/ruff check .
+	@$(BIN)/deptry .
 	@$(BIN)/ruff format --check .
 
 format: $(DEV_STAMP) ## repair style and format where that can be done safely

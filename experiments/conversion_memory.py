@@ -93,6 +93,7 @@ def main() -> None:
             window=512,
             batch_size=1,
             donate=True,
+            bos="never",
             progress=lambda stage, done, total: bar(done, total, stage),
         )
     assert compact.plan is not None

@@ -91,7 +91,7 @@ def main() -> None:
                     write_json(file, measure(compact, dense, weight, seed))
                 row = json.loads(file.read_text(encoding="utf-8"))
                 rows.append({"seed": seed, "keep": keep, "weight": weight, **row})
-                console.print(json.dumps(rows[-1]), markup=False)
+                console.print(json.dumps(rows[-1]))
     write_json(arguments.out / "results.json", {"rows": rows})
     kinds = dict.fromkeys((row["keep"], row["weight"]) for row in rows)
     cells = []

@@ -23,6 +23,7 @@ from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.saved_config import split_config
 from ngc_jax.models.sources import open_source
 from ngc_jax.train.losses import Objective
 from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     arguments = parser.parse_args()
     with open_source(arguments.model) as source:
-        hf_config = dict(source.config)
+        hf_config, _ = split_config(source.config, arguments.model)
     if arguments.layers is not None:
         hf_config["num_hidden_layers"] = arguments.layers
     config = DecoderConfig.from_hf(hf_config)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import typing
 from argparse import Action
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from types import FrameType
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ngc_jax import __version__
 from ngc_jax.commands import (
@@ -22,6 +26,7 @@ from ngc_jax.commands import (
     demo,
     distil,
     evaluate,
+    export,
     generate,
     info,
     plan_memory,
@@ -29,14 +34,17 @@ from ngc_jax.commands import (
     stability,
     train,
 )
+from ngc_jax.commands.config_file import read_config_file, typed_values
 from ngc_jax.errors import UsageError
-from ngc_jax.files import write_json
+from ngc_jax.files import check_target, explain, quoted_errno, write_summary
+from ngc_jax.groups.topology_text import TopologyError
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
     "evaluate": evaluate.EvaluateConfig,
     "generate": generate.GenerateConfig,
     "info": info.InfoConfig,
+    "export": export.ExportConfig,
     "distil": distil.DistilConfig,
     "train": train.TrainConfig,
     "plan-memory": plan_memory.PlanMemoryConfig,
@@ -47,35 +55,143 @@ COMMANDS = {
 }
 
 
+# --print_completion shtab-bash prints what a shell needs to complete commands and options.
+set_parsing_settings(add_print_completion_argument=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 2 for input or a machine that a person can put right, 130 when interrupted and 143 when
+        terminated by a signal.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _tell_of_downloads()
+    _show_log()
+    _print_any_text()
+    _quiet_late_callbacks()
     try:
-        command, config = parse_arguments(arguments)
-        if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-            raise UsageError(f"--json {config.json} is in a directory that does not exist; make it first")
-        summary = config.run()
-        if config.json is not None:
-            write_json(Path(config.json), {"command": command, **summary})
+        with _terminable():
+            _run(arguments)
+            sys.stdout.flush()
     except UsageError as error:
-        print(f"ngc-jax: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except _Terminated:
+        print("ngc-jax: terminated; nothing half written was left behind", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("ngc-jax: interrupted; nothing half written was left behind", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError) as error:
+        advice = explain(error)
+        if advice is None:
+            raise
+        return _refuse(advice)
+    except Exception as error:
+        number = quoted_errno(error)
+        advice = None if number is None else explain(OSError(number, os.strerror(number)))
+        if advice is not None:
+            return _refuse(advice)
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        return _refuse(
+            f"the device is out of memory ({reason}); take smaller batches, shorter windows or a smaller type"
+        )
     return 0
 
 
-def _tell_of_downloads() -> None:
+def _run(arguments: Sequence[str]) -> None:
+    command, config = parse_arguments(arguments)
+    if config.json is None:
+        config.run()
+        return
+    check_target(config.json)
+    # Where the summary goes to standard output, nothing else does.
+    with redirect_stdout(sys.stderr) if config.json == "-" else nullcontext():
+        summary = config.run()
+    write_summary(config.json, {"command": command, **summary})
+
+
+def _refuse(reason: object) -> int:
+    text = str(reason)
+    if not isinstance(reason, TopologyError):  # which shows the text and a mark below it
+        # A name from a damaged file may hold anything, and the terminal obeys control characters.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"ngc-jax: error: {text}", file=sys.stderr)
+    return 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that unwinds whatever is under way."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that what is half written is removed. In the main thread only."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _quiet_late_callbacks() -> None:
+    """After a write has failed, tensorstore reports to event loops that are closed by then, a traceback each time."""
+    # What is logged when a write in the background fails is also raised.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _report_unless_late
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _report_background
+
+
+def _report_background(failed: threading.ExceptHookArgs) -> None:
+    """What a thread could not write, such as TensorBoard's events on a full disk, in one line."""
+    advice = explain(failed.exc_value) if isinstance(failed.exc_value, OSError) else None
+    if advice is None:
+        threading.__excepthook__(failed)
+    else:
+        logging.getLogger("ngc_jax").warning("in the background: %s", advice)
+
+
+def _report_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
+
+
+def _print_any_text() -> None:
+    """A path or a text may hold what the terminal's encoding does not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _ToStderr(logging.StreamHandler):
+    """Writes to what is standard error when something is logged, which a caller may have redirected since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _show_log() -> None:
     """Show what the library logs (such as that it fetches a model) on stderr."""
     logger = logging.getLogger("ngc_jax")
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(_ToStderr())
         logger.setLevel(logging.INFO)
 
 
@@ -86,32 +202,58 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         UsageError: If the arguments do not fit.
         SystemExit: After --help and --version.
     """
-    arguments = _config_first(arguments)
-    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    rest, files = _take_config_files(arguments)
+    chosen = rest[0] if rest and rest[0] in COMMANDS else ""
+    given: dict[str, Any] = {}
+    if chosen:
+        config = COMMANDS[chosen]
+        names = [field.name for field in dataclasses.fields(config)]
+        for file in files:
+            given |= typed_values(_command_parser(config), file, read_config_file(file, names))
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser(chosen, given).parse_args(rest)
     except ArgumentError as error:
         reason = " ".join(str(error).split()).replace("Parser key ", "option ")
         raise UsageError(f"{reason}; see ngc-jax {chosen} --help".replace("  ", " ")) from error
     values: Namespace = parsed[parsed.command]
-    fields = {field.name for field in dataclasses.fields(COMMANDS[parsed.command])}
-    return parsed.command, COMMANDS[parsed.command](**{name: values[name] for name in fields})
+    fields = dataclasses.fields(COMMANDS[parsed.command])
+    named = {field.name: _expanded(field.name, values[field.name]) for field in fields}
+    return parsed.command, COMMANDS[parsed.command](**named)
 
 
-def _config_first(arguments: Sequence[str]) -> list[str]:
-    """Put --config before every other option, because later ones win."""
-    arguments, configs, index = list(arguments), [], 1
-    while index < len(arguments):
-        if arguments[index] == "--config" and index + 1 < len(arguments):
-            configs += [arguments.pop(index), arguments.pop(index)]
-        elif arguments[index].startswith("--config="):
-            configs.append(arguments.pop(index))
+# Options that hold paths: ~ in them is the home directory, wherever the value comes from.
+_PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
+_PATHS |= {"json"}
+
+
+def _expanded(name: str, value: Any) -> Any:
+    if name in _PATHS and isinstance(value, str) and "\0" in value:
+        raise UsageError(f"--{name} holds a null character; give a path")
+    if name in _PATHS and isinstance(value, list):
+        return [_expanded(name, one) for one in value]
+    return os.path.expanduser(value) if name in _PATHS and isinstance(value, str) else value
+
+
+def _take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --config, and the files that it names."""
+    rest: list[str] = []
+    files: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        if argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument == "--config":
+            file = next(given, None)
+            if file is None:
+                raise UsageError("--config has no file; give the path of a YAML file")
+            files.append(file)
         else:
-            index += 1
-    return arguments[:1] + configs + arguments[1:]
+            rest.append(argument)
+    return rest, files
 
 
-def _parser() -> ArgumentParser:
+def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
+    """The whole parser; the options of the chosen command have what its files give as defaults."""
     parser = ArgumentParser(
         prog="ngc-jax",
         description="See, shrink and study large language models as societies of neuronal groups.",
@@ -119,13 +261,19 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(dest="command", required=True)
-    for name, config in COMMANDS.items():
-        commands.add_subcommand(name, _command_parser(config), help=_summary(config))
+    # The others are needed for the list of commands only, and each takes a few hundredths of a second.
+    for name in [chosen] if chosen else COMMANDS:
+        commands.add_subcommand(name, _command_parser(COMMANDS[name], given), help=_summary(COMMANDS[name]))
     return parser
 
 
-def _command_parser(config: type) -> ArgumentParser:
-    """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional."""
+def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> ArgumentParser:
+    """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional.
+
+    Args:
+        config: A command's dataclass.
+        given: Values that take the place of the fields' defaults.
+    """
     docstring = parse_docstring(config.__doc__ or "")
     helps = {
         parameter.arg_name: parameter.description
@@ -139,14 +287,14 @@ def _command_parser(config: type) -> ArgumentParser:
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         default = None if field.default is dataclasses.MISSING else field.default
-        common: dict[str, Any] = {"help": helps[field.name], "default": default}
+        common: dict[str, Any] = {"help": helps[field.name], "default": (given or {}).get(field.name, default)}
         flag = f"--{field.name.replace('_', '-')}"
         if field.name == "model":
-            parser.add_argument("model", nargs="?", **common)
+            parser.add_argument("model", nargs="?", type=str, **common)
         elif field.name == "sources":
             parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
         elif types[field.name] is bool:
-            parser.add_argument(flag, action="store_true", **common)
+            parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
             parser.add_argument(flag, nargs="+", type=str if types[field.name] == list[str] | None else float, **common)
         else:
@@ -155,7 +303,7 @@ def _command_parser(config: type) -> ArgumentParser:
 
 
 class _KeepUnlessGiven(Action):
-    """Stores a positional list; an empty one does not override that of a --config file."""
+    """Stores a positional list; an empty one does not override the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
 import os
+import re
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +32,7 @@ def write_text(file: Path, text: str) -> None:
         try:
             temporary.write(text)
             temporary.close()
-            Path(temporary.name).chmod(0o644)
+            Path(temporary.name).chmod(stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644)
             Path(temporary.name).replace(file)
         except BaseException:
             Path(temporary.name).unlink(missing_ok=True)
@@ -40,13 +44,112 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
+def check_target(target: str) -> None:
+    """Refuse a place for a summary that cannot be written, before any work is done; see `write_summary`.
+
+    Raises:
+        UsageError: If it is a directory, is in none, or must not be written.
+    """
+    if target == "-":
+        return
+    if not target or os.path.isdir(target):
+        raise UsageError(f"--json {target} is a directory; give a file, or - for standard output")
+    # A link's target is written, and may be elsewhere.
+    special = _is_special(target)
+    place = target if special else os.path.dirname(os.path.realpath(target))
+    if not special and not os.path.isdir(place):
+        raise UsageError(f"--json {target} is in a directory that does not exist; make it first")
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"--json {target} cannot be written; choose another place, or - for standard output")
+
+
+def write_summary(target: str, summary: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file, a device or a pipe; `-` is standard output.
+
+    A file is written whole or not at all, and keeps its mode. A link stays a link: what it points to is written.
+    """
+    text = json.dumps(summary, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif _is_special(target):
+        sys.stdout.flush()
+        # Appended: /dev/stdout can be a file that already holds what was printed.
+        with open(target, "a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_text(Path(os.path.realpath(target)), text)
+
+
+def _is_special(target: str) -> bool:
+    """Whether it is a device, a pipe, or one of this process's open files, which must not be replaced."""
+    inside = os.path.abspath(target).startswith(("/dev/", "/proc/"))
+    return inside or (os.path.exists(target) and not os.path.isfile(target))
+
+
+_ADVICE = {
+    errno.ENOSPC: "make space on the disk, or choose another place",
+    errno.EDQUOT: "make space within your quota, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "check the path",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "check the links on the path",
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "choose another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk",
+    errno.ENOMEM: "take smaller batches or a smaller type, or a machine with more memory",
+}
+
+
+def explain(error: OSError | MemoryError) -> str | None:
+    """An error of the operating system's in one line, with what to do; None if a person cannot put it right."""
+    if isinstance(error, MemoryError):
+        return "out of memory; take smaller batches or a smaller type, or a machine with more memory"
+    advice = _ADVICE.get(error.errno or 0)
+    if advice is None:
+        return None
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{error.strerror}; {advice}"
+
+
+@contextmanager
+def os_errors(place: Path) -> Iterator[None]:
+    """Turn what libraries in other languages make of a full disk into the operating system's own error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = quoted_errno(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def quoted_errno(error: BaseException) -> int | None:
+    """The number of an error of the operating system's that an exception, or what caused it, quotes in its message."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.errno
+        # Of Rust: (os error 28); of tensorstore: [os_error_code='28']; of Python: [Errno 28].
+        found = re.search(r"(?i)os.error(?: |_code=\W*)(\d+)|\[Errno (\d+)\]", str(seen))
+        if found is not None:
+            return int(found[1] or found[2])
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
 def check_output(directory: str | Path, overwrite: bool) -> Path:
     """Refuse an output directory that must not be written, before any work is done.
 
     Raises:
         UsageError: If it exists and `overwrite` is false, or is not a directory of a model, or has no parent.
     """
-    directory = Path(os.path.abspath(directory))  # "." has no name, and links are left as they are
+    directory = Path(os.path.abspath(os.path.expanduser(directory)))  # "." has no name, and links are left as they are
     if directory.exists() or directory.is_symlink():
         if not overwrite:
             raise UsageError(f"{directory} exists; choose another --out or add --overwrite")
@@ -147,7 +250,10 @@ def lock_directory(directory: str | Path) -> Iterator[Path]:
         UsageError: If another process has it, with that process's number.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{directory} is a file, or is below one; choose another --out") from None
     with (directory / _LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

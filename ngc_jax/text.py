@@ -1,7 +1,7 @@
 """Texts for calibration and evaluation, and the windows that their tokens are cut into.
 
 A text is named by
-- a path to a UTF-8 file;
+- a path to a UTF-8 file or pipe; a byte order mark is dropped;
 - `pydoc`, the Python documentation that every Python carries (`pydoc_data.topics`), or `pydoc:first-half` and
   `pydoc:second-half`, two parts with no sentence in common: no network needed;
 - `hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a dataset of the Hugging Face hub.
@@ -37,14 +37,19 @@ def read_text(text: str) -> str:
 
 
 def _file(path: Path) -> str:
-    if not path.is_file():
-        raise UsageError(f"there is no text file {path}; give a file, pydoc, or hub:NAME")
+    path = path.expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        # A pipe has no size and is read once: not asked beforehand whether it is a file.
+        return path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        raise UsageError(f"there is no text file {path}: it is a directory; give a file, pydoc, or hub:NAME") from None
+    except FileNotFoundError:
+        raise UsageError(f"there is no text file {path}; give a file, pydoc, or hub:NAME") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(path)[:200]} cannot be read: {reason}; check its name and its permissions") from error
 
 
 def _pydoc(text: str) -> str:

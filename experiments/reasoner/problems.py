@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -111,6 +111,10 @@ class ProblemBatches:
     def __init__(self, seed: int, *, rows: int, length: int, steps: int, operands: int = 100) -> None:
         """Settings as for `make_rows`; every batch has randomness of its own, from the seed and its number."""
         self._seed, self._shape, self._taken = seed, (rows, length, steps, operands), 0
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Tokens, positions, starts and weights, each (B, L)."""

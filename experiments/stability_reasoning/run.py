@@ -152,7 +152,7 @@ def language_model(stages: Stages, settings: Settings) -> tuple[list[dict[str, A
 
     def tokens(text: str) -> np.ndarray:
         message = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(message) if tokenizer.has_chat_template else tokenizer.encode(text)
+        return tokenizer.apply_chat_template(message) if tokenizer.has_chat_template else tokenizer.encode_prompt(text)
 
     pairs = [(tokens(pair.steps), tokens(pair.stated)) for pair in texts]
 
@@ -283,7 +283,7 @@ def main() -> None:
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = dataclasses.replace(QUICK if quick else Settings(), **given)
     results = run(settings, out / ("quick" if quick else "full"), out)
-    console.print(markdown(results), markup=False)
+    console.print(markdown(results))
 
 
 if __name__ == "__main__":

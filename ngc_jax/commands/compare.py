@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ngc_jax.commands.compare_entries import Entry, entries_of, recipe_flags, restrict, same_fit
+from ngc_jax.commands.compare_entries import Entry, entries_of, input_digests, recipe_flags, restrict, same_fit
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class CompareConfig:
             first conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
-        calibration_tokens: Tokens to measure.
+        calibration_tokens: Tokens to measure; if not given 65,536, or what the text has.
         gradient_tokens: Tokens, from the first, that gradients are taken on.
         propagation_tokens: Tokens, from the first, that errors are propagated on.
         evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
@@ -50,6 +51,9 @@ class CompareConfig:
         window: Tokens in a window.
         decode: Measure decoding speed, of the dense model and of the variants with cost.
         only: Run these variants only.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters; float32 on CPU if not given.
         json: Also write the summary to this file.
     """
@@ -59,7 +63,7 @@ class CompareConfig:
     variants: dict[str, dict[str, Any]] | None = None
     keep: list[float] | None = None
     text: str = "pydoc:first-half"
-    calibration_tokens: int = 65_536
+    calibration_tokens: int | None = None
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     evaluation_text: str = "pydoc:second-half"
@@ -68,6 +72,8 @@ class CompareConfig:
     window: int = 1024
     decode: bool = False
     only: list[str] | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: str | None = None
     json: str | None = None
 
@@ -92,8 +98,19 @@ class Comparison:
         self.entries = entries_of(config)
         self.directory = Path(config.out)
 
+    @cached_property
+    def _inputs(self) -> dict[str, str | None]:
+        """Digests of the model and of the texts that are files: an entry made from others is run again."""
+        return input_digests(self.config, self.entries)
+
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""
+        from ngc_jax.files import lock_directory
+
+        with lock_directory(self.directory):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.files import write_json
         from ngc_jax.models.load import load_model
@@ -104,7 +121,9 @@ class Comparison:
         dense_file = self.directory / "entries" / "dense.json"
         if missing or not dense_file.exists():
             with progress_bar("load") as bar:
-                dense = load_model(self.config.model, dtype=self.config.dtype, progress=bar)
+                dense = load_model(
+                    self.config.model, dtype=self.config.dtype, tokenizer=self.config.tokenizer, progress=bar
+                )
             tokenizer = dense.load_tokenizer()
             if self._read_file(dense_file, self._key(None)) is None:
                 row = self._evaluate(dense, tokenizer, decode=self.config.decode)
@@ -138,8 +157,14 @@ class Comparison:
         from ngc_jax.convert.pipeline import finish, fit_groups, refine
         from ngc_jax.convert.statistics_file import load_statistics, save_statistics
         from ngc_jax.files import write_json
+        from ngc_jax.tokens import whole_windows
 
         tokens = self._calibration_tokens(dense, tokenizer, text)
+        prefix = tokenizer.prefix(self.config.bos)
+        gradient_tokens, propagation_tokens = (
+            whole_windows(count, self.config.window, prefix)
+            for count in (self.config.gradient_tokens, self.config.propagation_tokens)
+        )
         needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
         if any(narrow_recipe(dense.config, entry.recipe)[0] != dense.config for entry in entries):
             needs.add("whole")
@@ -177,8 +202,8 @@ class Comparison:
                         list(stream),
                         tokens,
                         wide=None if kept is None else (dense, kept),
-                        gradient_tokens=self.config.gradient_tokens,
-                        propagation_tokens=self.config.propagation_tokens,
+                        gradient_tokens=gradient_tokens,
+                        propagation_tokens=propagation_tokens,
                         window=self.config.window,
                     )
                     assert compact.plan is not None
@@ -291,7 +316,7 @@ class Comparison:
 
         c = self.config
         tokens = text_tokens(c.evaluation_text, tokenizer, c.skip_tokens, c.max_tokens)
-        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window)
+        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window, bos=c.bos)
         speed = measure_decode_speed(model) if decode else None
         return {
             **dataclasses.asdict(result),
@@ -301,16 +326,22 @@ class Comparison:
 
     def _calibration_tokens(self, dense: LanguageModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
         from ngc_jax.commands.convert import calibration_tokens
+        from ngc_jax.tokens import as_tokens, begin_windows
 
-        return calibration_tokens(dense, tokenizer, text, self.config.calibration_tokens, window=self.config.window)
+        window, prefix = self.config.window, tokenizer.prefix(self.config.bos)
+        tokens = calibration_tokens(
+            dense, tokenizer, text, self.config.calibration_tokens, window=window, prefix=prefix
+        )
+        return begin_windows(as_tokens(tokens, dense.config.vocab_size, least=2), window, prefix)
 
     def _measure_cost(self, entry: Entry) -> dict[str, float]:
         """Convert in a fresh process; its seconds and peak memory."""
         recipe, c = entry.recipe, self.config
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
-            flags += ["--calibration-tokens", str(c.calibration_tokens), "--gradient-tokens", str(c.gradient_tokens)]
-            flags += ["--propagation-tokens", str(c.propagation_tokens)]
+            flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
+            flags += ["--bos", c.bos, *([] if c.tokenizer is None else ["--tokenizer", c.tokenizer])]
+            flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
             flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
             command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
             returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
@@ -322,6 +353,9 @@ class Comparison:
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
         settings = {name: getattr(self.config, name) for name in (*names, "window", "dtype")}
+        # At their defaults they are left out, so that what was measured before there were such options counts.
+        settings |= {"bos": self.config.bos} if self.config.bos != "auto" else {}
+        settings |= {"tokenizer": self.config.tokenizer} if self.config.tokenizer is not None else {}
         return {
             **settings,
             "evaluation_text": Path(self.config.evaluation_text).name,
@@ -330,7 +364,9 @@ class Comparison:
 
     def _key(self, entry: Entry | None) -> str:
         """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
+        texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
         settings = {k: v for k, v in self._settings().items() if k != "text"}
+        settings["inputs"] = [self._inputs["model"], *(self._inputs[text] for text in sorted(texts))]
         what: list[Any] | None = None
         if entry is not None:
             recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,3 +127,16 @@ def entries_of(config: CompareConfig) -> list[Entry]:
             cost = bool(options.get("cost"))
             entries.append(Entry(name, recipe, options.get("text", config.text), section, cost, cost and index == 0))
     return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))
+
+
+def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, str | None]:
+    """Digests of the model that is compared and, by name, of the texts that are files."""
+    from ngc_jax.models.fingerprint import fingerprint
+    from ngc_jax.models.sources import open_source
+
+    with open_source(config.model) as source:
+        digests: dict[str, str | None] = {"model": fingerprint(source)}
+    for text in {config.evaluation_text, *(entry.text for entry in entries)}:
+        file = Path(text)
+        digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return digests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +19,20 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
-_stderr = Console(stderr=True)
+
+class _Console(Console):
+    """Prints texts as they are: a prompt may hold [/INST] or :smile:, which rich would take for its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone: that is no error, and the command line ends quietly."""
+        raise BrokenPipeError
+
+
+console = _Console(soft_wrap=True)
+_stderr = _Console(stderr=True)
 
 Report = Callable[..., None]
 
@@ -42,7 +55,7 @@ def progress_bar(stage: str = "") -> Iterator[Report]:
     Drawn on stderr when that is a terminal; otherwise each stage is one line when it ends.
     """
     progress = Progress(
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<10}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 MethodName = Literal[
     "ngc",
@@ -28,6 +32,8 @@ MethodName = Literal[
     "nystrom",
     "basis_sharing",
 ]
+# Tokens to calibrate on where nothing else is asked for, if the text has as many.
+CALIBRATION_TOKENS = 65_536
 AllocationName = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 
 
@@ -74,12 +80,15 @@ class ConvertConfig:
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
             text that the model writes itself.
-        calibration_tokens: Tokens of the text to measure.
+        calibration_tokens: Tokens of the text to measure; if not given 65,536, or what the text has.
         skip_tokens: Tokens to drop at the beginning of the text.
         window: Tokens in a calibration window.
         batch_size: Windows that run at once, on each device.
         devices: Devices of this machine that the windows of a batch are shared out over.
         seed: For sampled text.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
@@ -108,12 +117,14 @@ class ConvertConfig:
     propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
     text: str = "pydoc:first-half"
-    calibration_tokens: int = 65_536
+    calibration_tokens: int | None = None
     skip_tokens: int = 0
     window: int = 1024
     batch_size: int = 4
     devices: int = 1
     seed: int = 0
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
     json: str | None = None
@@ -137,6 +148,7 @@ def convert_and_save(
         UsageError: If any input is at fault; before the weights are read where that can be known.
     """
     import jax
+    import numpy as np
 
     from ngc_jax.commands.console import console, progress_bar
     from ngc_jax.convert.candidates import candidate_cells
@@ -150,6 +162,7 @@ def convert_and_save(
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
     from ngc_jax.models.save import save_model
+    from ngc_jax.models.saved_config import split_config
     from ngc_jax.models.sources import open_source
     from ngc_jax.train.sharding import make_mesh
 
@@ -158,7 +171,7 @@ def convert_and_save(
         raise UsageError("no output directory is given; add --out DIR")
     check_output(config.out, config.overwrite)
     check_positive(
-        calibration_tokens=config.calibration_tokens,
+        calibration_tokens=1 if config.calibration_tokens is None else config.calibration_tokens,
         gradient_tokens=config.gradient_tokens,
         propagation_tokens=config.propagation_tokens,
         window=config.window,
@@ -171,22 +184,38 @@ def convert_and_save(
         raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for no more")
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
-    with open_source(config.model) as source:
-        if "ngc" in source.config:
+    with open_source(config.model, tokenizer=config.tokenizer) as source:
+        hf_config, section = split_config(source.config, config.model)
+        if section is not None and "plan" in section:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
-        narrow, inner = narrow_recipe(DecoderConfig.from_hf(source.config), recipe)
+        narrow, inner = narrow_recipe(DecoderConfig.from_hf(hf_config), recipe)
         cells = candidate_cells(narrow, recipe.resolved_topology)
         if recipe.rank is None:
             check_budget(inner, cells)
         tokenizer = source.tokenizer()
+        prefix = tokenizer.prefix(config.bos)
+        if tokenizer.vocab_size > narrow.vocab_size:
+            _LOG.warning(
+                "the tokenizer has %s tokens and the model embeds %s: is it the model's own?",
+                f"{tokenizer.vocab_size:,}",
+                f"{narrow.vocab_size:,}",
+            )
         tokens = None
-        if config.text != "sampled":
-            tokens = text_tokens(config.text, tokenizer, config.skip_tokens, config.calibration_tokens, exact=True)
+        if not recipe.reads_text:
+            tokens = np.zeros(0, np.int32)
+        elif config.text != "sampled":
+            tokens = calibration_text(config.text, tokenizer, config.calibration_tokens, skip=config.skip_tokens)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if tokens is None:
         tokens = calibration_tokens(
-            dense, tokenizer, config.text, config.calibration_tokens, window=config.window, seed=config.seed
+            dense,
+            tokenizer,
+            config.text,
+            config.calibration_tokens,
+            window=config.window,
+            prefix=prefix,
+            seed=config.seed,
         )
     dense_parameters = dense.count_parameters()
     with progress_bar() as bar:
@@ -199,6 +228,7 @@ def convert_and_save(
             layers_per_pass=config.layers_per_pass,
             window=config.window,
             batch_size=config.batch_size,
+            bos=config.bos,
             donate=donate,
             mesh=make_mesh(devices=local[: config.devices]) if config.devices > 1 else None,
             progress=lambda stage, done, total: bar(done, total, stage),
@@ -217,10 +247,17 @@ def convert_and_save(
         "width": recipe.resolved_width,
         "kernel": recipe.kernel,
         "source": config.model,
-        "calibration": {"text": Path(config.text).name, "tokens": len(tokens), "window": config.window},
+        "calibration": {
+            "text": Path(config.text).name,
+            "tokens": len(tokens),
+            "window": config.window,
+            "prefix": list(prefix),
+        }
+        if recipe.reads_text
+        else None,
     }
     compact = dataclasses.replace(compact, conversion=details)
-    save_model(compact, config.out, overwrite=config.overwrite, card=model_card(compact, Path(config.out).name))
+    save_model(compact, config.out, overwrite=config.overwrite)
     with open_source(config.out) as saved:
         summary = {
             **details,
@@ -266,17 +303,36 @@ def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *,
     return tokens
 
 
+def calibration_text(text: str, tokenizer: Tokenizer, count: int | None, *, skip: int = 0) -> np.ndarray:
+    """Tokens (T,) of a calibration text: `count`, or if that is None `CALIBRATION_TOKENS` or what the text has.
+
+    Raises:
+        UsageError: If it has fewer than `count`, or none to measure.
+    """
+    from ngc_jax.commands.console import console
+
+    if count is not None:
+        return text_tokens(text, tokenizer, skip, count, exact=True)
+    tokens = text_tokens(text, tokenizer, skip, CALIBRATION_TOKENS)
+    if len(tokens) < CALIBRATION_TOKENS:
+        console.print(f"calibrating on {len(tokens):,} tokens, all that {text} has")
+    return tokens
+
+
 def calibration_tokens(
     model: LanguageModel,
     tokenizer: Tokenizer,
     text: str,
-    count: int,
+    count: int | None,
     *,
     skip: int = 0,
     window: int = 1024,
+    prefix: Sequence[int] = (),
     seed: int = 0,
 ) -> np.ndarray:
     """Tokens (count,) of a calibration text, or, for the text "sampled", written by the model itself.
+
+    With None for the count, as `calibration_text`.
 
     Raises:
         UsageError: If the text is too short.
@@ -287,37 +343,9 @@ def calibration_tokens(
     from ngc_jax.convert.sampled import sample_tokens
 
     if text != "sampled":
-        return text_tokens(text, tokenizer, skip, count, exact=True)
+        return calibration_text(text, tokenizer, count, skip=skip)
+    count = CALIBRATION_TOKENS if count is None else count
     with progress_bar("sample") as bar:
-        return sample_tokens(model, count, jax.random.key(seed), length=window, progress=bar)
-
-
-def model_card(model: LanguageModel, name: str) -> str:
-    """README.md of a converted model."""
-    assert model.plan is not None
-    assert model.conversion is not None
-    c = model.conversion
-    return f"""---
-base_model: {c["source"]}
-library_name: ngc-jax
-tags: [ngc-jax, compressed]
----
-
-# {name}
-
-A compact form of `{c["source"]}`: {len(model.plan.groups)} neuronal groups in place of
-{sum(len(group.members) for group in model.plan.groups)} weight matrices, at a keep ratio of
-{model.plan.keep_ratio():.4f} ({model.plan.count_parameters():,} of {model.plan.dense_parameters():,} parameters of the
-grouped blocks; {model.count_parameters():,} parameters in all).
-
-| | |
-|---|---|
-| method | {c["method"]} |
-| topology | `{c["topology"]}` |
-| calibration | {c["calibration"]["tokens"]:,} tokens of {c["calibration"]["text"]} |
-
-The weights keep the licence of the model they were made from.
-
-    ngc-jax generate {name} --prompt "The capital of France is"
-    ngc-jax info {name}
-"""
+        return sample_tokens(
+            model, count, jax.random.key(seed), length=window - len(prefix), prefix=prefix, progress=bar
+        )

@@ -29,6 +29,9 @@ class DemoConfig:
         window: Tokens in a window.
         prompt: What both models continue.
         max_new_tokens: Tokens of the sample.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
@@ -46,6 +49,8 @@ class DemoConfig:
     window: int = 1024
     prompt: str = "The capital of France is"
     max_new_tokens: int = 32
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
     json: str | None = None
@@ -88,8 +93,8 @@ class DemoConfig:
             )
         )
         for name, row in rows.items():
-            console.print(f"[bold]{name}:[/bold]", end=" ")
-            console.print(self.prompt + row["sample"], markup=False)
+            console.print(f"{name}:", style="bold", end=" ")
+            console.print(self.prompt + row["sample"])
         return {"conversion": conversion, **rows}
 
     def _measure(self, name: str, model: LanguageModel, tokenizer: Tokenizer, tokens: Any) -> dict[str, Any]:
@@ -101,10 +106,12 @@ class DemoConfig:
         from ngc_jax.models.sampling import Sampling
 
         with progress_bar(name) as bar:
-            result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=self.window, progress=bar)
+            result = measure_perplexity(
+                model, tokens, tokenizer=tokenizer, window=self.window, bos=self.bos, progress=bar
+            )
         (sample,) = generate(
             model,
-            [tokenizer.encode(self.prompt, special_tokens=True)],
+            [tokenizer.encode_prompt(self.prompt, self.bos)],
             max_new_tokens=self.max_new_tokens,
             sampling=Sampling(),
             key=jax.random.key(0),

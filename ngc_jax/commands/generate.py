@@ -24,6 +24,8 @@ class GenerateConfig:
         top_k: Sample only from the so many likeliest tokens; all if not given.
         top_p: Sample only from the likeliest tokens that hold this probability together; all if not given.
         seed: Of the sampling.
+        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         json: Also write the summary to this file.
     """
@@ -37,6 +39,8 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: str | None = None
 
@@ -55,7 +59,7 @@ class GenerateConfig:
         if self.system is not None and not self.chat:
             raise UsageError("--system needs --chat; add it or leave the system message out")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        with open_source(self.model) as source:
+        with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
@@ -76,12 +80,17 @@ class GenerateConfig:
         else:
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, prompts, **options)]
             for prompt, text in zip(self.prompt, texts, strict=True):
-                console.print(f"[bold]{prompt}[/bold]", markup=True)
-                console.print(text, markup=False)
-        return {"model": self.model, "prompts": list(self.prompt), "texts": texts}
+                console.print(prompt, style="bold")
+                console.print(text)
+        return {
+            "model": self.model,
+            "prefix": list(tokenizer.prefix(self.bos)),
+            "prompts": list(self.prompt),
+            "texts": texts,
+        }
 
     def _encode(self, tokenizer: Any, prompt: str) -> Any:
         if not self.chat:
-            return tokenizer.encode(prompt, special_tokens=True)
+            return tokenizer.encode_prompt(prompt, self.bos)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}])

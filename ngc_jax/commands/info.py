@@ -36,7 +36,11 @@ class InfoConfig:
             f"{self.model}: {c.architecture}, {c.num_layers} layers of width {c.embed_dim}, {c.num_heads} heads "
             f"({c.num_kv_heads} key-value) of {c.head_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size:,}"
         )
-        console.print(f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors")
+        unused = summary["unused_bytes"]
+        beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""
+        console.print(
+            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
+        )
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary

@@ -58,13 +58,15 @@ class PlanMemoryConfig:
         """
         from ngc_jax.commands.console import console, table
         from ngc_jax.models.config import DecoderConfig
+        from ngc_jax.models.saved_config import split_config
         from ngc_jax.models.sources import open_source
         from ngc_jax.train.memory import plan_memory
 
         with open_source(self.model) as source:
-            if "ngc" in source.config:
+            hf_config, section = split_config(source.config, self.model)
+            if section is not None and "plan" in section:
                 raise UsageError(f"{self.model} is a compact model; give the dense model it was made from")
-            config = DecoderConfig.from_hf(source.config)
+            config = DecoderConfig.from_hf(hf_config)
         found = plan_memory(config, self)
         rows = [[name, f"{value / 2**30:,.3f}"] for name, value in found["bytes_per_device"].items()]
         console.print(table("GiB on each device", ["", "GiB"], rows))

@@ -139,7 +139,7 @@ class ReportConfig:
         encoded = [
             tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
             if self.chat
-            else tokenizer.encode(prompt, special_tokens=True)
+            else tokenizer.encode_prompt(prompt)
             for prompt in self.prompt or ()
         ]
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop_tokens": tokenizer.stop_tokens}

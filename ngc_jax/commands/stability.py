@@ -33,6 +33,8 @@ class StabilityConfig:
         memory: Along the sequence, tokens that a perturbation is remembered and followed; prompts need twice as many.
         max_tokens: Tokens of a prompt that are read; the rest is left out.
         seed: Of the directions.
+        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
         out: Directory to write to.
         json: Also write the summary to this file.
@@ -47,6 +49,8 @@ class StabilityConfig:
     memory: int = 32
     max_tokens: int = 256
     seed: int = 0
+    bos: Literal["auto", "always", "never"] = "auto"
+    tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     out: str = "runs/stability"
     json: str | None = None
@@ -60,6 +64,7 @@ class StabilityConfig:
         from ngc_jax.models.sources import open_source
         from ngc_jax.report.stability import draw_stability
         from ngc_jax.text import read_text
+        from ngc_jax.tokens import check_ids
 
         check_positive(exponents=self.exponents, memory=self.memory, max_tokens=self.max_tokens)
         if (self.prompts is None) == (self.prompt is None):
@@ -70,11 +75,13 @@ class StabilityConfig:
         texts = [text for text in texts or [] if text.strip()]
         if not texts:
             raise UsageError("all prompts are empty; expected at least one line of text")
-        with open_source(self.model) as source:
+        with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()
             encoded = [self._encode(tokenizer, text) for text in texts]
             with progress_bar("load") as bar:
                 model = load_from_source(source, dtype=self.dtype, progress=bar)
+        for tokens in encoded:
+            check_ids(tokens, model.config.vocab_size)
         results = []
         with progress_bar("measure") as bar:
             for done, found in enumerate(self._measure(model, encoded), start=1):
@@ -88,6 +95,7 @@ class StabilityConfig:
             "exponents": self.exponents,
             **({"memory": self.memory} if self.along == "sequence" else {}),
             "seed": self.seed,
+            "prefix": list(tokenizer.prefix(self.bos)),
             "prompts": results,
         }
         directory = Path(self.out)
@@ -104,9 +112,10 @@ class StabilityConfig:
         return summary
 
     def _encode(self, tokenizer: Tokenizer, text: str) -> np.ndarray:
-        tokens = (
-            tokenizer.apply_chat_template([{"role": "user", "content": text}]) if self.chat else tokenizer.encode(text)
-        )
+        if self.chat:
+            tokens = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        else:
+            tokens = tokenizer.encode_prompt(text, self.bos)
         least = 2 if self.along == "depth" else 2 * self.memory
         tokens = tokens[: self.max_tokens]
         if len(tokens) < least:

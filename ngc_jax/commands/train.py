@@ -89,4 +89,5 @@ class TrainConfig(TrainingOptions):
         if self.iterations != 1:
             hf_config["ngc_iterations"] = self.iterations
         model = fresh_model(hf_config, lambda: tokenizer, jax.random.key(self.seed), plan_of=plan_of)
-        return self.train(model, Objective())
+        with self.locked():
+            return self.train(model, Objective())

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
-    from ngc_jax.train.data import PipelineIterator
+    from ngc_jax.train.data import Pipeline
     from ngc_jax.train.losses import Objective
     from ngc_jax.train.trainable import Trainable
 
@@ -33,7 +32,7 @@ class TrainingOptions:
         tokens: Tokens of the text to train on, over and over; all if not given.
         evaluation_text: Text on which perplexity is measured.
         evaluation_skip_tokens: Tokens to drop at its beginning.
-        evaluation_tokens: Tokens to score; 0 for no evaluation.
+        evaluation_tokens: Tokens to score, fewer if the text has fewer; 0 for no evaluation.
         evaluate_every: Steps between evaluations; 0 for only before and after.
         steps: Steps in all.
         batch_size: Rows of a step, over all devices.
@@ -56,6 +55,8 @@ class TrainingOptions:
         tensor: Devices along tensor, which split heads and MLP neurons.
         save_every: Steps between checkpoints; 0 for only at the end or when stopped.
         keep_checkpoints: How many stay.
+        bos: What comes before each row and document: auto, what the tokenizer's own rule says; always its BOS token; or
+            never.
         seed: Of the rows' order, and of what the stability loss draws.
         dry_run: Compile, print memory and shardings, train nothing.
         profile: Directory for a profile of three steps.
@@ -94,6 +95,7 @@ class TrainingOptions:
     tensor: int = 1
     save_every: int = 0
     keep_checkpoints: int = 3
+    bos: Literal["auto", "always", "never"] = "auto"
     seed: int = 0
     dry_run: bool = False
     profile: str | None = None
@@ -110,13 +112,39 @@ class TrainingOptions:
 
     def check(self) -> None:
         """Raises UsageError for what can be known before a model is loaded."""
+        from ngc_jax.files import check_output
         from ngc_jax.train import sharding
 
         if self.out is None:
             raise UsageError("no output directory is given; add --out DIR")
+        out = Path(self.out)
+        for directory in (out, out / "checkpoints", out / "tensorboard"):
+            if directory.exists() and not directory.is_dir():
+                raise UsageError(f"{directory} is a file; choose another --out")
+        check_output(out / "model", overwrite=True)
+        if self.profile is not None:
+            Path(self.profile).mkdir(parents=True, exist_ok=True)
         self.make_optimizer()
         self.loop()
         sharding.make_mesh(self.data, self.fsdp, self.tensor)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep OUT for this run; process 0 does for all processes of one, and a dry run writes nothing.
+
+        Raises:
+            UsageError: If another run is at work there.
+        """
+        import jax
+
+        from ngc_jax.files import lock_directory
+
+        assert self.out is not None
+        if self.dry_run or jax.process_index() != 0:
+            yield
+            return
+        with lock_directory(self.out):
+            yield
 
     def resolved_dtype(self, backend: str) -> str:
         """What the models compute in."""
@@ -132,7 +160,7 @@ class TrainingOptions:
                 self.learning_rate,
                 self.optimizer_options or {},
                 self.schedule,
-                self.warmup_steps,
+                min(self.warmup_steps, self.steps),
                 self.steps,
                 self.final_fraction,
                 self.clip_norm,
@@ -153,8 +181,13 @@ class TrainingOptions:
             profile=self.profile,
         )
 
-    def batches(self, tokenizer: Tokenizer, teacher: LanguageModel | None = None) -> PipelineIterator:
-        """This process's rows, without end.
+    def rows(self, tokenizer: Tokenizer, vocab_size: int, teacher: LanguageModel | None = None) -> Pipeline:
+        """This process's rows.
+
+        Args:
+            tokenizer: The model's.
+            vocab_size: The model's.
+            teacher: Who writes the text, if that is sampled.
 
         Raises:
             UsageError: If a source cannot be used, or is too small for a batch.
@@ -174,7 +207,7 @@ class TrainingOptions:
                 sequence_length=self.sequence_length,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                **options,
+                **{"begin_token": {"auto": None, "always": True, "never": False}[self.bos], **options},
             )
         except TypeError as error:
             raise UsageError(f"data_options does not fit ({error}); see docs/data.md") from error
@@ -183,16 +216,35 @@ class TrainingOptions:
             if teacher is None:
                 raise UsageError("text sampled from the teacher needs a teacher; give another text")
             count = self.tokens or self.steps * self.batch_size * self.sequence_length
-            given["sampled"] = sampled_source(teacher, count, jax.random.key(self.seed), length=self.sequence_length)
-        pipeline = make_pipeline(
-            data, tokenizer, process_index=jax.process_index(), process_count=jax.process_count(), given=given
+            prefix = tokenizer.prefix(self.bos)
+            given["sampled"] = sampled_source(
+                teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
+            )
+        return make_pipeline(
+            data,
+            tokenizer,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            vocab_size=vocab_size,
+            given=given,
         )
-        return iter(pipeline)
 
     def settings(self) -> dict[str, Any]:
-        """What a run that goes on must share with the one before: all that changes what the steps compute."""
+        """What a run that continues must share with the one before: all that changes what the steps compute."""
         settings = dataclasses.asdict(self)
         return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
+
+    def fitted_to(self, rows: Pipeline) -> Self:
+        """The same options with no more steps than the data have; says what is changed."""
+        from ngc_jax.commands.console import console
+
+        options = self
+        if rows.steps is not None and rows.steps < self.steps:
+            console.print(f"the data end after {rows.steps:,} of {self.steps:,} steps, and so does the run")
+            options = dataclasses.replace(self, steps=rows.steps)
+        if options.warmup_steps > options.steps:
+            console.print(f"the warm-up of {options.warmup_steps:,} steps is cut to the run's {options.steps:,}")
+        return options
 
     def train(
         self,
@@ -201,6 +253,7 @@ class TrainingOptions:
         *,
         teacher: LanguageModel | None = None,
         trainable: Trainable = "all",
+        made_of: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Train a loaded model, save it in OUT/model, and return the summary.
 
@@ -209,6 +262,8 @@ class TrainingOptions:
             objective: What is minimised.
             teacher: Whom it is compared with.
             trainable: Which of its parameters train.
+            made_of: Fingerprints of the models that the run begins with, by what they are; a run does not continue
+                with others.
 
         Raises:
             UsageError: If the texts are too short, or the loss is not finite.
@@ -218,8 +273,11 @@ class TrainingOptions:
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import text_tokens
+        from ngc_jax.commands.dry_run import dry_run
         from ngc_jax.models.save import save_model
+        from ngc_jax.tokens import check_ids
         from ngc_jax.train import sharding
+        from ngc_jax.train.evaluation import perplexity_on
         from ngc_jax.train.loop import Placed, train
         from ngc_jax.train.metrics import MetricsWriter
         from ngc_jax.train.step import Constants, Program
@@ -229,22 +287,27 @@ class TrainingOptions:
         dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
-        batches = self.batches(tokenizer, teacher)
+        rows = self.rows(tokenizer, model.config.vocab_size, teacher)
+        options = self.fitted_to(rows)
+        batches = iter(rows)
         trained, frozen = split_params(model.params, trainable)
-        decoder = model.decoder.clone(param_dtype=dtype, remat=self.remat)
+        decoder = model.decoder.clone(param_dtype=dtype, remat=options.remat)
         of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
-        program = Program(decoder, objective, self.make_optimizer(), of_teacher[0], self.microbatches, self.seed)
+        program = Program(
+            decoder, objective, options.make_optimizer(), of_teacher[0], options.microbatches, options.seed
+        )
         constants = Constants(cast_params(frozen, dtype), of_teacher[1])
-        if self.dry_run:
-            return _dry_run(Placed(program, trained, constants, mesh, self.parallel), batches)
+        if options.dry_run:
+            return dry_run(Placed(program, trained, constants, mesh, options.parallel), batches)
         evaluate = None
-        if self.evaluation_tokens:
+        if options.evaluation_tokens:
             held_out = text_tokens(
-                self.evaluation_text, tokenizer, self.evaluation_skip_tokens, self.evaluation_tokens, exact=True
+                options.evaluation_text, tokenizer, options.evaluation_skip_tokens, options.evaluation_tokens
             )
-            evaluate = _evaluation(decoder, constants.frozen, held_out, mesh)
-        assert self.out is not None
-        directory = Path(self.out)
+            check_ids(held_out, model.config.vocab_size)
+            evaluate = perplexity_on(held_out, tokenizer.prefix(options.bos), decoder, constants.frozen, mesh)
+        assert options.out is not None
+        directory = Path(options.out)
         with MetricsWriter(directory) as writer, progress_bar("train") as bar:
 
             def on_metrics(metrics: dict[str, float]) -> None:
@@ -252,7 +315,7 @@ class TrainingOptions:
                 step = int(metrics["step"])
                 if "loss" in metrics:
                     rate = metrics["tokens"] / metrics["seconds"]
-                    bar(step, self.steps, f"train, loss {metrics['loss']:.3f}, {rate:,.0f} tokens/s")
+                    bar(step, options.steps, f"train, loss {metrics['loss']:.3f}, {rate:,.0f} tokens/s")
                 if "perplexity" in metrics:
                     console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
 
@@ -261,36 +324,39 @@ class TrainingOptions:
                 trained,
                 constants,
                 batches,
-                self.loop(),
+                options.loop(),
                 mesh=mesh,
                 directory=directory / "checkpoints",
-                settings=self.settings(),
+                settings={**options.settings(), **(made_of or {})},
                 evaluate=evaluate,
                 on_metrics=on_metrics,
+                on_start=writer.continue_after,
             )
         history = result.history
         summary: dict[str, Any] = {
-            **self.settings(),
-            "out": self.out,
+            **options.settings(),
+            "out": options.out,
             "step": result.step,
             "interrupted": result.interrupted,
             "parameters": model.count_parameters(),
-            "tokens_seen": result.step * self.batch_size * self.sequence_length,
+            "tokens_seen": result.step * options.batch_size * options.sequence_length,
             "perplexities": {int(m["step"]): m["perplexity"] for m in history if "perplexity" in m},
             "losses": [m["loss"] for m in history if "loss" in m],
             "step_seconds": _median([m["seconds"] for m in history if "loss" in m][2:]),
             "seconds": time.perf_counter() - started,
         }
         if result.interrupted:
-            console.print(f"stopped after step {result.step} of {self.steps}; the same command goes on")
+            console.print(f"stopped after step {result.step} of {options.steps}; the same command continues")
             return summary
+        if result.step < options.steps:
+            console.print(f"the data ended after step {result.step} of {options.steps}; the run ends with them")
         if jax.process_index() == 0:
             params = merge_params(jax.tree.map(jnp.asarray, result.params), frozen)
             final = dataclasses.replace(model, params=params)
             if model.plan is not None:
-                trained_on = {"text": Path(self.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
+                trained_on = {"text": Path(options.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
                 final = dataclasses.replace(final, conversion={**(model.conversion or {}), "training": trained_on})
-            save_model(final, str(directory / "model"), overwrite=True, card=_card(final, self, summary, trainable))
+            save_model(final, str(directory / "model"), overwrite=True, card=_card(final, options, summary, trainable))
         console.print(f"{directory / 'model'}: {summary['tokens_seen']:,} tokens in {summary['seconds']:.0f} s")
         return summary
 
@@ -307,81 +373,15 @@ def _plain(value: Any) -> Any:
 
 
 def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any], trainable: str) -> str:
-    from ngc_jax.commands.convert import model_card
+    from ngc_jax.models.card import model_card
 
-    name = Path(options.out or "").name
-    converted = model.plan is not None and "calibration" in (model.conversion or {})
-    return f"""{model_card(model, name) if converted else f"# {name}"}
-
-Trained on {summary["tokens_seen"]:,} tokens of {Path(options.text).name} ({options.steps} steps of
-{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training
-{trainable}).
-"""
+    training = (
+        f"Trained on {summary['tokens_seen']:,} tokens of {Path(options.text).name} ({options.steps} steps of "
+        f"{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training "
+        f"{trainable})."
+    )
+    return model_card(model, Path(options.out or "").name, training=training)
 
 
 def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
-
-
-def _evaluation(decoder: Any, frozen: Any, tokens: np.ndarray, mesh: Any) -> Any:
-    """A function from trained parameters to perplexity on the tokens, in windows of 1,024."""
-    import jax
-    import numpy as np
-
-    from ngc_jax.evaluate.likelihood import token_log_likelihoods
-    from ngc_jax.text import split_windows
-    from ngc_jax.train import sharding
-    from ngc_jax.train.trainable import cast_params, merge_params
-
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    placed = sharding.put(frozen, sharding.params_shardings(frozen, mesh))
-    windows = split_windows(tokens, 1024, max(4 // split, 1) * split)
-
-    @jax.jit
-    def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        params = merge_params(cast_params(trained, decoder.param_dtype), frozen)
-        likelihoods, mask = token_log_likelihoods(decoder, params, batch["tokens"], batch["positions"])
-        return likelihoods.sum(), mask.sum()
-
-    def evaluate(trained: Any) -> dict[str, float]:
-        total = count = 0.0
-        for rows, positions in windows:
-            whole = {"tokens": rows, "positions": positions}
-            share = len(rows) // jax.process_count()
-            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-            batch = sharding.put_batch({name: x[mine] for name, x in whole.items()}, mesh)
-            likelihood, scored = score(trained, placed, batch)
-            total += float(np.asarray(likelihood.addressable_data(0)))
-            count += float(np.asarray(scored.addressable_data(0)))
-        return {"perplexity": math.exp(min(-total / count, 700.0))}
-
-    return evaluate
-
-
-def _dry_run(placed: Any, batches: Any) -> dict[str, Any]:
-    """Compile a step; print where the state is and what memory the step takes."""
-    import jax
-
-    from ngc_jax.commands.console import console, table
-
-    batch = placed.batch(next(batches))
-    started = time.perf_counter()
-    compiled = placed.step.lower(placed.state, placed.constants, batch).compile()
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    bytes_of = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs not in the arguments' place": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    rows = [[name, f"{value / 2**20:,.1f}"] for name, value in bytes_of.items()]
-    console.print(table("MiB on each device", ["", "MiB"], rows))
-    kinds: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(placed.state.params):
-        spec = getattr(leaf.sharding, "spec", leaf.sharding)
-        name = str(path[-1].key) if "output_states" not in str(path) else f"output_states {path[-1].key.split('.')[-1]}"
-        kinds[f"{name}: {spec}"] = kinds.get(f"{name}: {spec}", 0) + leaf.size
-    for kind, size in sorted(kinds.items()):
-        console.print(f"  {kind}, {size:,} parameters")
-    console.print(f"compiled in {seconds:.0f} s; nothing was trained")
-    return {"dry_run": True, "bytes_per_device": bytes_of, "compile_seconds": seconds}

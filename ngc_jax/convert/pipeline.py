@@ -28,6 +28,7 @@ from ngc_jax.convert.remeasure import remeasure, tokens_again
 from ngc_jax.convert.spill import Fitted, Spill
 from ngc_jax.convert.statistics import Statistics
 from ngc_jax.models.load import LanguageModel, kernel_of
+from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
 
 PROPAGATION_TOKENS = 16_384
 
@@ -42,6 +43,7 @@ def convert(
     layers_per_pass: int | None = None,
     window: int = 1024,
     batch_size: int = 4,
+    bos: Bos = "auto",
     donate: bool = False,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -51,12 +53,15 @@ def convert(
     Args:
         model: The dense model.
         recipe: What to do.
-        tokens: (T,) calibration tokens, one stream.
+        tokens: (T,) calibration tokens, one stream, or a text; see `as_tokens`. A method that looks at none takes
+            none.
         gradient_tokens: How many of them, from the first, gradients are taken on.
         propagation_tokens: How many of them, from the first, inputs of the converted layers are measured on.
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
         window: Tokens in a calibration window.
         batch_size: Windows that run at once, on each device.
+        bos: What comes before each window, as `Tokenizer.prefix` says. It is measured with the rest, as it is read
+            with every text.
         donate: Give up the dense model: a kernel is deleted as soon as its states are made, so that both models never
             are in memory at once.
         mesh: Its axis "data" shares out the windows of a batch; the parameters go to all of its devices, which this
@@ -64,8 +69,15 @@ def convert(
         progress: Called with (stage, done, in all).
 
     Raises:
-        UsageError: If the model is compact already, or calibration fails.
+        UsageError: If the model is compact already, the tokens are none of its own, or calibration fails.
     """
+    if recipe.reads_text:
+        tokenizer = None if bos == "never" and not isinstance(tokens, str) else model.load_tokenizer()
+        tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
+        prefix = () if tokenizer is None else tokenizer.prefix(bos)
+        tokens = begin_windows(tokens, window, prefix)
+        gradient_tokens = whole_windows(gradient_tokens, window, prefix)
+        propagation_tokens = whole_windows(propagation_tokens, window, prefix)
     if mesh is not None:
         params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()), donate=donate)
         model = dataclasses.replace(model, params=params)

@@ -112,7 +112,7 @@ def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
         full = full_rank(group.members)
         if recipe.rank is not None:
             return full if recipe.rank == "full" else min(recipe.rank, full)
-        if group in dense:
+        if group in dense or (dense and keep == 1):
             return DENSE
         return uniform_rank(group.members, keep, recipe.definition.rounding, gauge)
 
@@ -149,21 +149,22 @@ def too_low(keep: float, least: float, recipe: Recipe) -> UsageError:
     )
 
 
-def least_parameters(recipe: Recipe, cells: Sequence[Cell]) -> int:
+def least_parameters(recipe: Recipe, cells: Sequence[Cell], share: float = 0.0) -> int:
     """How many parameters the smallest ranks of a recipe store, so that any budget from there on has ranks.
 
     Args:
         recipe: Without a rank; its keep ratio does not matter.
         cells: Ways to group the same blocks.
+        share: Where MLPs stay dense, the keep ratio of the others at the least.
     """
     gauge, multiple = recipe.resolved_gauge, recipe.rank_multiple
     if recipe.resolved_allocation == "loss":
 
         def least(group: Candidate) -> int:
+            if multiple > full_rank(group.members):
+                return group.dense_parameters
             stored = multiple * (group.outputs + group.inputs - (multiple if gauge else 0)) + group.biases
-            return (
-                min(stored, group.dense_parameters) if multiple <= full_rank(group.members) else group.dense_parameters
-            )
+            return min(stored, group.dense_parameters)
 
         return sum(min(sum(map(least, way)) for way in cell) for cell in cells)
     groups = [group for cell in cells for group in cell[0]]
@@ -172,6 +173,7 @@ def least_parameters(recipe: Recipe, cells: Sequence[Cell]) -> int:
     # All others have one keep ratio, that of the group for which rank 1 costs most.
     rounding = recipe.definition.rounding if recipe.resolved_allocation != "svd_llm_v2" else math.floor
     keep = max((_rank_one(group.members, gauge, rounding) for group in others), default=0.0)
+    keep = max(keep, share) if stay else keep
     return sum(group.dense_parameters for group in stay) + math.ceil(
         keep * sum(group.dense_parameters for group in others)
     )

@@ -131,6 +131,11 @@ class Recipe:
         return METHODS[self.method]
 
     @property
+    def reads_text(self) -> bool:
+        """Whether anything is measured on a calibration text."""
+        return self.definition.needs != "nothing"
+
+    @property
     def is_bilinear(self) -> bool:
         """Whether the states have a closed form."""
         return self.kernel == "bilinear"

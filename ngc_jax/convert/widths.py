@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 
 from ngc_jax.convert.candidates import Cell, candidate_cells
@@ -34,26 +35,30 @@ def choose_width(config: DecoderConfig, recipe: Recipe, budget: int) -> int:
     def cells(width: int) -> tuple[Cell, ...]:
         return candidate_cells(dataclasses.replace(config, mlp_dim=width), recipe.resolved_topology)
 
-    def fits(width: int) -> bool:
-        return least_parameters(recipe, cells(width)) <= budget
+    def fits(width: int, share: float) -> bool:
+        return least_parameters(recipe, cells(width), share) <= budget
 
     def left(width: int) -> int:
         return sum(group.dense_parameters for cell in cells(width) for group in cell[0])
 
-    tile = math.gcd(config.mlp_dim, _TILE)
-    while True:
+    # Blocks outside dense MLPs get half their part of the budget at the least, if some width allows it.
+    shares = (recipe.keep / 2, 0.0) if recipe.width is None else (0.0,)
+    for share, tile in itertools.product(shares, _tiles(config.mlp_dim)):
         width = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
-        if fits(width):
-            while left(width) < budget and fits(width + tile):
+        if fits(width, share):
+            while left(width) < budget and fits(width + tile, share):
                 width += tile
             return width
         if recipe.width is None:
             # Nobody asked for this width; fewer neurons leave room for the smallest ranks.
             smaller = range(1, width // tile)
-            found = bisect.bisect_left(smaller, True, key=lambda count: not fits(count * tile))
+            found = bisect.bisect_left(smaller, True, key=lambda count, t=tile, s=share: not fits(count * t, s))
             if found:
                 return smaller[found - 1] * tile
-        if tile == 1:
-            least = least_parameters(recipe, cells(width if recipe.width is not None else 1))
-            raise too_low(recipe.keep, least / left(config.mlp_dim), recipe)
-        tile //= 2
+    least = least_parameters(recipe, cells(width if recipe.width is not None else 1))
+    raise too_low(recipe.keep, least / left(config.mlp_dim), recipe)
+
+
+def _tiles(size: int) -> list[int]:
+    """The largest tile that divides a size, and its halves."""
+    return [2**power for power in range(math.gcd(size, _TILE).bit_length() - 1, -1, -1)]

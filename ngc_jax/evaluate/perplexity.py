@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -18,6 +18,7 @@ from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel, Params
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
+from ngc_jax.tokens import Bos, as_tokens, begin_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Perplexity:
     tokens_per_second: float
 
 
-@partial(jax.jit, static_argnames=("decoder",))
-def _score(params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder) -> tuple[jax.Array, jax.Array]:
-    """Summed log-likelihood of each row, and its scored tokens."""
+@partial(jax.jit, static_argnames=("decoder", "context"))
+def _score(
+    params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder, context: int
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-likelihood of each row after its first `context` tokens, and how many they are."""
     likelihoods, mask = token_log_likelihoods(decoder, params, tokens, positions)
-    return likelihoods.sum(axis=1), mask.sum(axis=1)
+    return likelihoods[:, context - 1 :].sum(axis=1), mask[:, context - 1 :].sum(axis=1)
 
 
 def measure_perplexity(
@@ -51,29 +54,34 @@ def measure_perplexity(
     tokenizer: Tokenizer,
     window: int = 1024,
     batch_size: int = 4,
+    bos: Bos = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Score non-overlapping windows; the first token of each is context only.
+    """Score non-overlapping windows.
+
+    Where the tokenizer puts BOS before a text, each window begins with it, and all tokens of the text are scored. Where
+    it puts nothing there, the first token of each window is context only.
 
     Args:
         model: Dense or compact.
-        tokens: (T,), one stream without special tokens; the last window may be short.
+        tokens: (T,), one stream without special tokens, or a text; the last window may be short. See `as_tokens`.
         tokenizer: The model's, to count bytes.
         window: Tokens in a window.
         batch_size: Windows that run at once.
+        bos: What comes before each window; see `Tokenizer.prefix`.
         progress: Called with (batches done, in all).
 
     Raises:
-        UsageError: If fewer than two tokens are left, the window is below 2, or the model gives no finite number.
+        UsageError: If fewer than two tokens are left, one is not of the model's vocabulary, the window is below 2, or
+            the model gives no finite number.
     """
     check_window(window)
-    if len(tokens) < 2:
-        raise UsageError(
-            f"{len(tokens)} tokens are left to score; expected at least 2: give a longer text or skip less"
-        )
-    batches = split_windows(tokens, window, batch_size)
+    tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
+    prefix = tokenizer.prefix(bos)
+    batches = split_windows(begin_windows(tokens, window, prefix), window, batch_size)
     decoder, totals = model.decoder, []
-    score = _score.lower(model.params, *map(jnp.asarray, batches[0]), decoder=decoder).compile()
+    first = map(jnp.asarray, batches[0])
+    score = _score.lower(model.params, *first, decoder=decoder, context=max(len(prefix), 1)).compile()
     start = time.perf_counter()
     for done, (batch, positions) in enumerate(batches, start=1):
         totals.append(jax.block_until_ready(score(model.params, batch, positions)))
@@ -89,7 +97,7 @@ def measure_perplexity(
     mean = nats / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / scored_bytes(tokens, window, tokenizer),
+        bits_per_byte=nats / math.log(2) / scored_bytes(tokens, window, tokenizer, prefix),
         tokens=scored,
         tokens_per_second=len(tokens) / seconds,
     )
@@ -101,12 +109,13 @@ def check_window(window: int) -> None:
         raise UsageError(f"window {window} has no token to score; expected at least 2")
 
 
-def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the stream less those of the first token of every window."""
+def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> int:
+    """UTF-8 bytes of the stream, less those of the first token of every window if no prefix comes before it."""
 
     def size(ids: np.ndarray) -> int:
         # A token can be a part of a character, which decodes to U+FFFD: count it as the one byte that it mostly is.
         text = tokenizer.decode(ids)
         return len(text.replace("\ufffd", "?").encode("utf-8"))
 
-    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1)
+    contexts = range(0, 0 if prefix else len(tokens), window)
+    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in contexts), 1)

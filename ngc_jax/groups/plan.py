@@ -242,7 +242,7 @@ class Plan(_Value):
             return cls(groups=groups, dense=dense, removed=int(data.get("removed", 0)))
         except UsageError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UsageError(f"the plan is not readable ({error!r}); write it again with Plan.to_json") from error
 
 

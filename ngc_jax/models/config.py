@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -211,16 +210,31 @@ def block_name(layer: int, role: str) -> str:
     return f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
 
 
+# Far above every model there is, and far below what would take all memory only to be found out.
+_LARGEST = {"num_hidden_layers": 4096, "ngc_iterations": 4096, "head_dim": 65_536}
+_LARGEST |= {"max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1}
+_LARGEST_SIZE = 2**24
+
+
 def _number(hf: Mapping[str, Any], name: str, kind: type, default: float | None = None) -> Any:
     """A positive number; `default` if it is null or missing."""
     value = hf.get(name)
     value = default if value is None else value
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    most: float = _LARGEST.get(name, _LARGEST_SIZE) if kind is int else 1e18
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
     if not usable or value != kind(value):
-        raise UsageError(
-            f"{name} in config.json is {value!r}; expected a positive {'whole ' if kind is int else ''}number"
-        )
+        what = "whole number" if kind is int else "number"
+        raise UsageError(f"{name} in config.json is {brief(value)}; expected a positive {what} up to {most:,}")
     return kind(value)
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """A value as text of limited length, for messages."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _soft_cap(hf: Mapping[str, Any], name: str) -> float | None:

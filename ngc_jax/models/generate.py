@@ -24,6 +24,7 @@ from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, dec
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
 from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.tokens import check_ids
 
 GREEDY = Sampling()
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
@@ -227,11 +228,7 @@ def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens:
             )
         if prompt.dtype.kind not in "iu":
             raise UsageError(f"prompt {index} has {prompt.dtype} numbers; expected token ids, which are whole")
-        if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-            raise UsageError(
-                f"prompt {index} has token ids from {prompt.min()} to {prompt.max()}; expected 0 to "
-                f"{config.vocab_size - 1}: encode it with the model's own tokenizer"
-            )
+        check_ids(prompt, config.vocab_size)
         if shape[0] + max_new_tokens > config.max_length:
             raise UsageError(
                 f"prompt {index} has {shape[0]} tokens, which with max_new_tokens {max_new_tokens} is more than the "

@@ -63,11 +63,23 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
     if keys.arch == "gemma3":
         return config | _gemma3(keys, config)
     config["hidden_act"] = "silu"
+    if keys.arch == "llama" and _biased(file, "qkv") and not _biased(file, "ogud"):
+        # Hugging Face's llama has biases on all four or none; its qwen2 is this model.
+        return config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
     if keys.arch != "qwen2":  # which always has biases on q, k and v, and no such setting
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if keys.arch == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return config
+
+
+_BIASES = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "g": "ffn_gate", "u": "ffn_up"}
+_BIASES |= {"d": "ffn_down"}
+
+
+def _biased(file: GgufFile, roles: str) -> bool:
+    """Whether the first layer's blocks of any of these roles have biases."""
+    return any(f"blk.0.{_BIASES[role]}.bias" in file.tensors for role in roles)
 
 
 def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
@@ -115,6 +127,9 @@ class _Keys:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
+        kind = file.metadata.get("general.type", "model")
+        if kind != "model":
+            raise UsageError(f"{file.path}: holds no model but {_brief(kind)}; give the file of the model itself")
         self.arch = str(file.metadata.get("general.architecture"))
         if self.arch not in _FAMILIES:
             near = difflib.get_close_matches(self.arch, _FAMILIES, n=1)
@@ -216,7 +231,10 @@ def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+        # As llama.cpp does where the file is silent.
+        "original_max_position_embeddings": keys.integer(
+            "rope.scaling.original_context_length", keys.integer("context_length")
+        ),
     }
     for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if keys.get(f"rope.scaling.{theirs}") is not None:

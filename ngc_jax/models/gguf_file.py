@@ -56,6 +56,11 @@ class GgufFile:
             self.close()
             raise
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files of the model."""
+        return tuple(self._open)
+
     def _add(self, path: Path) -> Header:
         try:
             self._open[path] = self._files.enter_context(path.open("rb"))

@@ -60,10 +60,22 @@ class TensorInfo:
 
 
 class Header(NamedTuple):
-    """What stands before the weights: metadata as plain Python data, and GGUF tensor name -> TensorInfo."""
+    """What stands before the weights: metadata as plain Python data, and GGUF tensor name -> TensorInfo.
+
+    Bytes of a text that are not UTF-8 are lone surrogates, as of `errors="surrogateescape"`.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def read_header(file: BinaryIO, path: Path) -> Header:
@@ -116,11 +128,8 @@ class _Cursor:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        start = self.position
-        try:
-            return self.take(self.scalar("<Q")).decode()
-        except UnicodeDecodeError:
-            raise self.corrupt(f"the text at byte {start} is not UTF-8") from None
+        # A description in another encoding does no harm. Where a text is needed, its lone surrogates are refused.
+        return self.take(self.scalar("<Q")).decode(errors="surrogateescape")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:

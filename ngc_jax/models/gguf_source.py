@@ -3,6 +3,7 @@
 Supported architectures: llama (Mistral's files use the same one), qwen2, qwen3, gemma3.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,10 @@ _FOUR_NORMS = {
 }
 
 
+# Rotary factors are read with the config; old files repeat them in every layer.
+_UNUSED = re.compile(rf"^{re.escape(ROPE_FACTORS)}$|\.(attn_rot_embd|rope_freqs)(\.weight)?$")
+
+
 class GgufSource:
     """A GGUF file as a source of a model (see `sources.Source`)."""
 
@@ -61,11 +66,17 @@ class GgufSource:
             self._file.close()
             raise
         self._arch = self._file.metadata["general.architecture"]
-        self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if name != ROPE_FACTORS}
+        self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if not _UNUSED.search(name)}
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: self._file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()
         }
-        self.nbytes = sum(self._file.tensors[gguf_name].n_bytes for gguf_name in self._gguf_names.values())
+        self.sizes: Mapping[str, int] = {
+            name: self._file.tensors[gguf_name].n_bytes for name, gguf_name in self._gguf_names.items()
+        }
+        self.nbytes = sum(self.sizes.values())
+        self.files = self._file.paths
+        named = self._file.metadata.get("general.license")
+        self.license = named if isinstance(named, str) and named else None
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.
@@ -97,9 +108,15 @@ class GgufSource:
         """Builds the tokenizer from the file's metadata; can still be called after `close`.
 
         Raises:
-            UsageError: the file has no tokenizer, or one of an unsupported kind.
+            UsageError: the file has no tokenizer, one of an unsupported kind, or one of more tokens than the model has.
         """
-        return tokenizer_from_gguf(self._file.metadata, str(self._file.path))
+        tokenizer = tokenizer_from_gguf(self._file.metadata, str(self._file.path))
+        if tokenizer.vocab_size > self.config["vocab_size"]:
+            raise UsageError(
+                f"{self._file.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
+                f"{self.config['vocab_size']} rows; convert the model again, or give another tokenizer"
+            )
+        return tokenizer
 
     def close(self) -> None:
         """Closes the file."""

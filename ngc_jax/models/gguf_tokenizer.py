@@ -1,5 +1,6 @@
 """Rebuilds a model's tokenizer from the metadata of its GGUF file."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from tokenizers import Tokenizer as Backend
 from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf_pretokenizers import pre_tokenizer
 from ngc_jax.models.tokenizer import Tokenizer, one_line, wrap
+
+_LOG = logging.getLogger(__name__)
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -104,9 +107,21 @@ def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[st
         )
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     vocabulary = _Vocabulary(where, metadata, tokens, types, default_ids)
+    for key in ("ggml.tokens", "ggml.merges", "chat_template"):
+        if not _is_utf8(metadata.get(f"tokenizer.{key}")):
+            raise vocabulary.error(f"tokenizer.{key} has a text that is not UTF-8")
     if not isinstance(types, list) or len(types) != len(tokens):
         raise vocabulary.error(f"tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
     return vocabulary
+
+
+def _is_utf8(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    try:
+        "".join(text for text in texts if isinstance(text, str)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _all(kind: type, values: Sequence[Any]) -> bool:
@@ -123,7 +138,14 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
     if -1 in gaps:
         raise vocabulary.error(f"merge {merges[gaps.index(-1)]!r} is not a pair")
     pairs = [(merge[:gap], merge[gap + 1 :]) for merge, gap in zip(merges, gaps, strict=True)]
-    cut = pre_tokenizer(str(vocabulary.metadata.get("tokenizer.ggml.pre", "default")), vocabulary.where)
+    named = vocabulary.metadata.get("tokenizer.ggml.pre")
+    if named is None:
+        _LOG.warning(
+            "%s: does not say how text is cut into words (no tokenizer.ggml.pre); the default is a guess, and other "
+            "tokens than the model was trained on may come of it: give the tokenizer of the original model",
+            vocabulary.where,
+        )
+    cut = pre_tokenizer("default" if named is None else str(named), vocabulary.where)
     backend = Backend(_bpe(vocabulary, pairs, ignore_merges=cut.whole_words))
     normalizer, backend.pre_tokenizer = cut.build()
     if normalizer is not None:

@@ -7,6 +7,7 @@ from ngc_jax.models.tokenizer import one_line
 
 # No *.py and no pickle files: what is not fetched cannot be run. Nor copies of the weights in other layouts.
 _PATTERNS = [
+    "README.md",
     "config.json",
     "generation_config.json",
     "model*.safetensors",

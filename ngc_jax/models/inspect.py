@@ -9,8 +9,10 @@ from typing import Any
 
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.keys import hf_name
-from ngc_jax.models.load import read_plan
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.keys import hf_name, match_tensors
+from ngc_jax.models.load import parameter_shapes
+from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source
 
 
@@ -22,8 +24,9 @@ class Inspection:
         config: The architecture.
         plan: The groups; None for a dense model.
         conversion: How it was converted, if it was.
-        shapes: Shape of every stored tensor.
-        bytes: Size of all stored tensors.
+        shapes: Shape of every stored tensor that the model uses, each once, by Hugging Face's name of its parameter.
+        bytes: Size of these tensors as they are stored.
+        unused_bytes: Size of all others: a second copy of a tied embedding, a vision tower.
     """
 
     config: DecoderConfig
@@ -31,6 +34,7 @@ class Inspection:
     conversion: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int, ...]]
     bytes: int
+    unused_bytes: int
 
     def stored_parameters(self) -> int:
         """Numbers stored for the planned blocks (all blocks of a dense model), counted from the tensors themselves."""
@@ -53,6 +57,7 @@ class Inspection:
             "dense_parameters": dense,
             "total_parameters": sum(math.prod(shape) for shape in self.shapes.values()),
             "bytes": self.bytes,
+            "unused_bytes": self.unused_bytes,
             "groups": 0 if self.plan is None else len(self.plan.groups),
         }
 
@@ -83,11 +88,13 @@ def inspect_model(source: Source) -> Inspection:
     """Describe an open source without reading a tensor.
 
     Raises:
-        UsageError: If its config or its plan is at fault.
+        UsageError: If its config, its plan or the names and shapes of its tensors are at fault.
     """
-    hf_config = dict(source.config)
-    section = hf_config.pop("ngc", None)
+    hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
-    conversion = None if section is None else {key: value for key, value in section.items() if key != "plan"}
-    return Inspection(config, plan, conversion, dict(source.shapes), source.nbytes)
+    parameters = parameter_shapes(Decoder(config, plan))
+    names = match_tensors(parameters, source.shapes, config, source.name)
+    used = sum(source.sizes[name] for name in names.values())
+    shapes = {hf_name(parameter, config): shape for parameter, shape in parameters.items()}
+    return Inspection(config, plan, conversion_of(section), shapes, used, source.nbytes - used)

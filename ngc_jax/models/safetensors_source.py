@@ -5,7 +5,9 @@ and float8, and maps whole files into memory. One tensor is read at a time, so m
 """
 
 import json
+import logging
 import math
+import re
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,7 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.quantised import dequantise, find_scales
 from ngc_jax.models.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -78,11 +83,18 @@ class SafetensorsSource:
         try:
             for path in _weight_files(directory):
                 self._add(path)
+            found = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
+            self._scales, helpers = find_scales(self.config, found, str(directory))
         except BaseException:
             self.close()
             raise
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self._entries.items()}
-        self.nbytes = sum(entry.n_bytes for entry in self._entries.values())
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: entry.shape for name, entry in self._entries.items() if name not in helpers
+        }
+        self.sizes: Mapping[str, int] = {name: entry.n_bytes for name, entry in self._entries.items()}
+        self.nbytes = sum(self.sizes.values())
+        self.files = tuple(sorted(self._open))
+        self.license = _license(directory / "README.md")
 
     def _add(self, path: Path) -> None:
         try:
@@ -99,11 +111,18 @@ class SafetensorsSource:
             self._entries[name] = entry
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in the dtype in which it is stored.
+        """Reads one tensor in the dtype in which it is stored; a quantised one in float32.
 
         Raises:
-            UsageError: no tensor has that name, its dtype is unknown, or the file has shrunk.
+            UsageError: no tensor has that name, its dtype is unknown or no weight's, or the file has shrunk.
         """
+        scales = self._scales.get(name)
+        if scales is None:
+            return self._read(name)
+        zero = None if scales.zero is None else self._read(scales.zero)
+        return dequantise(self._read(name), self._read(scales.scale), zero, scales.block, name)
+
+    def _read(self, name: str) -> np.ndarray:
         if name not in self._entries:
             raise UsageError(f"{self._directory}: has no tensor {name!r}; expected one of the names in shapes")
         entry = self._entries[name]
@@ -147,7 +166,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UsageError: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); a model directory needs {path.name}") from None
     except ValueError as error:
@@ -165,12 +184,26 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+def _license(card: Path) -> str | None:
+    """The licence that a model card names in its front matter."""
+    try:
+        text = card.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", head[1], re.MULTILINE) if head else None
+    return None if found is None else found[1]
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
+    if (directory / _SINGLE).is_file():
+        # As transformers does. An index beside it mostly belongs to the model that was there before.
+        if index.is_file() and not _names_only(index, _SINGLE):
+            _LOG.warning("%s: %s is read; %s and its files are not", directory, _SINGLE, _INDEX)
+        return [directory / _SINGLE]
     if index.is_file():
         return _indexed_files(index)
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
     found = sorted(directory.glob("*.safetensors"))
     if len(found) == 1:
         return found
@@ -184,6 +217,14 @@ def _weight_files(directory: Path) -> list[Path]:
             "convert to safetensors first"
         )
     raise UsageError(f"{directory}: has no weights, expected {_SINGLE} or {_INDEX}; check the path")
+
+
+def _names_only(index: Path, file: str) -> bool:
+    try:
+        weight_map = read_json_object(index).get("weight_map")
+    except UsageError:
+        return False
+    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {file}
 
 
 def _indexed_files(index: Path) -> list[Path]:

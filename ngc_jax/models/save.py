@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from ngc_jax.files import atomic_directory
+from ngc_jax.files import atomic_directory, os_errors
+from ngc_jax.models.card import model_card
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.saved_config import join_config
 
 SHARD_BYTES = 5 * 10**9
-FORMAT_VERSION = 1
 
 
 def save_model(
@@ -44,19 +46,16 @@ def save_model(
     Raises:
         UsageError: See `files.check_output`.
     """
-    directory = Path(directory)
-    with atomic_directory(directory, overwrite) as temporary:
-        hf_config = dict(model.hf_config)
+    directory = Path(directory).expanduser()
+    if conversion is not None:
+        model = dataclasses.replace(model, conversion=conversion)
+    with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
+        hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion)
         hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.dtype))
-        if model.plan is not None:
-            details = model.conversion if conversion is None else conversion
-            hf_config["ngc"] = {"format": FORMAT_VERSION, **(details or {}), "plan": model.plan.to_json()}
         _write_text(temporary / "config.json", _json(hf_config) + "\n")
         _save_tensors(model, temporary)
         model.load_tokenizer().save(temporary)
-        _write_text(
-            temporary / "README.md", card or f"# {directory.absolute().name}\n\nMade from {model.name} by ngc-jax.\n"
-        )
+        _write_text(temporary / "README.md", card or model_card(model, directory.absolute().name))
     return directory
 
 
@@ -97,7 +96,7 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
 def _write_tensors(file: Path, tensors: Mapping[str, jax.Array]) -> None:
     # Only now are they fetched from the device: the host holds one shard at a time.
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    save_file(arrays, file, metadata={"format": "np"})
+    save_file(arrays, file, metadata={"format": "pt"})
 
 
 def _write_text(file: Path, text: str) -> None:

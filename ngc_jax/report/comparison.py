@@ -46,7 +46,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Dense model: perplexity {dense['perplexity']:.3f} on {dense['tokens']:,} tokens of "
         f"{settings['evaluation_text']} after the first {settings['skip_tokens']:,}; "
         f"{dense['block_parameters']:,} parameters in the converted blocks, {dense['parameters']:,} in all. "
-        f"Calibration: {settings['calibration_tokens']:,} tokens, gradients on {settings['gradient_tokens']:,} of them."
+        f"Calibration: {calibration_tokens(settings)} tokens, gradients on {settings['gradient_tokens']:,} of them."
     ]
     methods = sections["methods"]
     if methods:
@@ -127,3 +127,9 @@ def _long(rows: Rows, dense: Mapping[str, Any]) -> str:
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [head, ["---", *("---:" for _ in head[1:])], *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def calibration_tokens(settings: Mapping[str, Any]) -> str:
+    """How many tokens a comparison calibrates on, for people."""
+    count = settings["calibration_tokens"]
+    return "up to 65,536" if count is None else f"{count:,}"

@@ -9,6 +9,7 @@ from typing import Any
 from ngc_jax.models.inspect import Inspection
 from ngc_jax.report import blocks, texts, views
 from ngc_jax.report.charts import Bars, Lines, number, percent, signed
+from ngc_jax.report.comparison import calibration_tokens
 from ngc_jax.report.explanations import TITLES, how
 from ngc_jax.report.inputs import Found, Inputs, readable
 from ngc_jax.report.page import Part, Sample, Section, Tile, settings_rows
@@ -111,7 +112,7 @@ def _pareto(inputs: Inputs, tiles: list[Tile]) -> Section | None:
             charts: list[Lines | Bars] = [*([chart] if chart.series else []), *views.other_variants(one.data)]
             lead = (
                 f"Dense model: perplexity {dense['perplexity']:.2f} on {dense['tokens']:,} tokens of "
-                f"{settings['evaluation_text']}; calibrated on {settings['calibration_tokens']:,} tokens. "
+                f"{settings['evaluation_text']}; calibrated on {calibration_tokens(settings)} tokens. "
             )
             if front:
                 lead += f"On the front: {', '.join(front)}."

@@ -1,7 +1,7 @@
 """Training checkpoints: state, data position and settings, by orbax.
 
-A checkpoint is written beside the others and renamed when it is whole, in the background while training goes on. One
-that was cut short all the same is passed over at restore, and the one before it taken.
+A checkpoint is written beside the others and renamed when it is whole, in the background while training continues. One
+that is damaged all the same is moved aside at restore, and the one before it taken, so that its step is written again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import os_errors
 from ngc_jax.train.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -46,8 +48,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with os_errors(self._directory):
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except OSError:
+            if error is None:  # or the first error says more
+                raise
 
     @property
     def steps(self) -> list[int]:
@@ -65,15 +72,16 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data)),
-                settings=ocp.args.JsonSave(dict(settings)),
-            ),
-            force=True,
-        )
+        with os_errors(self._directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(dict(data)),
+                    settings=ocp.args.JsonSave(dict(settings)),
+                ),
+                force=True,
+            )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that is whole, on whatever mesh `like` asks for.
@@ -88,7 +96,7 @@ class Checkpoints:
             UsageError: If there are checkpoints and none can be read as such a state.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        reasons = []
+        reasons: dict[int, str] = {}
         for step in self.steps:
             try:
                 self._check_shapes(step, abstract)
@@ -102,15 +110,17 @@ class Checkpoints:
                 )
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                reasons.append(f"step {step}: {reason}")
+                reasons[step] = reason
                 _log.warning(
                     "checkpoint %s of %s cannot be read (%s); trying the one before", step, self._directory, reason
                 )
                 continue
+            self._move_aside(list(reasons))
             return found["state"], found["data"], found["settings"]
         if reasons:
+            told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
             raise UsageError(
-                f"no checkpoint in {self._directory} can be read ({'; '.join(reasons)}); was the run made with another "
+                f"no checkpoint in {self._directory} can be read ({told}); was the run made with another "
                 "model or other settings? Choose another --out, or remove the directory"
             )
         return None
@@ -127,9 +137,24 @@ class Checkpoints:
             if shapes.get(name, wanted) != wanted:
                 raise ValueError(f"{name} has shape {shapes[name]}, expected {wanted}")
 
+    def _move_aside(self, steps: list[int]) -> None:
+        """Rename checkpoints that cannot be read: their steps are written again, and nothing is lost."""
+        for step in steps:
+            if jax.process_index() == 0:
+                number = 0
+                while (aside := self._directory / f"unreadable-{step}-{number}").exists():
+                    number += 1
+                (self._directory / str(step)).rename(aside)
+                _log.warning("checkpoint %s is kept as %s", step, aside)
+        if steps:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("unreadable checkpoints moved aside")
+            self._manager.reload()
+
     def wait(self) -> None:
         """Until what was begun is written."""
-        self._manager.wait_until_finished()
+        with os_errors(self._directory):
+            self._manager.wait_until_finished()
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,9 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.tokens import check_ids
 from ngc_jax.train import packing
-from ngc_jax.train.data_config import DataConfig, tokenise
+from ngc_jax.train.data_config import DataConfig, prefix_of, tokenise
 from ngc_jax.train.packing import Corpus, Layout, Row, TokenDocument
 from ngc_jax.train.sources import Document, SourceConfig, Stream, open_source
 from ngc_jax.train.stream_parts import Each, PartSteps, Position, StreamPart, stack
@@ -61,6 +62,7 @@ def make_pipeline(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    vocab_size: int | None = None,
     given: Mapping[str, Sequence[Document | TokenDocument]] | None = None,
     gather: Gather | None = None,
 ) -> Pipeline:
@@ -74,6 +76,7 @@ def make_pipeline(
         tokenizer: The model's.
         process_index: Which process this is.
         process_count: How many there are.
+        vocab_size: The model's: token ids beyond it are refused. Of any size if not given.
         given: Documents made elsewhere, by the name under which `config.sources` has them.
         gather: Returns the positions of all processes from that of this one; only used with streams and several
             processes. By default jax gathers them.
@@ -93,6 +96,8 @@ def make_pipeline(
     opened = [made[source.label] if source.label in made else open_source(source) for source in config.opened]
     identity = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _FREE}
     reports, tables, parts = [], {}, config.batch_size
+    prefix = prefix_of(tokenizer, config)
+    identity["begin_token"] = bool(prefix)
     identity["sources"] = []
     for number, (source, documents) in enumerate(zip(config.opened, opened, strict=True)):
         if isinstance(documents, Stream):
@@ -100,6 +105,8 @@ def make_pipeline(
             identity["sources"].append(f"{source.weight} of a stream of {documents.shards} files")
             continue
         corpus, layout, report = _table(documents, tokenizer, config, source)
+        if vocab_size is not None:
+            check_ids(corpus.tokens, vocab_size)
         reports.append(report)
         tables[number] = _ordered(_Rows(corpus, layout, config.sequence_length, tokenizer.pad), config, number)
         check = zlib.crc32(corpus.predicted.tobytes(), zlib.crc32(corpus.tokens.tobytes()))
@@ -114,12 +121,13 @@ def make_pipeline(
         steps = _Steps(mixed, rows, config, mine, blank)
         options = grain.ReadOptions(num_threads=min(config.prefetch, 1), prefetch_buffer_size=config.prefetch)
         per_epoch = steps.per_epoch if len(tables) == 1 else None
-        return Pipeline(steps.to_iter_dataset(options), identity, reports, per_epoch, None)
+        total = None if config.epochs is None else len(steps)
+        return Pipeline(steps.to_iter_dataset(options), identity, reports, per_epoch, None, total)
 
     def rows_of(number: int, part: int) -> grain.IterDataset:
         documents = opened[number]
         if isinstance(documents, Stream):
-            return _stream_rows(documents, part, parts, number, tokenizer, config)
+            return _stream_rows(documents, part, parts, number, tokenizer, config, vocab_size)
         return tables[number].repeat()[part::parts].to_iter_dataset(grain.ReadOptions(0, 0))
 
     identity["parts"] = parts
@@ -140,6 +148,7 @@ class Pipeline(grain.IterDataset):
     Attributes:
         reports: What became of the sources that were read whole.
         steps_per_epoch: Batches of an epoch, the same on every process; None with several sources or a stream.
+        steps: Batches in all; None if they do not end.
     """
 
     def __init__(
@@ -149,10 +158,11 @@ class Pipeline(grain.IterDataset):
         reports: Sequence[SourceReport],
         steps_per_epoch: int | None,
         gather: Gather | None,
+        steps: int | None = None,
     ) -> None:
         """Wraps batches; see `make_pipeline`."""
         super().__init__(batches)
-        self.reports, self.steps_per_epoch = tuple(reports), steps_per_epoch
+        self.reports, self.steps_per_epoch, self.steps = tuple(reports), steps_per_epoch, steps
         self._identity, self._gather = identity, gather
 
     def __iter__(self) -> PipelineIterator:
@@ -241,13 +251,22 @@ class _Steps(grain.MapDataset):
 
 
 def _stream_rows(
-    stream: Stream, part: int, parts: int, number: int, tokenizer: Tokenizer, config: DataConfig
+    stream: Stream,
+    part: int,
+    parts: int,
+    number: int,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    vocab_size: int | None,
 ) -> grain.IterDataset:
     """Rows of one part of a stream: a window of documents is shuffled, tokenised and packed at once."""
 
     def window_rows(documents: list[Document], rng: np.random.Generator) -> list[Row]:
         order = rng.permutation(len(documents)) if config.shuffle else range(len(documents))
-        corpus = packing.join(tokenise(documents[index], tokenizer, config) for index in order)
+        whole = packing.join(tokenise(documents[index], tokenizer, config) for index in order)
+        if vocab_size is not None:
+            check_ids(whole.tokens, vocab_size)
+        corpus = _begun(whole, tokenizer, config)
         layout = _layout(corpus, config)
         if not layout.rows:
             raise UsageError(
@@ -275,7 +294,8 @@ def _table(
             yield tokenise(document, tokenizer, config, ends=ends)
 
     whole = packing.join(tokenised())
-    corpus = packing.clip(whole, source.skip_tokens, source.max_tokens)
+    clipped = packing.clip(whole, source.skip_tokens, source.max_tokens)
+    corpus = _begun(clipped, tokenizer, config)
     layout = _layout(corpus, config)
     total = len(whole.tokens)
     report = SourceReport(
@@ -283,15 +303,21 @@ def _table(
         whole.documents,
         total,
         layout.rows,
-        whole.documents - corpus.documents + layout.dropped_documents,
-        total - len(corpus.tokens) + layout.dropped_tokens,
+        whole.documents - clipped.documents + layout.dropped_documents,
+        total - len(clipped.tokens) + layout.dropped_tokens,
     )
     if not layout.rows:
         raise UsageError(
             f"{source.label} has nothing to train on: {report.documents} documents with {total} tokens, of which "
-            f"{len(corpus.tokens)} are left after skip_tokens, and none fits a row; give other text or longer rows"
+            f"{len(clipped.tokens)} are left after skip_tokens, and none fits a row; give other text or longer rows"
         )
     return corpus, layout, report
+
+
+def _begun(corpus: Corpus, tokenizer: Tokenizer, config: DataConfig) -> Corpus:
+    concatenated = config.packing == "concatenate"
+    length = config.sequence_length if concatenated else None
+    return packing.begin_pieces(corpus, prefix_of(tokenizer, config), length)
 
 
 def _layout(corpus: Corpus, config: DataConfig) -> Layout:

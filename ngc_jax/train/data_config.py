@@ -29,7 +29,8 @@ class DataConfig:
         mask_prompts: Whether prompts are left out of the loss.
         prompts: plain puts the separator after a prompt; chat renders it by the tokenizer's chat template.
         separator: Between a plain prompt and the text.
-        begin_token: Whether documents begin with the tokenizer's token for it.
+        begin_token: Whether documents, and rows that go on with one, begin with the tokenizer's BOS; as its own rule
+            says if not given.
         end_token: Whether an end-of-text token follows documents. A source of one document has none if concatenated.
         shuffle: Whether rows, or a stream's documents, are shuffled, otherwise in every epoch.
         seed: Of the order.
@@ -47,7 +48,7 @@ class DataConfig:
     mask_prompts: bool = True
     prompts: Literal["plain", "chat"] = "plain"
     separator: str = "\n"
-    begin_token: bool = False
+    begin_token: bool | None = None
     end_token: bool = True
     shuffle: bool = True
     seed: int = 0
@@ -109,7 +110,7 @@ def tokenise(
         return TokenDocument(document.tokens, document.prompt if config.mask_prompts else 0)
     if not document.text:
         return TokenDocument(np.zeros(0, np.int32))
-    before = [_special(tokenizer.bos_token_id, "begin_token")] if config.begin_token else []
+    before: list[np.ndarray] = []
     if document.prompt and config.prompts == "chat":
         before.append(tokenizer.apply_chat_template([{"role": "user", "content": document.prompt}]))
     elif document.prompt:
@@ -119,6 +120,17 @@ def tokenise(
         after.append(_special(tokenizer.eos_token_id, "end_token"))
     prompt = sum(map(len, before)) if config.mask_prompts else 0
     return TokenDocument(np.concatenate([*before, *after]), prompt)
+
+
+def prefix_of(tokenizer: Tokenizer, config: DataConfig) -> tuple[int, ...]:
+    """What comes before the part of a document that is in a row.
+
+    Raises:
+        UsageError: If `begin_token` is true and the tokenizer has no such token.
+    """
+    if config.begin_token is None:
+        return tokenizer.prefix()
+    return (int(_special(tokenizer.bos_token_id, "begin_token")[0]),) if config.begin_token else ()
 
 
 def _special(token: int | None, option: str) -> np.ndarray:

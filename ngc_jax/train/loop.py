@@ -26,11 +26,15 @@ HostMetrics = dict[str, float]
 
 
 class Batches(Protocol):
-    """An endless iterator over this process's rows.
+    """An iterator over this process's rows, usually endless.
 
     Its position says how far all processes are: they take the same number of batches, and one that goes on may be one
     of another number of processes.
     """
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """Itself."""
+        ...
 
     def __next__(self) -> Mapping[str, np.ndarray]:
         """Arrays (B / processes, L)."""
@@ -173,6 +177,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], HostMetrics] | None = None,
     on_metrics: Callable[[HostMetrics], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> Result:
     """Train, or go on training.
 
@@ -187,9 +192,12 @@ def train(
         settings: JSON, kept with checkpoints; a checkpoint made with other settings is refused.
         evaluate: From the trained parameters, on the devices, to numbers; called as `config` says.
         on_metrics: Called with the metrics of every step, one step late, and of every evaluation.
+        on_start: Called with the step that the run begins after, 0 or a checkpoint's. An evaluation that is due after
+            that very step is made again.
 
     Returns:
-        What came out. After SIGTERM or SIGINT a checkpoint is saved and `interrupted` is true.
+        What came out. After SIGTERM or SIGINT a checkpoint is saved and `interrupted` is true. Where the batches end
+        before the steps do, so does the run.
 
     Raises:
         UsageError: If the loss is not finite, with the step; or a checkpoint does not fit.
@@ -209,15 +217,22 @@ def train(
     keeper = None if directory is None else Checkpoints(directory, keep=config.keep)
     with stop_signals() as stopped, keeper or _nothing():
         step = _restore(keeper, placed, batches, settings)
-        if step == 0:
-            look(0)
+        if on_start is not None:
+            on_start(step)
+        looked = -1
+        if step == 0 or (config.evaluate_every and step % config.evaluate_every == 0):
+            look(step)
+            looked = step
         waiting: tuple[int, dict[str, jax.Array]] | None = None
         began = time.perf_counter()
         interrupted = False
         while step < config.steps:
             if config.profile is not None and step == 3:
                 jax.profiler.start_trace(config.profile)
-            placed.state, metrics = placed.step(placed.state, placed.constants, placed.batch(next(batches)))
+            rows = next(batches, None)
+            if rows is None:
+                break
+            placed.state, metrics = placed.step(placed.state, placed.constants, placed.batch(rows))
             step += 1
             # Reading the metrics of a step waits for it; one step later the next is under way.
             if waiting is not None:
@@ -232,13 +247,21 @@ def train(
             if interrupted or evaluates or saves or step == config.steps:
                 began = _take(waiting, began, report, keeper)
                 waiting = None
-                if evaluates or step == config.steps:
-                    look(step)
+                # First of all: an evaluation takes long, and may fail.
                 if keeper is not None:
                     keeper.save(placed.single, batches.get_state(), settings)
+                if evaluates and not interrupted:
+                    look(step)
+                    looked = step
                 began = time.perf_counter()
             if interrupted:
                 break
+        if waiting is not None:  # the batches have ended
+            _take(waiting, began, report, keeper)
+            if keeper is not None:
+                keeper.save(placed.single, batches.get_state(), settings)
+        if not interrupted and looked != step:
+            look(step)
         return Result(placed.host_params(), step, history, interrupted)
 
 
@@ -247,11 +270,12 @@ def _restore(keeper: Checkpoints | None, placed: Placed, batches: Batches, setti
     if found is None:
         return 0
     state, data, before = found
-    if before != settings:
-        names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    # What an older version did not keep is not known.
+    names = sorted(name for name in {*before} & {*settings} if before[name] != settings[name])
+    if names:
         raise UsageError(
             f"the checkpoints here were made with other settings ({', '.join(names)}); choose another directory, or "
-            "give the same settings to go on"
+            "give the same settings to continue"
         )
     placed.set_single(state)
     batches.set_state(data)

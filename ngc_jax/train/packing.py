@@ -13,7 +13,8 @@ A row is a dict of arrays (L,), a batch one of arrays (B, L):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +105,48 @@ def clip(corpus: Corpus, skip: int, most: int | None) -> Corpus:
     inner = corpus.offsets[(corpus.offsets > skip) & (corpus.offsets < end)]
     offsets = np.concatenate([[skip], inner, [end]]) if end > skip else np.array([skip])
     return Corpus(corpus.tokens[skip:end], corpus.predicted[skip:end], offsets.astype(np.int64) - skip)
+
+
+def begin_pieces(corpus: Corpus, prefix: Sequence[int], length: int | None) -> Corpus:
+    """Put a model's first tokens, such as BOS, where a row begins to read a document.
+
+    Args:
+        corpus: The documents.
+        prefix: The tokens; may be empty. A document that begins with them already gets them no second time.
+        length: Tokens of a row if documents are to be concatenated: those that a row ends in begin again in the next.
+
+    Returns:
+        The corpus, longer by the prefixes, which are read and not predicted.
+
+    Raises:
+        UsageError: If a row has no room for the prefix and two tokens more.
+    """
+    if not prefix or not len(corpus.tokens):
+        return corpus
+    if length is not None and length < len(prefix) + 2:
+        raise UsageError(f"rows of {length} tokens have no room for {len(prefix)} before a text; give longer rows")
+    first = np.asarray(prefix, np.int32)
+    tokens: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
+    offsets, total = [0], 0
+    for begin, end in itertools.pairwise(corpus.offsets.tolist()):
+        if np.array_equal(corpus.tokens[begin : begin + len(first)], first):
+            begin += len(first)
+        while begin < end:
+            room = end - begin if length is None else length - total % length - len(first)
+            if room < 2 and length is not None:  # too little is left of the row: filled up with what begins the next
+                fill = length - total % length
+                tokens.append(np.resize(first, fill))
+                predicted.append(np.zeros(fill, bool))
+                total += fill
+                continue
+            piece = slice(begin, min(begin + room, end))
+            tokens += [first, corpus.tokens[piece]]
+            predicted += [np.zeros(len(first), bool), corpus.predicted[piece]]
+            total += len(first) + piece.stop - begin
+            begin = piece.stop
+        offsets.append(total)
+    return Corpus(np.concatenate(tokens), np.concatenate(predicted), np.asarray(offsets, np.int64))
 
 
 def concatenate(corpus: Corpus, length: int) -> Layout:

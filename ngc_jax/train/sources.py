@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,10 +133,21 @@ class TableRows(Sequence[Document]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        return self._read(self._table[index])
+        with _utf8_only():
+            return self._read(self._table[index])
 
     def __iter__(self) -> Iterator[Document]:
-        return map(self._read, self._table)
+        with _utf8_only():
+            yield from map(self._read, self._table)
+
+
+@contextmanager
+def _utf8_only() -> Iterator[None]:
+    """Tables hold bytes; that they are no text is found when a row is read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a row of the data is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
 def open_source(config: SourceConfig) -> Sequence[Document] | Stream:
@@ -162,7 +175,13 @@ def open_source(config: SourceConfig) -> Sequence[Document] | Stream:
 
 
 def sampled_source(
-    model: LanguageModel, count: int, key: Key[Array, ""], *, length: int = 1024, batch_size: int = 32
+    model: LanguageModel,
+    count: int,
+    key: Key[Array, ""],
+    *,
+    length: int = 1024,
+    batch_size: int = 32,
+    prefix: Sequence[int] = (),
 ) -> list[TokenDocument]:
     """Documents that a model writes itself, to train on without any data; see `ngc_jax.convert.sampled`.
 
@@ -172,6 +191,7 @@ def sampled_source(
         key: Randomness.
         length: Tokens of a document, the last one's may be fewer; best a row's. Cut to the model's longest sequence.
         batch_size: Documents sampled at once.
+        prefix: What comes before each when it is sampled, such as BOS; no part of it.
 
     Returns:
         Documents without an end-of-text token.
@@ -183,8 +203,8 @@ def sampled_source(
 
     if count < 2 or length < 2:
         raise UsageError(f"{count} tokens in documents of {length} to sample; expected at least 2 and 2")
-    length = min(length, model.config.max_length, count)
-    tokens = sample_tokens(model, count, key, length=length, batch_size=batch_size)
+    length = min(length, model.config.max_length - len(prefix), count)
+    tokens = sample_tokens(model, count, key, length=length, batch_size=batch_size, prefix=prefix)
     return [TokenDocument(tokens[begin : begin + length]) for begin in range(0, count, length)]
 
 
@@ -214,8 +234,9 @@ def _files(config: SourceConfig) -> Sequence[Document] | Stream:
 
 
 def _matches(name: str) -> list[str]:
+    name = os.path.expanduser(name)
     if not any(character in name for character in "*?["):
-        if not Path(name).is_file():
+        if not Path(name).exists() or Path(name).is_dir():
             raise UsageError(f"there is no text file {name}; give a file, pydoc, hub:NAME or {_GYM}:TASK")
         return [name]
     files = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())

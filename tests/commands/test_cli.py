@@ -142,7 +142,12 @@ def test_text_that_the_model_samples_itself(dense, tmp_path):
     out, result = tmp_path / "out", tmp_path / "convert.json"
     flags = ["convert", dense, "--text", "sampled", *SHORT, "--out", str(out), "--json", str(result)]
     assert cli.main(flags) == 0
-    assert json.loads(result.read_text())["calibration"] == {"text": "sampled", "tokens": 96, "window": 32}
+    assert json.loads(result.read_text())["calibration"] == {
+        "text": "sampled",
+        "tokens": 96,
+        "window": 32,
+        "prefix": [],
+    }
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
@@ -252,3 +257,20 @@ def test_every_file_in_configs_is_valid():
         assert name == command
         for key, value in yaml.safe_load(file.read_text()).items():
             assert getattr(config, key) == value
+
+
+def test_convert_at_its_defaults_takes_what_the_text_has(dense, text, tmp_path, capsys):
+    out, result = tmp_path / "out", tmp_path / "convert.json"
+    length = len(load_model(dense).load_tokenizer().encode(Path(text).read_text()))
+    flags = ["convert", dense, "--text", text, "--method", "svd_llm", "--keep", "0.6"]
+    assert cli.main([*flags, "--out", str(out), "--json", str(result)]) == 0
+    assert json.loads(result.read_text())["calibration"]["tokens"] == length < 65_536
+    assert f"calibrating on {length:,} tokens" in capsys.readouterr().out
+
+
+def test_a_method_that_looks_at_no_text_needs_none(dense, tmp_path):
+    out, result = tmp_path / "out", tmp_path / "convert.json"
+    flags = ["convert", dense, "--method", "svd", "--keep", "0.6", "--text", "no-such-file.txt"]
+    assert cli.main([*flags, "--out", str(out), "--json", str(result)]) == 0
+    assert json.loads(result.read_text())["calibration"] is None
+    assert "calibration" not in (out / "README.md").read_text()

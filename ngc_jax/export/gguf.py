@@ -1,0 +1,262 @@
+"""A GGUF file, which llama.cpp and all that is built on it run.
+
+Groups are folded into dense weights: llama.cpp has no operation for shared states, so a model with groups gets no
+smaller by it than its dense architecture. A model of which hidden neurons were pruned and nothing else stays as small
+as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import quantize
+
+from ngc_jax.errors import UsageError
+from ngc_jax.export.folded import FoldedSource
+from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.gguf_config import ROPE_FACTORS
+from ngc_jax.models.sources import Source
+
+_log = logging.getLogger(__name__)
+
+GGUF_TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+# llama.cpp's name of an architecture; Mistral's is llama's.
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+_OUTSIDE_LAYERS = {"embed.embedding": "token_embd.weight", "norm.scale": "output_norm.weight"}
+_OUTSIDE_LAYERS["unembed.kernel"] = "output.weight"
+_IN_LAYER = {
+    "attn_norm": "attn_norm",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.o": "attn_output",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp.g": "ffn_gate",
+    "mlp.u": "ffn_up",
+    "mlp.d": "ffn_down",
+    "mlp_post_norm": "post_ffw_norm",
+}
+
+
+def export_gguf(
+    source: Source,
+    file: str | Path,
+    *,
+    type: str = "q8_0",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a model, dense or compact, as one GGUF file.
+
+    Vectors are stored in float32, matrices in the type asked for; a matrix whose rows do not hold a whole number of
+    that type's blocks is stored in float16. One tensor is in memory at a time.
+
+    Args:
+        source: The model, from `models.sources.open_source`.
+        file: Where; written whole or not at all.
+        type: One of `GGUF_TYPES`.
+        overwrite: Replace an existing file.
+        progress: Called with (tensors written, in all).
+
+    Returns:
+        What was written: file, type, parameters, bytes, whether groups were folded, and the number of matrices that
+        are stored in float16 because their rows do not fit the type.
+
+    Raises:
+        UsageError: If the type or something of the model has no place in GGUF, or the file must not be written.
+    """
+    if type not in GGUF_TYPES:
+        raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")
+    file = Path(file)
+    _check_file(file, overwrite)
+    folded = FoldedSource(source)
+    kind, file_type = GGUF_TYPES[type]
+    config = folded.decoder_config
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        writer = GGUFWriter(temporary, _ARCHITECTURES[config.architecture])
+        _add_metadata(writer, folded, file_type)
+        fallbacks = _add_tensors(writer, folded, kind, progress)
+        writer.close()
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return {
+        "out": str(file),
+        "type": type,
+        "folded": folded.compact,
+        "parameters": sum(int(np.prod(shape)) for shape in folded.shapes.values()),
+        "bytes": file.stat().st_size,
+        "float16_matrices": fallbacks,
+    }
+
+
+def _check_file(file: Path, overwrite: bool) -> None:
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory; give the name of a file, such as {file / 'model.gguf'}")
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} exists; choose another name or overwrite it")
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"{file} is in a directory that does not exist; make it first")
+
+
+def _add_metadata(writer: GGUFWriter, folded: FoldedSource, file_type: LlamaFileType) -> None:
+    config = folded.decoder_config
+    writer.add_name(folded.name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    _add_rope(writer, config)
+    _add_windows(writer, config)
+    if config.logit_soft_cap is not None:
+        writer.add_final_logit_softcapping(config.logit_soft_cap)
+    if config.attention_soft_cap is not None:
+        writer.add_attn_logit_softcapping(config.attention_soft_cap)
+    for key, value in vocabulary_metadata(folded.tokenizer(), config.vocab_size, folded.name).items():
+        _add_key(writer, key, value)
+
+
+def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _add_rope(writer: GGUFWriter, config: DecoderConfig) -> None:
+    """The rotary base and scaling of full-attention layers."""
+    rope = next((r for r, window in zip(config.ropes, config.windows, strict=True) if window is None), config.ropes[0])
+    writer.add_rope_freq_base(rope.theta)
+    if rope.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.rope_type == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_length)
+        if (rope.beta_fast, rope.beta_slow) != (32.0, 1.0):
+            writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+            writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+
+
+def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
+    """Divisors of the rotary frequencies, for scalings that GGUF stores as a tensor."""
+    rope = config.ropes[0]
+    if rope.rope_type not in ("llama3", "explicit"):
+        return None
+    plain = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    return (plain / rope.inverse_frequencies(config.head_dim)).astype(np.float32)
+
+
+def _add_windows(writer: GGUFWriter, config: DecoderConfig) -> None:
+    windows = {window for window in config.windows if window is not None}
+    if not windows:
+        return
+    if config.architecture == "gemma3_text":
+        writer.add_sliding_window(windows.pop())
+        writer.add_sliding_window_pattern([window is not None for window in config.windows])
+    elif min(windows) < config.max_length:
+        _log.warning(
+            "llama.cpp has no sliding window for %s: beyond %s tokens its answers differ",
+            config.architecture,
+            min(windows),
+        )
+
+
+def _add_tensors(
+    writer: GGUFWriter,
+    folded: FoldedSource,
+    kind: GGMLQuantizationType,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Write header and tensors; returns the number of matrices stored in float16 for their width."""
+    config, fallbacks = folded.decoder_config, 0
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    kinds: dict[str, GGMLQuantizationType] = {}
+    for name, shape in folded.shapes.items():
+        kinds[name] = kind if len(shape) > 1 else GGMLQuantizationType.F32
+        if shape[-1] % GGML_QUANT_SIZES[kinds[name]][0]:
+            kinds[name], fallbacks = GGMLQuantizationType.F16, fallbacks + 1
+        n_bytes = _stored_bytes(shape, kinds[name])
+        own = gguf_name(folded.parameter(name))
+        writer.add_tensor_info(own, shape, np.dtype(np.float32), n_bytes, raw_dtype=kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for done, name in enumerate(folded.shapes, start=1):
+        tensor = _in_gguf_order(folded.read(name).astype(np.float32), folded.parameter(name), config)
+        writer.write_tensor_data(quantize(tensor, kinds[name]))
+        if progress is not None:
+            progress(done, len(folded.shapes))
+    return fallbacks
+
+
+def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * block_bytes
+
+
+def gguf_name(parameter: str) -> str:
+    """GGUF's name of a parameter.
+
+    >>> gguf_name("layers.3.attn.q.kernel")
+    'blk.3.attn_q.weight'
+    """
+    if parameter in _OUTSIDE_LAYERS:
+        return _OUTSIDE_LAYERS[parameter]
+    _, layer, rest = parameter.split(".", 2)
+    module, leaf = rest.rsplit(".", 1)
+    return f"blk.{layer}.{_IN_LAYER[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _in_gguf_order(tensor: np.ndarray, parameter: str, config: DecoderConfig) -> np.ndarray:
+    """A tensor in GGUF's conventions: llama's rotary halves take turns, gemma's norms have their one added."""
+    module, _, leaf = parameter.rpartition(".")
+    if config.unit_offset_norm and leaf == "scale":
+        return tensor + np.float32(1)
+    role = module.rpartition(".")[2]
+    if _ARCHITECTURES[config.architecture] == "llama" and role in ("q", "k"):
+        heads = config.num_heads if role == "q" else config.num_kv_heads
+        halves = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
+    return tensor

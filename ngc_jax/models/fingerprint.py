@@ -1,0 +1,37 @@
+"""Whether a model's files are still those that they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ngc_jax.models.sources import Source
+
+_SAMPLES, _SAMPLE_BYTES = 32, 1 << 16
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of a model's config.json and of samples of its weight files; the same wherever the files are.
+
+    Of each file, its size and 32 samples of 64 KiB spread over it evenly: all of a small file, and little enough of a
+    large one that it takes no time. A model that was converted or trained again differs everywhere; a single number
+    that was changed by hand in a large file may not be noticed.
+
+    Args:
+        source: An open model.
+    """
+    digest = hashlib.blake2b(json.dumps(source.config, sort_keys=True, default=str).encode(), digest_size=16)
+    for path in source.files:
+        _add_file(digest, path)
+    return digest.hexdigest()
+
+
+def _add_file(digest: hashlib.blake2b, path: Path) -> None:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        digest.update(f"{size}\n".encode())
+        step = max(size // _SAMPLES, _SAMPLE_BYTES)
+        for start in sorted({*range(0, size, step), max(size - _SAMPLE_BYTES, 0)}):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))

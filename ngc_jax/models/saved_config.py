@@ -1,0 +1,117 @@
+"""config.json as ngc-jax writes and reads it: that of a dense Hugging Face architecture, and a section of our own.
+
+A model that computes something else than the plain architecture names a type of its own, so that no other program
+takes it for what it is not. What it was made from is in the section, and is restored when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig, text_config
+
+SECTION = "ngc"
+MODEL_TYPE = "ngc"
+ARCHITECTURE = "NgcForCausalLM"
+# 1: without the types of the dense architecture, which stood in their usual place.
+FORMAT_VERSION = 2
+# Entries that were true of the files they came with, and are not of what is written.
+_STALE = ("quantization_config", "compression_config", "auto_map", "_name_or_path", "transformers_version")
+
+
+def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """What a config.json says, in its two parts.
+
+    Args:
+        stored: The whole file.
+        source: What the user called the model, for messages.
+
+    Returns:
+        The config.json of the dense architecture (of a multimodal model, of its text decoder), and our section, None
+        in a file that we did not write or had nothing to add to.
+
+    Raises:
+        UsageError: If our section is damaged, or of a later version than this.
+    """
+    hf_config = dict(stored)
+    section = hf_config.pop(SECTION, None)
+    if section is not None and not isinstance(section, Mapping):
+        raise UsageError(f"config.json of {source} has a section {SECTION!r} without a plan; convert the model again")
+    version = 1 if section is None else section.get("format", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UsageError(
+            f"config.json of {source} is of format {version!r}, this ngc-jax reads up to {FORMAT_VERSION}; install a "
+            "newer ngc-jax"
+        )
+    if hf_config.get("model_type") == MODEL_TYPE:
+        if section is None or not isinstance(section.get("model_type"), str):
+            raise UsageError(
+                f"config.json of {source} is of type {MODEL_TYPE!r} and does not say which architecture it was made "
+                "from; convert the model again"
+            )
+        hf_config["model_type"] = section["model_type"]
+        hf_config.pop("architectures", None)
+        if section.get("architectures") is not None:
+            hf_config["architectures"] = section["architectures"]
+    return dict(text_config(hf_config)), section
+
+
+def join_config(
+    hf_config: Mapping[str, Any], config: DecoderConfig, plan: Plan | None, conversion: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The config.json to write; the opposite of `split_config`.
+
+    A dense model, and one of which hidden neurons were removed and nothing else, stays of its own type.
+
+    Args:
+        hf_config: That of the dense architecture.
+        config: The same, read.
+        plan: The groups; None for a dense model.
+        conversion: How the model was made, if it was converted.
+    """
+    whole = {name: value for name, value in hf_config.items() if name not in _STALE}
+    section: dict[str, Any] = {"format": FORMAT_VERSION, **(conversion or {})}
+    if not is_plain(config, plan):
+        section |= {"model_type": whole.get("model_type"), "architectures": whole.get("architectures")}
+        whole |= {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+    elif plan is None:
+        return whole
+    if plan is not None:
+        section["plan"] = plan.to_json()
+    return {**whole, SECTION: section}
+
+
+def is_plain(config: DecoderConfig, plan: Plan | None) -> bool:
+    """Whether the plain architecture computes what the model computes."""
+    return (plan is None or not plan.groups) and config.iterations == 1
+
+
+def conversion_of(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How a model was made, from our section; None if it was not converted."""
+    if section is None or "plan" not in section:
+        return None
+    own = ("plan", "format", "model_type", "architectures")
+    return {name: value for name, value in section.items() if name not in own}
+
+
+def read_plan(section: Mapping[str, Any] | None, config: DecoderConfig, source: str) -> Plan | None:
+    """The plan in our section of config.json; None if there is none.
+
+    Raises:
+        UsageError: If the plan is not readable or names a block that the model does not have.
+    """
+    if section is None or (isinstance(section, Mapping) and "plan" not in section and "model_type" in section):
+        return None
+    if not isinstance(section, Mapping) or "plan" not in section:
+        raise UsageError(f"config.json of {source} has a section {SECTION!r} without a plan; convert the model again")
+    plan = Plan.from_json(section["plan"])
+    known = {block.name: block for block in config.blocks()}
+    for block in plan.blocks():
+        if known.get(block.name) != block:
+            raise UsageError(
+                f"the plan of {source} has {block}, which its config.json does not; convert the model again"
+            )
+    return plan

@@ -1,0 +1,103 @@
+"""Streams of token ids: what people give as one, and what a model must see before each window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from ngc_jax.models.tokenizer import Tokenizer
+
+Bos = Literal["auto", "always", "never"]
+
+
+def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Tokenizer | None = None, least: int = 1) -> np.ndarray:
+    """One stream of token ids, from what a person may give for it.
+
+    Args:
+        tokens: (T,) whole numbers: an array of NumPy's or JAX's, or a list; or (1, T); or, with a tokenizer, a text.
+        vocab_size: Of the model; ids are below it.
+        tokenizer: The model's.
+        least: How many are needed.
+
+    Returns:
+        (T,) int32.
+
+    Raises:
+        UsageError: If it is something else, is too short, or has an id that the model does not know.
+
+    Example:
+        >>> as_tokens([[3, 1, 4]], 10)
+        array([3, 1, 4], dtype=int32)
+    """
+    if isinstance(tokens, str) and tokenizer is not None:
+        tokens = tokenizer.encode(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # rows of different lengths
+        raise UsageError("the tokens are rows of different lengths; expected one stream, (T,): join the rows") from None
+    array = array[0] if array.ndim == 2 and len(array) == 1 else array
+    if array.ndim != 1:
+        raise UsageError(f"the tokens are of shape {array.shape}; expected one stream, (T,): join the rows")
+    if len(array) < least:
+        raise UsageError(f"there are {len(array)} tokens; expected at least {least}: give a longer text")
+    if len(array) and not np.issubdtype(array.dtype, np.integer):
+        wanted = "token ids" if tokenizer is None else "token ids or a text"
+        raise UsageError(f"the tokens are of type {array.dtype}; expected {wanted}, (T,) whole numbers")
+    check_ids(array, vocab_size)
+    return array.astype(np.int32)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse token ids that a model has no embedding for, before they read another token's.
+
+    Args:
+        tokens: Whole numbers of any shape.
+        vocab_size: Of the model.
+
+    Raises:
+        UsageError: If one is below 0, or not below `vocab_size`; the first is named.
+    """
+    flat = np.asarray(tokens).reshape(-1)
+    if not flat.size or 0 <= flat.min() <= flat.max() < vocab_size:
+        return
+    place = int(np.flatnonzero((flat < 0) | (flat >= vocab_size))[0])
+    raise UsageError(
+        f"token id {flat[place]} (at position {place}) is outside the model's vocabulary of {vocab_size}: the "
+        "tokenizer is not this model's; use the one that the model was trained with"
+    )
+
+
+def begin_windows(tokens: np.ndarray, window: int, prefix: Sequence[int]) -> np.ndarray:
+    """Put a model's first tokens, such as BOS, before each window of a stream.
+
+    Cut into windows of `window` tokens, the result has `prefix` at the beginning of each, and all of `tokens` after it.
+
+    Args:
+        tokens: (T,), one stream.
+        window: Tokens of a window, the prefix included.
+        prefix: What the tokenizer puts before a text; may be empty, and the stream stays what it is.
+
+    Returns:
+        (T + windows * P,) int32.
+
+    Raises:
+        UsageError: If a window has no room for the prefix and two tokens more.
+    """
+    if not prefix:
+        return tokens
+    step = window - len(prefix)
+    if step < 2:
+        raise UsageError(f"window {window} has no room for {len(prefix)} tokens before a text; give a longer window")
+    pieces = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+    first = np.asarray(prefix, np.int32)
+    return np.concatenate([part for piece in pieces for part in (first, piece)]).astype(np.int32)
+
+
+def whole_windows(count: int, window: int, prefix: Sequence[int]) -> int:
+    """`count` tokens, in whole windows where each begins with a prefix: a part of a stream must end with a window."""
+    return count if not prefix else max(count // window, 1) * window

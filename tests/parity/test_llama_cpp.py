@@ -1,0 +1,28 @@
+"""GGUF files that we write, in llama.cpp: the same token ids and logits. Only where llama-cpp-python is installed."""
+
+import numpy as np
+import pytest
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+from ngc_jax.export import export_gguf  # noqa: E402
+from ngc_jax.models.save import save_model  # noqa: E402
+from ngc_jax.models.sources import open_source  # noqa: E402
+from tests.export.test_export import TEXT, model_of  # noqa: E402
+from tests.parity import tiny  # noqa: E402
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_llama_cpp_computes_what_we_compute(family, tmp_path):
+    # The key-value cache of llama.cpp is in float16.
+    ours = model_of(family, hidden_size=64, head_dim=16, query_pre_attn_scalar=16)
+    with open_source(str(save_model(ours, tmp_path / "model"))) as source:
+        export_gguf(source, tmp_path / "model.gguf", type="f32")
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    tokens = tiny.some_tokens()[:1]
+    theirs.eval(tokens[0].tolist())
+    logits = np.asarray(theirs.scores)[: tokens.shape[1]]
+    np.testing.assert_allclose(logits, tiny.our_logits(ours, tokens)[0], rtol=0, atol=1e-2)
+    text = TEXT.replace("<bos>", "bos")
+    found = theirs.tokenize(text.encode(), add_bos=True, special=True)
+    assert found == ours.load_tokenizer().encode(text, special_tokens=True).tolist()
