@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 from ngc_jax.convert.candidates import Cell, candidate_cells
 from ngc_jax.convert.ranks import least_parameters, too_low
@@ -51,12 +53,16 @@ def choose_width(config: DecoderConfig, recipe: Recipe, budget: int) -> int:
             return width
         if recipe.width is None:
             # Nobody asked for this width; fewer neurons leave room for the smallest ranks.
-            smaller = range(1, width // tile)
-            found = bisect.bisect_left(smaller, True, key=lambda count, t=tile, s=share: not fits(count * t, s))
+            smaller = range(tile, width, tile)
+            found = bisect.bisect_left(smaller, True, key=functools.partial(_exceeds, fits, share))
             if found:
-                return smaller[found - 1] * tile
+                return smaller[found - 1]
     least = least_parameters(recipe, cells(width if recipe.width is not None else 1))
     raise too_low(recipe.keep, least / left(config.mlp_dim), recipe)
+
+
+def _exceeds(fits: Callable[[int, float], bool], share: float, width: int) -> bool:
+    return not fits(width, share)
 
 
 def _tiles(size: int) -> list[int]:
