@@ -171,8 +171,8 @@ def convert_and_save(
 
     started = time.perf_counter()
     if config.out is None:
-        name = f"{Path(config.model.rpartition(':')[2]).stem}-{config.keep:g}"
-        raise UsageError(f"no output directory is given; add --out DIR, for example --out {name}")
+        model = Path(config.model.rpartition(":")[2]).name.split("@")[0].removesuffix(".gguf")
+        raise UsageError(f"no output directory is given; add --out DIR, for example --out {model}-{config.keep:g}")
     check_output(config.out, config.overwrite)
     check_positive(
         calibration_tokens=1 if config.calibration_tokens is None else config.calibration_tokens,
@@ -198,22 +198,21 @@ def convert_and_save(
             check_budget(inner, cells)
         window = model_window(config.window, narrow.max_length)
         count = config.calibration_tokens
-        tokenizer, tokens = None, np.zeros(0, np.int32)
-        prefix: tuple[int, ...] = ()
-        if recipe.reads_text:
-            tokenizer = source.tokenizer()
-            prefix = tokenizer.prefix(config.bos)
-            if tokenizer.vocab_size > narrow.vocab_size:
-                _LOG.warning(
-                    "the tokenizer has %s tokens and the model embeds %s: is it the model's own?",
-                    f"{tokenizer.vocab_size:,}",
-                    f"{narrow.vocab_size:,}",
-                )
-            if config.text != "sampled":
-                tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
+        # Also where no text is read: it is saved with the model, and what is wrong with it is found before the work.
+        tokenizer = source.tokenizer()
+        prefix = tokenizer.prefix(config.bos)
+        if tokenizer.vocab_size > narrow.vocab_size:
+            _LOG.warning(
+                "the tokenizer has %s tokens and the model embeds %s: is it the model's own?",
+                f"{tokenizer.vocab_size:,}",
+                f"{narrow.vocab_size:,}",
+            )
+        tokens = None if recipe.reads_text else np.zeros(0, np.int32)
+        if recipe.reads_text and config.text != "sampled":
+            tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
-    if tokenizer is not None and config.text == "sampled":
+    if tokens is None:
         count = usual_tokens if count is None else count
         tokens = calibration_tokens(
             dense, tokenizer, config.text, count, window=window, prefix=prefix, seed=config.seed
