@@ -6,16 +6,22 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ngc_jax.commands.compare_entries import Entry, entries_of, input_digests, recipe_flags, restrict, same_fit
-from ngc_jax.errors import UsageError
+from ngc_jax.commands.compare_entries import (
+    Entry,
+    check_budgets,
+    entries_of,
+    input_digests,
+    measure_cost,
+    restrict,
+    same_fit,
+    window_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +54,7 @@ class CompareConfig:
         evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
         skip_tokens: Tokens of it to drop at its beginning.
         max_tokens: Tokens of it to evaluate.
-        window: Tokens in a window.
+        window: Tokens in a window; if not given 1,024, or what the model was trained on.
         decode: Measure decoding speed, of the dense model and of the variants with cost.
         only: Run these variants only.
         bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
@@ -69,7 +75,7 @@ class CompareConfig:
     evaluation_text: str = "pydoc:second-half"
     skip_tokens: int = 0
     max_tokens: int = 32_768
-    window: int = 1024
+    window: int | None = None
     decode: bool = False
     only: list[str] | None = None
     bos: Literal["auto", "always", "never"] = "auto"
@@ -92,7 +98,7 @@ class Comparison:
             max_tokens=config.max_tokens,
             gradient_tokens=config.gradient_tokens,
             propagation_tokens=config.propagation_tokens,
-            window=config.window,
+            window=1 if config.window is None else config.window,
         )
         self.config = config
         self.entries = entries_of(config)
@@ -102,6 +108,11 @@ class Comparison:
     def _inputs(self) -> dict[str, str | None]:
         """Digests of the model and of the texts that are files: an entry made from others is run again."""
         return input_digests(self.config, self.entries)
+
+    @cached_property
+    def window(self) -> int:
+        """Tokens in a window."""
+        return window_of(self.config)
 
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""
@@ -124,6 +135,7 @@ class Comparison:
                 dense = load_model(
                     self.config.model, dtype=self.config.dtype, tokenizer=self.config.tokenizer, progress=bar
                 )
+            check_budgets(dense.config, missing)
             tokenizer = dense.load_tokenizer()
             if self._read_file(dense_file, self._key(None)) is None:
                 row = self._evaluate(dense, tokenizer, decode=self.config.decode)
@@ -136,7 +148,7 @@ class Comparison:
         for entry in self.entries:
             finished = self._read(entry)
             if entry.own_process and finished is not None and "cost" not in finished:
-                cost = self._measure_cost(entry)
+                cost = measure_cost(self.config, entry, self.window)
                 write_json(self._file(entry), finished | {"cost": cost})
                 peak = cost["peak_bytes"] / 2**30
                 console.print(f"{entry.variant}: {cost['seconds']:.0f} s, peak {peak:.2f} GiB in its own process")
@@ -151,6 +163,7 @@ class Comparison:
 
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         import jax
+        import numpy as np
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.convert.narrow import narrow_recipe, narrowed, removed_parameters
@@ -159,10 +172,12 @@ class Comparison:
         from ngc_jax.files import write_json
         from ngc_jax.tokens import whole_windows
 
-        tokens = self._calibration_tokens(dense, tokenizer, text)
+        tokens = np.zeros(0, np.int32)
+        if any(entry.recipe.reads_text for entry in entries):
+            tokens = self._calibration_tokens(dense, tokenizer, text)
         prefix = tokenizer.prefix(self.config.bos)
         gradient_tokens, propagation_tokens = (
-            whole_windows(count, self.config.window, prefix)
+            whole_windows(count, self.window, prefix)
             for count in (self.config.gradient_tokens, self.config.propagation_tokens)
         )
         needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
@@ -204,7 +219,7 @@ class Comparison:
                         wide=None if kept is None else (dense, kept),
                         gradient_tokens=gradient_tokens,
                         propagation_tokens=propagation_tokens,
-                        window=self.config.window,
+                        window=self.window,
                         begun=bool(prefix),
                     )
                     assert compact.plan is not None
@@ -241,7 +256,7 @@ class Comparison:
         gradients: dict[str, Any] = {}
         if needs <= {"nothing"}:
             return [], {"inputs": 0.0}
-        window, some = self.config.window, tokens[:gradient_tokens]
+        window, some = self.window, tokens[:gradient_tokens]
         with progress_bar() as bar:
             started = time.perf_counter()
             stream = calibrate(
@@ -317,7 +332,7 @@ class Comparison:
 
         c = self.config
         tokens = text_tokens(c.evaluation_text, tokenizer, c.skip_tokens, c.max_tokens)
-        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=c.window, bos=c.bos)
+        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=self.window, bos=c.bos)
         speed = measure_decode_speed(model) if decode else None
         return {
             **dataclasses.asdict(result),
@@ -330,31 +345,16 @@ class Comparison:
         from ngc_jax.commands.convert import calibration_tokens
         from ngc_jax.tokens import as_tokens, begin_windows
 
-        window, prefix = self.config.window, tokenizer.prefix(self.config.bos)
+        window, prefix = self.window, tokenizer.prefix(self.config.bos)
         tokens = calibration_tokens(
             dense, tokenizer, text, self.config.calibration_tokens, window=window, prefix=prefix
         )
         return begin_windows(as_tokens(tokens, dense.config.vocab_size, least=2), window, prefix)
 
-    def _measure_cost(self, entry: Entry) -> dict[str, float]:
-        """Convert in a fresh process; its seconds and peak memory."""
-        recipe, c = entry.recipe, self.config
-        with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
-            flags = [c.model, "--out", str(Path(directory) / "model"), "--text", entry.text, "--window", str(c.window)]
-            flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
-            flags += ["--bos", c.bos, *([] if c.tokenizer is None else ["--tokenizer", c.tokenizer])]
-            flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
-            flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
-            command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
-            returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-            if returned != 0:
-                raise UsageError(f"converting {entry.variant} in its own process failed with {returned}")
-            summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
-        return {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"]}
-
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
-        settings = {name: getattr(self.config, name) for name in (*names, "window", "dtype")}
+        settings = {name: getattr(self.config, name) for name in (*names, "dtype")}
+        settings["window"] = self.window
         # At their defaults they are left out, so that what was measured before there were such options counts.
         settings |= {"bos": self.config.bos} if self.config.bos != "auto" else {}
         settings |= {"tokenizer": self.config.tokenizer} if self.config.tokenizer is not None else {}

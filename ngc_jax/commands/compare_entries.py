@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from ngc_jax.commands.compare import CompareConfig
     from ngc_jax.convert.recipe import Recipe
     from ngc_jax.convert.statistics import Statistics
+    from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.load import Params
 
 SECTIONS = ("methods", "levers", "topologies", "texts")
@@ -140,3 +145,55 @@ def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, 
         file = Path(text).expanduser()
         digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return digests
+
+
+def window_of(config: CompareConfig) -> int:
+    """Tokens in a window: what is given, or what suits the model."""
+    from ngc_jax.commands.convert import model_window
+    from ngc_jax.models.config import DecoderConfig
+    from ngc_jax.models.saved_config import split_config
+    from ngc_jax.models.sources import open_source
+
+    with open_source(config.model) as source:
+        hf_config, _ = split_config(source.config, config.model)
+    return model_window(config.window, DecoderConfig.from_hf(hf_config).max_length)
+
+
+def check_budgets(config: DecoderConfig, entries: Iterable[Entry]) -> None:
+    """Refuse keep ratios that no ranks reach, before anything is measured.
+
+    Raises:
+        UsageError: If one is too low.
+    """
+    from ngc_jax.convert.candidates import candidate_cells
+    from ngc_jax.convert.narrow import narrow_recipe
+    from ngc_jax.convert.ranks import check_budget
+
+    for entry in entries:
+        narrow, recipe = narrow_recipe(config, entry.recipe)
+        check_budget(recipe, candidate_cells(narrow, recipe.resolved_topology))
+
+
+def measure_cost(config: CompareConfig, entry: Entry, window: int) -> dict[str, float]:
+    """Convert in a fresh process; its seconds and peak memory."""
+    recipe, c = entry.recipe, config
+    with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+        flags = [
+            c.model,
+            "--out",
+            str(Path(directory) / "model"),
+            "--text",
+            entry.text,
+            "--window",
+            str(window),
+        ]
+        flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
+        flags += ["--bos", c.bos, *([] if c.tokenizer is None else ["--tokenizer", c.tokenizer])]
+        flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
+        flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
+        command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
+        returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if returned != 0:
+            raise UsageError(f"converting {entry.variant} in its own process failed with {returned}")
+        summary = json.loads((Path(directory) / "summary.json").read_text(encoding="utf-8"))
+    return {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"]}

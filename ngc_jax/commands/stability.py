@@ -31,6 +31,7 @@ class StabilityConfig:
         along: depth, every token through the layers; or sequence, from token to token through the cache.
         exponents: How many directions to follow.
         memory: Along the sequence, tokens that a perturbation is remembered and followed; prompts need twice as many.
+            If not given 32, or half of the shortest prompt.
         max_tokens: Tokens of a prompt that are read; the rest is left out.
         seed: Of the directions.
         bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
@@ -46,7 +47,7 @@ class StabilityConfig:
     chat: bool = False
     along: Literal["depth", "sequence"] = "depth"
     exponents: int = 8
-    memory: int = 32
+    memory: int | None = None
     max_tokens: int = 256
     seed: int = 0
     bos: Literal["auto", "always", "never"] = "auto"
@@ -66,7 +67,9 @@ class StabilityConfig:
         from ngc_jax.text import read_text
         from ngc_jax.tokens import check_ids
 
-        check_positive(exponents=self.exponents, memory=self.memory, max_tokens=self.max_tokens)
+        check_positive(
+            exponents=self.exponents, memory=1 if self.memory is None else self.memory, max_tokens=self.max_tokens
+        )
         if (self.prompts is None) == (self.prompt is None):
             raise UsageError(
                 "there are no prompts, or two sources of them; give one of --prompts FILE and --prompt TEXT"
@@ -82,9 +85,12 @@ class StabilityConfig:
                 model = load_from_source(source, dtype=self.dtype, progress=bar)
         for tokens in encoded:
             check_ids(tokens, model.config.vocab_size)
+        memory = self.memory or min(32, *(len(tokens) // 2 for tokens in encoded))
+        if self.along == "sequence" and self.memory is None and memory < 32:
+            console.print(f"memory {memory}, half of the shortest prompt")
         results = []
         with progress_bar("measure") as bar:
-            for done, found in enumerate(self._measure(model, encoded), start=1):
+            for done, found in enumerate(self._measure(model, encoded, memory), start=1):
                 pieces = [tokenizer.decode([int(token)]) for token in encoded[done - 1]]
                 results.append({"text": texts[done - 1], "tokens": pieces, **found})
                 bar(done, len(texts))
@@ -94,7 +100,7 @@ class StabilityConfig:
             "along": self.along,
             "unit": "1 / layer" if self.along == "depth" else "1 / token",
             "exponents": self.exponents,
-            **({"memory": self.memory} if self.along == "sequence" else {}),
+            **({"memory": memory} if self.along == "sequence" else {}),
             "seed": self.seed,
             "bos": self.bos,
             "prefix": [] if self.chat else list(tokenizer.prefix(self.bos)),  # templates write their own
@@ -118,17 +124,17 @@ class StabilityConfig:
             tokens = tokenizer.apply_chat_template([{"role": "user", "content": text}])
         else:
             tokens = tokenizer.encode_prompt(text, self.bos)
-        least = 2 if self.along == "depth" else 2 * self.memory
+        least = 2 if self.along == "depth" else 2 * (self.memory or 1)
         tokens = tokens[: self.max_tokens]
         if len(tokens) < least:
             raise UsageError(
                 f"the prompt {_short(text)!r} has {len(tokens)} tokens (of at most --max-tokens {self.max_tokens}); "
                 f"expected {least} or more along {self.along}: give longer prompts"
-                + (" or a shorter --memory" if self.along == "sequence" else "")
+                + (" or a shorter --memory" if self.along == "sequence" and self.memory else "")
             )
         return tokens
 
-    def _measure(self, model: LanguageModel, encoded: list[np.ndarray]) -> Any:
+    def _measure(self, model: LanguageModel, encoded: list[np.ndarray], memory: int) -> Any:
         """What was found for each prompt, one after the other; all are padded to one length, so as to compile once."""
         import jax
         import jax.numpy as jnp
@@ -145,8 +151,8 @@ class StabilityConfig:
             row, length = jnp.asarray(np.pad(tokens, (0, width - count)))[None], jnp.asarray([count])
             given = (model.decoder, model.params, row, length)
             if self.along == "sequence":
-                found = sequence_stability(*given, key=key, directions=self.exponents, memory=self.memory)
-                segments = count // self.memory - 1
+                found = sequence_stability(*given, key=key, directions=self.exponents, memory=memory)
+                segments = count // memory - 1
                 yield {
                     "metric": float(found.metric[0]),
                     "error": None if segments == 1 else float(found.error[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ class TrainingOptions:
         evaluation_tokens: Tokens to score, fewer if the text has fewer; 0 for no evaluation.
         evaluate_every: Steps between evaluations; 0 for only before and after.
         steps: Steps in all.
-        batch_size: Rows of a step, over all devices.
+        batch_size: Rows of a step, over all devices; if not given 4, or as many more as the devices can share out.
         sequence_length: Tokens of a row.
         microbatches: Parts that a step's rows are cut into to save memory; the result is the same.
         learning_rate: At its highest.
@@ -76,7 +77,7 @@ class TrainingOptions:
     evaluation_tokens: int = 16_384
     evaluate_every: int = 0
     steps: int = 50
-    batch_size: int = 4
+    batch_size: int | None = None
     sequence_length: int = 512
     microbatches: int = 1
     learning_rate: float = 1e-4
@@ -116,7 +117,7 @@ class TrainingOptions:
         from ngc_jax.train import sharding
 
         if self.out is None:
-            raise UsageError("no output directory is given; add --out DIR")
+            raise UsageError("no output directory is given; add --out DIR, for example --out runs/train")
         out = Path(self.out)
         for directory in (out, out / "checkpoints", out / "tensorboard"):
             if directory.exists() and not directory.is_dir():
@@ -149,6 +150,16 @@ class TrainingOptions:
     def resolved_dtype(self, backend: str) -> str:
         """What the models compute in."""
         return self.compute_dtype or ("float32" if backend == "cpu" else "bfloat16")
+
+    @property
+    def rows_of_a_step(self) -> int:
+        """The batch size that is given, or the first multiple of the devices that share out rows from 4 on."""
+        import jax
+
+        if self.batch_size is not None:
+            return self.batch_size
+        split = self.data * self.fsdp if self.data > 0 else len(jax.devices()) // self.tensor
+        return -(-4 // max(split, 1)) * max(split, 1)
 
     def make_optimizer(self) -> Any:
         """The optimiser."""
@@ -205,7 +216,7 @@ class TrainingOptions:
             data = DataConfig(
                 sources=tuple(SourceConfig(**source) if isinstance(source, dict) else source for source in sources),
                 sequence_length=self.sequence_length,
-                batch_size=self.batch_size,
+                batch_size=self.rows_of_a_step,
                 seed=self.seed,
                 **{"begin_token": {"auto": None, "always": True, "never": False}[self.bos], **options},
             )
@@ -215,7 +226,7 @@ class TrainingOptions:
         if any(source.label == "sampled" for source in data.opened):
             if teacher is None:
                 raise UsageError("text sampled from the teacher needs a teacher; give another text")
-            count = self.tokens or self.steps * self.batch_size * self.sequence_length
+            count = self.tokens or self.steps * self.rows_of_a_step * self.sequence_length
             prefix = self.prefix(tokenizer)
             given["sampled"] = sampled_source(
                 teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
@@ -236,7 +247,7 @@ class TrainingOptions:
 
     def settings(self) -> dict[str, Any]:
         """What a run that continues must share with the one before: all that changes what the steps compute."""
-        settings = dataclasses.asdict(self)
+        settings = {**dataclasses.asdict(self), "batch_size": self.rows_of_a_step}
         return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
 
     def fitted_to(self, rows: Pipeline) -> Self:
@@ -339,6 +350,7 @@ class TrainingOptions:
             )
         # Of the whole run, those steps included that other processes did before.
         history = writer.entries() or result.history
+        seconds = [metrics["seconds"] for metrics in result.history if "loss" in metrics][2:]
         summary: dict[str, Any] = {
             **options.settings(),
             "out": options.out,
@@ -346,10 +358,10 @@ class TrainingOptions:
             "step": result.step,
             "interrupted": result.interrupted,
             "parameters": model.count_parameters(),
-            "tokens_seen": result.step * options.batch_size * options.sequence_length,
+            "tokens_seen": result.step * options.rows_of_a_step * options.sequence_length,
             "perplexities": {int(m["step"]): m["perplexity"] for m in history if "perplexity" in m},
             "losses": [m["loss"] for m in history if "loss" in m],
-            "step_seconds": _median([m["seconds"] for m in result.history if "loss" in m][2:]),
+            "step_seconds": statistics.median(seconds) if seconds else None,
             "seconds": time.perf_counter() - started,
         }
         if result.interrupted:
@@ -386,11 +398,7 @@ def _card(model: LanguageModel, options: TrainingOptions, summary: dict[str, Any
     measured = None if perplexity is None else Measured(Path(options.evaluation_text).name, perplexity)
     training = (
         f"Trained on {summary['tokens_seen']:,} tokens of {Path(options.text).name} ({options.steps} steps of "
-        f"{options.batch_size} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, training "
-        f"{trainable})."
+        f"{options.rows_of_a_step} x {options.sequence_length}, {options.optimizer} at {options.learning_rate:g}, "
+        f"training {trainable})."
     )
     return model_card(model, Path(options.out or "").name, training=training, measured=measured)
-
-
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None

@@ -29,10 +29,10 @@ from jaxtyping import Float, Int
 
 from ngc_jax.convert.best_states import mean_diagonal, output_metric, pulled_metric, square_root
 from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.ranks import check_budget
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.side_by_side import side_by_side
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
+from ngc_jax.convert.widths import choose_width
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block
 from ngc_jax.host_memory import handed_over
@@ -41,8 +41,6 @@ from ngc_jax.models.load import LanguageModel, Params
 
 # Whose outputs go with hidden neurons: their G must be measured whole.
 NARROW_ROLES = "ug"
-# Widths are multiples of this, a TPU's tile, if the dense model's is.
-_TILE = 128
 # Neurons that go before all of the two matrices is brought up to date, by one product.
 _BLOCK = 64
 # Relative to the mean diagonal of C: neurons that are silent on the calibration text go first, by no division by zero.
@@ -60,7 +58,8 @@ def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig,
         Both as they were if every hidden neuron stays.
 
     Raises:
-        UsageError: If a width is asked for and the topology leaves MLPs out, or the width leaves too little.
+        UsageError: If a width is asked for and the topology leaves MLPs out, the width leaves too little, or no width
+            and no ranks reach the keep ratio.
     """
     if recipe.resolved_width == 1:
         return config, recipe
@@ -70,45 +69,14 @@ def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig,
         if recipe.width is not None or recipe.resolved_allocation == "neurons":
             raise UsageError("hidden neurons can go where the topology has u, g and d of every layer; add them to it")
         return config, recipe
-    budget = math.floor(recipe.keep * sum(block.parameters for block in blocks.values()))
-    tile = math.gcd(config.mlp_dim, _TILE)
-    nearest = max(round(recipe.resolved_width * config.mlp_dim / tile), 1) * tile
-
-    def at(width: int) -> tuple[DecoderConfig, Recipe, int]:
-        narrow = dataclasses.replace(config, mlp_dim=width)
-        left = sum(block.parameters for block in _planned(narrow, recipe).values())
-        return narrow, dataclasses.replace(recipe, keep=min(budget / left, 1.0), width=1.0), left
-
-    narrow, inner, left = at(nearest)
-    if recipe.width is not None:
-        if budget > left:
-            raise UsageError(f"width {recipe.width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width")
-        return narrow, inner
-    # The width is the method's own, and its rounding must not cost the conversion. So: the nearest, or the next above
-    # it, where the other parameters can make up for it; or else the widest at which all of them may stay dense.
-    for width in (nearest, nearest + tile):
-        narrow, inner, left = at(width)
-        if budget <= left and width <= config.mlp_dim and _can_be_met(narrow, inner, budget, left):
-            return narrow, inner
-    for width in range(nearest + tile, 0, -tile):
-        narrow, inner, left = at(width)
-        if left <= budget and width <= config.mlp_dim:
-            return narrow, inner
-    return at(nearest)[:2]
-
-
-def _can_be_met(narrow: DecoderConfig, inner: Recipe, budget: int, left: int) -> bool:
-    """Whether blocks outside the MLPs can be made small enough, where MLPs stay dense; elsewhere ranks see to it."""
-    if inner.resolved_allocation != "neurons":
-        return True
-    mlps = sum(narrow.block(layer, role).parameters for layer in range(narrow.num_layers) for role in MLP_ROLES)
-    if mlps == left:
-        return left == budget
-    try:
-        check_budget(inner, candidate_cells(narrow, inner.resolved_topology))
-    except UsageError:
-        return False
-    return True
+    dense = sum(block.parameters for block in blocks.values())
+    budget = math.floor(recipe.keep * dense)
+    mlp = sum(blocks[name].parameters for name in whole)
+    if recipe.width is not None and dense - round((1 - recipe.width) * mlp) < budget:
+        raise UsageError(f"width {recipe.width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width")
+    narrow = dataclasses.replace(config, mlp_dim=choose_width(config, recipe, budget))
+    left = sum(block.parameters for block in _planned(narrow, recipe).values())
+    return narrow, dataclasses.replace(recipe, keep=min(budget / left, 1.0), width=1.0)
 
 
 def removed_parameters(config: DecoderConfig, narrow: DecoderConfig, recipe: Recipe) -> int:

@@ -23,10 +23,10 @@ _LOSS_TOKENS = 256 * 2048
 def uniform_rank(
     members: Iterable[Block], keep: float, rounding: Callable[[float], int] = math.floor, gauge: bool = False
 ) -> int:
-    """The rank at which a bilinear group stores `keep` of its members' weights.
+    """The rank at which a bilinear group stores `keep` of its members' parameters.
 
-    With M outputs in all, I inputs and S = sum of d_out * d_in: r (M + I) = keep S; in a fixed gauge
-    r (M + I - r) = keep S, of which r is the smaller root. At most the full rank.
+    With M outputs in all, I inputs, b biases and S = b + sum of d_out * d_in: r (M + I) + b = keep S; in a fixed gauge
+    r (M + I - r) + b = keep S, of which r is the smaller root. At most the full rank.
 
     Args:
         members: The blocks of the group.
@@ -39,9 +39,9 @@ def uniform_rank(
     """
     members = tuple(members)
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
-    wanted, both = keep * sum(block.d_out * block.d_in for block in members), outputs + inputs
+    wanted, both = keep * sum(block.parameters for block in members), outputs + inputs
     # A little above, so that a whole root is not rounded down; a double root moves by the root of what is added.
-    wanted *= 1 + 1e-12
+    wanted = wanted * (1 + 1e-12) - sum(block.d_out for block in members if block.bias)
     exact = both / 2 - math.sqrt(max(both**2 / 4 - wanted, 0.0)) + 1e-9 if gauge else wanted / both
     rank = rounding(exact)
     if rank < 1:
@@ -52,11 +52,13 @@ def uniform_rank(
     return min(rank, full_rank(members))
 
 
-def _rank_one(members: Iterable[Block], gauge: bool) -> float:
-    """The keep ratio of rank 1, a little above, so that it is not rounded down."""
+def _rank_one(members: Iterable[Block], gauge: bool, rounding: Callable[[float], int] = math.floor) -> float:
+    """The least keep ratio at which `uniform_rank` gives rank 1, a little above, so that it is not rounded down."""
     members = tuple(members)
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
-    return (outputs + inputs - gauge) / sum(block.d_out * block.d_in for block in members) * (1 + 1e-9)
+    least = 1.0 if rounding is math.floor else 0.5
+    stored = least * (outputs + inputs - least * gauge) + sum(block.d_out for block in members if block.bias)
+    return stored / sum(block.parameters for block in members) * (1 + 1e-9)
 
 
 def full_rank(members: Iterable[Block]) -> int:
@@ -127,15 +129,53 @@ def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
     Raises:
         UsageError: If a group is left without a rank, or the smallest ranks store too much.
     """
-    if recipe.resolved_allocation != "loss":
-        first = [group for cell in cells for group in cell[0]]
-        if not given_ranks(recipe, first):
-            for group in first:
-                uniform_rank(group.members, recipe.keep, recipe.definition.rounding, recipe.resolved_gauge)
-        return
-    allocate(
-        [[[_curve(recipe, g, np.zeros(full_rank(g.members))) for g in way] for way in cell] for cell in cells],
-        _budget(recipe, cells),
+    dense = sum(group.dense_parameters for cell in cells for group in cell[0])
+    if recipe.rank is None and (least := least_parameters(recipe, cells)) > math.floor(recipe.keep * dense):
+        raise too_low(recipe.keep, least / dense, recipe)
+
+
+def too_low(keep: float, least: float, recipe: Recipe) -> UsageError:
+    """The error of a keep ratio below the least that a recipe reaches."""
+    bound = math.ceil(least * 1e4) / 1e4
+    more = ", or lower the rank multiple" if recipe.rank_multiple > 1 else ""
+    if bound > 1:
+        return UsageError(
+            f"method {recipe.method} cannot make these groups smaller: rank 1 stores {least:.4g} times what they store "
+            f"when dense; leave blocks out of the topology{more}"
+        )
+    return UsageError(
+        f"keep ratio {keep:g} is too low: the smallest ranks store {bound:g}; raise it to at least {bound:g}, or leave "
+        f"blocks out of the topology{more}"
+    )
+
+
+def least_parameters(recipe: Recipe, cells: Sequence[Cell], share: float = 0.0) -> int:
+    """How many parameters the smallest ranks of a recipe store, so that any budget from there on has ranks.
+
+    Args:
+        recipe: Without a rank; its keep ratio does not matter.
+        cells: Ways to group the same blocks.
+        share: Where MLPs stay dense, the keep ratio of the others at the least.
+    """
+    gauge, multiple = recipe.resolved_gauge, recipe.rank_multiple
+    if recipe.resolved_allocation == "loss":
+
+        def least(group: Candidate) -> int:
+            if multiple > full_rank(group.members):
+                return group.dense_parameters
+            stored = multiple * (group.outputs + group.inputs - (multiple if gauge else 0)) + group.biases
+            return min(stored, group.dense_parameters)
+
+        return sum(min(sum(map(least, way)) for way in cell) for cell in cells)
+    groups = [group for cell in cells for group in cell[0]]
+    stay = [group for group in groups if recipe.resolved_allocation == "neurons" and _is_mlp(group)]
+    others = [group for group in groups if group not in stay]
+    # All others have one keep ratio, that of the group for which rank 1 costs most.
+    rounding = recipe.definition.rounding if recipe.resolved_allocation != "svd_llm_v2" else math.floor
+    keep = max((_rank_one(group.members, gauge, rounding) for group in others), default=0.0)
+    keep = max(keep, share) if stay else keep
+    return sum(group.dense_parameters for group in stay) + math.ceil(
+        keep * sum(group.dense_parameters for group in others)
     )
 
 

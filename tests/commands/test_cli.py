@@ -171,7 +171,7 @@ BAD_INPUT = {
     "no devices": (["convert", "{dense}", "--devices", "0"], "expected at least 1"),
     "too many devices": (["convert", "{dense}", "--devices", "9"], "this machine has 8"),
     "keep word": (["convert", "{dense}", "--keep", "most"], "keep"),
-    "tiny keep": (["convert", "{dense}", "--keep", "0.001"], "the least; raise it"),
+    "tiny keep": (["convert", "{dense}", "--keep", "0.001"], "raise it to at least"),
     "topology syntax": (["convert", "{dense}", "--topology", "qk--v"], "^"),
     "topology role": (["convert", "{dense}", "--topology", "qxk"], "x"),
     "unknown method": (["convert", "{dense}", "--method", "magic"], "magic"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ngc_jax import cli
-from ngc_jax.commands.compare import Comparison
+from ngc_jax.commands import compare
 from ngc_jax.convert.recipe import Recipe
 from ngc_jax.models.save import save_model
 from ngc_jax.report.comparison import excess, markdown
@@ -99,18 +99,18 @@ def test_costs_that_an_interrupted_run_did_not_measure_are_measured(compared, mo
     config = tmp_path / "compare.yaml"
     config.write_text(yaml.safe_dump({"variants": {"svd": {"method": "svd", "cost": True}}, "keep": [0.7, 0.5]}))
     flags = [str(config) if flag.endswith(".yaml") else flag for flag in flags] + ["--window", "32"]
-    measured, in_own_process = [], Comparison._measure_cost
+    measured, in_own_process = [], compare.measure_cost
 
-    def interrupted(self, entry):
+    def interrupted(config, entry, window):
         raise KeyboardInterrupt
 
-    def measure(self, entry):
+    def measure(config, entry, window):
         measured.append((entry.variant, entry.recipe.keep))
         return {"seconds": 1.5, "peak_bytes": 2**20}
 
-    monkeypatch.setattr(Comparison, "_measure_cost", interrupted)
+    monkeypatch.setattr(compare, "measure_cost", interrupted)
     assert cli.main(flags) != 0
-    monkeypatch.setattr(Comparison, "_measure_cost", measure)
+    monkeypatch.setattr(compare, "measure_cost", measure)
     for _ in range(2):
         assert cli.main(flags) == 0
     assert measured == [("svd", 0.7)]
@@ -120,7 +120,7 @@ def test_costs_that_an_interrupted_run_did_not_measure_are_measured(compared, mo
 
     del row["cost"]
     file.write_text(json.dumps(row))
-    monkeypatch.setattr(Comparison, "_measure_cost", in_own_process)
+    monkeypatch.setattr(compare, "measure_cost", in_own_process)
     assert cli.main(flags) == 0
     cost = json.loads(file.read_text())["cost"]
     assert cost["seconds"] > 0

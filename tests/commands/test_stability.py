@@ -61,7 +61,7 @@ def test_the_sequence_has_a_number_for_every_segment(model, prompts, tmp_path):
         ([], "--prompts FILE"),
         (["--prompt", " "], "empty"),
         (["--prompt", "a"], "expected 2 or more"),
-        (["--prompt", "some words", "--along", "sequence"], "expected 64 or more"),
+        (["--prompt", "some words", "--along", "sequence", "--memory", "32"], "expected 64 or more"),
         (["--prompt", "some words", "--exponents", "0"], "exponents"),
         (["--prompt", "some words", "--exponents", "99"], "expected 1 to 24"),
     ],

