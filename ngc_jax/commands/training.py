@@ -127,7 +127,8 @@ class TrainingOptions:
             Path(self.profile).mkdir(parents=True, exist_ok=True)
         self.make_optimizer()
         self.loop()
-        sharding.make_mesh(self.data, self.fsdp, self.tensor)
+        mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
+        sharding.check_rows(self.rows_of_a_step, mesh)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

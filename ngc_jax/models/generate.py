@@ -276,6 +276,7 @@ def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens:
 
 def _stops(tokens: Sequence[int]) -> Array:
     """Stop tokens as an array of one of few sizes, filled up with what is no token."""
+    tokens = [token for token in tokens if 0 <= token < 2**31]  # -1 stands for none in some files
     stops = np.full(bucket(max(len(tokens), 1), smallest=8), NO_TOKEN, np.int32)
     stops[: len(tokens)] = tokens
     return jnp.asarray(stops)

@@ -19,7 +19,6 @@ Legend: B prompts, L tokens with padding, D embed, n layers times iterations (th
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,7 +33,15 @@ from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer, input_si
 from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
-from ngc_jax.stability.streams import apply_layer, check_prompts, depth_of, log_length, widened, without_padding
+from ngc_jax.stability.streams import (
+    apply_layer,
+    check_prompts,
+    depth_of,
+    jit_on_prompts,
+    log_length,
+    widened,
+    without_padding,
+)
 
 
 class DepthStability(NamedTuple):
@@ -62,7 +69,7 @@ class DepthStability(NamedTuple):
     frames: Float[Array, "B L n D K"] | None = None
 
 
-@partial(jax.jit, static_argnames=("decoder", "directions", "keep_frames"))
+@jit_on_prompts("directions", "keep_frames")
 def depth_stability(
     decoder: Decoder,
     params: Params,
@@ -89,7 +96,8 @@ def depth_stability(
         keep_frames: Whether to return the frames: B · L · n · D · K numbers.
 
     Raises:
-        UsageError: If the tokens are not a batch, the lengths do not fit, or there are more directions than dimensions.
+        UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
+            there are more directions than dimensions.
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     embed_dim = decoder.config.embed_dim

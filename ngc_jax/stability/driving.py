@@ -16,8 +16,6 @@ Prompts are padded on the right; their tokens have the positions 0, 1, 2, ...
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,10 +24,18 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.decoding import Params
 from ngc_jax.stability.potential import Drive, potential_against, potential_along, share_in_span
-from ngc_jax.stability.streams import apply_layer, check_prompts, depth_of, record, widened, without_padding
+from ngc_jax.stability.streams import (
+    apply_layer,
+    check_prompts,
+    depth_of,
+    jit_on_prompts,
+    record,
+    widened,
+    without_padding,
+)
 
 
-@partial(jax.jit, static_argnames="decoder")
+@jit_on_prompts()
 def potential_over_alone(
     decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"] | None = None
 ) -> Drive:
@@ -48,7 +54,7 @@ def potential_over_alone(
         `Drive` with leading axes (B, L, n): potential and undriven motion (B, L, n, D) per layer. 0 at padding.
 
     Raises:
-        UsageError: If the tokens are not a batch, or the lengths do not fit.
+        UsageError: If the tokens are not a batch of the model's ids, or the lengths do not fit.
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
 
@@ -71,7 +77,7 @@ def potential_over_alone(
     return jax.lax.map(one, (tokens_BxL, lengths_B))
 
 
-@partial(jax.jit, static_argnames="decoder")
+@jit_on_prompts()
 def mean_motion(
     decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"] | None = None
 ) -> Float[Array, "n D"]:
@@ -96,7 +102,7 @@ def mean_motion(
     return jnp.sum(jax.lax.map(total, (tokens_BxL, lengths_B)), axis=0) / jnp.sum(lengths_B)
 
 
-@partial(jax.jit, static_argnames="decoder")
+@jit_on_prompts()
 def potential_over_mean(
     decoder: Decoder,
     params: Params,

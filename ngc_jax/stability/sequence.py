@@ -25,7 +25,6 @@ P sources, D embed.
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -38,7 +37,16 @@ from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
-from ngc_jax.stability.streams import apply_layer, check_prompts, depth_of, log_length, record, widened, without_padding
+from ngc_jax.stability.streams import (
+    apply_layer,
+    check_prompts,
+    depth_of,
+    jit_on_prompts,
+    log_length,
+    record,
+    widened,
+    without_padding,
+)
 
 # Of every layer: keys and values, without positions, which are not perturbed.
 KeysValues = tuple[tuple[Array, Array], ...]
@@ -67,7 +75,7 @@ class SequenceStability(NamedTuple):
     ends: Int[Array, " T"]
 
 
-@partial(jax.jit, static_argnames=("decoder", "directions", "memory"))
+@jit_on_prompts("directions", "memory")
 def sequence_stability(
     decoder: Decoder,
     params: Params,
@@ -92,7 +100,8 @@ def sequence_stability(
         memory: M, how many tokens a perturbation is remembered and followed.
 
     Raises:
-        UsageError: If the tokens are not a batch, the lengths do not fit, or the rows are shorter than two memories.
+        UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
+            the rows are shorter than two memories.
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     length = tokens_BxL.shape[1]
@@ -225,7 +234,7 @@ def _squares(layer: tuple[Array, Array]) -> Array:
     return jnp.sum(jnp.square(layer[0])) + jnp.sum(jnp.square(layer[1]))
 
 
-@partial(jax.jit, static_argnames="decoder")
+@jit_on_prompts()
 def responses(
     decoder: Decoder,
     params: Params,
@@ -248,7 +257,7 @@ def responses(
         tokens before the source. Costs one forward derivative a source.
 
     Raises:
-        UsageError: If the tokens are not one text.
+        UsageError: If the tokens are not one text of the model's ids.
     """
     check_prompts(decoder, tokens_L[None], None)
     x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]

@@ -8,11 +8,14 @@ Prompts are padded on the right; their tokens have the positions 0, 1, 2, ...
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
@@ -21,6 +24,10 @@ from ngc_jax.models.attention import Cache, LayerCache, init_cache
 from ngc_jax.models.decoder import Decoder, DecoderLayer
 from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
+from ngc_jax.tokens import check_ids
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Recording(NamedTuple):
@@ -88,7 +95,11 @@ def record(
 
     Returns:
         (n+1) · L · D numbers of streams, and the cache.
+
+    Raises:
+        UsageError: If a token id is none of the model's.
     """
+    check_known_ids(decoder, tokens_L)
     index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
     positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
     x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
@@ -153,6 +164,54 @@ def check_prompts(
             f"lengths of shape {jnp.shape(lengths_B)} for {tokens_BxL.shape[0]} prompts; expected one each"
         )
     return jnp.asarray(lengths_B, jnp.int32)
+
+
+def jit_on_prompts(*static: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """`jax.jit` for functions of a decoder and prompts, whose token ids and lengths are checked first.
+
+    Inside of another transformation they are not known, and not checked.
+
+    Args:
+        static: Names of static arguments beside `decoder`. The function's others are `tokens_BxL` or `tokens_L`, and
+            perhaps `lengths_B`.
+
+    Returns:
+        A decorator. What it returns raises UsageError for ids that the decoder does not know and for lengths that rows
+        do not have.
+    """
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        jitted = jax.jit(function, static_argnames=("decoder", *static))
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            given = signature.bind(*args, **kwargs).arguments
+            tokens = given.get("tokens_BxL", given.get("tokens_L"))
+            check_known_ids(given["decoder"], tokens, given.get("lengths_B"))
+            return jitted(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def check_known_ids(decoder: Decoder, tokens: Any, lengths_B: Any = None) -> None:
+    """Refuse token ids that a decoder does not know, unless they are being traced; what pads rows may be any number.
+
+    Raises:
+        UsageError: If there is one, or a length is none of its row.
+    """
+    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths_B, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if lengths_B is not None and ids.ndim == 2 and np.shape(lengths_B) == ids.shape[:1]:
+        lengths = np.asarray(lengths_B)
+        if lengths.min(initial=0) < 0 or lengths.max(initial=0) > ids.shape[1]:
+            raise UsageError(f"lengths {lengths.tolist()} of rows of {ids.shape[1]} tokens; expected 0 to as many")
+        ids = ids[np.arange(ids.shape[1]) < lengths[:, None]]
+    if np.issubdtype(ids.dtype, np.integer):
+        check_ids(ids, decoder.config.vocab_size)
 
 
 def without_padding(result: Any, positions_L: Int[Array, " L"], instead: float) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +56,9 @@ class Checkpoints:
         except OSError:
             if error is None:  # or the first error says more
                 raise
+        if error is not None:
+            with suppress(OSError):  # what was refused before its first step leaves nothing
+                self._directory.rmdir()
 
     @property
     def steps(self) -> list[int]:

@@ -164,6 +164,17 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Refuse a batch that the devices of a mesh cannot share out.
+
+    Raises:
+        UsageError: If they do not divide its rows.
+    """
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split:
+        raise UsageError(f"a batch of {rows} rows cannot be split over {split} devices; choose a multiple")
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A global batch from every process's own rows.
 
@@ -174,10 +185,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     Raises:
         UsageError: If the devices do not divide the rows.
     """
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = next(iter(batch.values())).shape[0] * jax.process_count()
-    if rows % split:
-        raise UsageError(f"a batch of {rows} rows cannot be split over {split} devices; choose a multiple")
+    check_rows(next(iter(batch.values())).shape[0] * jax.process_count(), mesh)
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, rows_) for name, rows_ in batch.items()}
 

@@ -126,7 +126,7 @@ def gradient_sums(
     rows = next(iter(batch.values())).shape[0]
     if rows % parts:
         raise UsageError(f"{rows} rows of a batch cannot be cut into {parts} microbatches; choose a divisor")
-    # Every so manieth row, so that each microbatch has a share of what every device holds.
+    # Every n-th row, so that each microbatch has a share of what every device holds.
     cut = {name: jnp.swapaxes(x.reshape(rows // parts, parts, -1), 0, 1) for name, x in batch.items()}
 
     def add(sums: Any, part: Batch) -> tuple[Any, None]:

@@ -352,3 +352,11 @@ def test_a_real_model_knows_the_capital_of_france() -> None:
     text = tokenizer.decode(ids)
     assert text.startswith(" Paris")
     assert "".join(stream_text(model, prompt, tokenizer, max_new_tokens=8)) == text
+
+
+def test_stop_tokens_that_are_none_are_left_out(model):
+    plain = generate(model, PROMPTS, max_new_tokens=2)
+    for one, other in zip(
+        plain, generate(model, PROMPTS, max_new_tokens=2, stop_tokens=[-1, -(2**63), 2**40]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

@@ -252,6 +252,7 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
         lambda model: depth(model, prompt()[None], directions=25),
         lambda model: depth(model, prompt()[None].astype(float)),
         lambda model: depth(model, prompt()[None], jnp.array([3, 4])),
+        lambda model: depth(model, prompt()[None], jnp.array([999])),
         lambda model: sequence(model, prompt()[None]),
         lambda model: sequence(model, prompt()[None], memory=0),
         lambda model: potential_over_mean(model.decoder, model.params, jnp.zeros((2, 24)), prompt()[None]),
@@ -260,6 +261,29 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
 def test_what_does_not_fit_is_refused(measure):
     with pytest.raises(UsageError, match="expected"):
         measure(tiny_model())
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        depth,
+        sequence,
+        lambda model, tokens: mean_motion(model.decoder, model.params, tokens),
+        lambda model, tokens: responses(model.decoder, model.params, tokens[0], jnp.array([0]), key=KEY),
+        lambda model, tokens: record(model.decoder, model.params, tokens[0]),
+    ],
+)
+def test_tokens_that_the_model_does_not_know_are_refused(measure):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=r"token id 30000 \(at position 1\) is outside the model's vocabulary"):
+        measure(model, jnp.full((1, 80), 1).at[0, 1].set(30_000))
+
+
+def test_what_pads_a_row_may_be_any_number():
+    model = tiny_model()
+    rows, lengths = jnp.stack([prompt(), prompt()]), jnp.array([len(prompt()), 3])
+    padded = jnp.where(jnp.arange(rows.shape[1]) < lengths[:, None], rows, -1)
+    np.testing.assert_array_equal(depth(model, padded, lengths).metric, depth(model, rows, lengths).metric)
 
 
 def test_gradients_reach_the_parameters():
