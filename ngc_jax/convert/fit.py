@@ -87,24 +87,26 @@ def fit_group(
 def shrunk(statistics: Sequence[Statistics], shrinkage: float) -> list[Statistics]:
     """(1 - shrinkage) C + shrinkage diag(C) in place of C (Ledoit and Wolf 2004 shrink to a multiple of I).
 
-    Members that share one C, by which it is known that they read one input, still do.
+    Blocks with the same input site share the result.
     """
     if not shrinkage:
         return list(statistics)
-    by_input: dict[int, np.ndarray] = {}
+    by_site: dict[str, np.ndarray] = {}
     found = []
     for entry in statistics:
-        before = entry.second_moment
-        if id(before) not in by_input:
-            by_input[id(before)] = (1 - shrinkage) * before
-            np.fill_diagonal(by_input[id(before)], np.diag(before))
-        found.append(dataclasses.replace(entry, second_moment=by_input[id(before)]))
+        moment = by_site.get(entry.site)
+        if moment is None:
+            moment = (1 - shrinkage) * entry.second_moment
+            np.fill_diagonal(moment, np.diag(entry.second_moment))
+            if entry.site:
+                by_site[entry.site] = moment
+        found.append(dataclasses.replace(entry, second_moment=moment))
     return found
 
 
 def shrunk_in_place(layer: Mapping[str, Statistics], shrinkage: float) -> dict[str, Statistics]:
-    """As `shrunk`, in the arrays that were given."""
-    moments = {id(entry.second_moment): entry.second_moment for entry in layer.values()}
+    """As `shrunk`, in the arrays that were given, which blocks with the same input site share."""
+    moments = {entry.site or name: entry.second_moment for name, entry in layer.items()}
     for moment in moments.values() if shrinkage else ():
         diagonal = np.diag(moment).copy()
         moment *= 1 - shrinkage

@@ -31,7 +31,7 @@ from ngc_jax.convert.best_states import (
     pulled_metric,
     split_members,
 )
-from ngc_jax.convert.statistics import Statistics
+from ngc_jax.convert.statistics import Statistics, same_input
 from ngc_jax.errors import UsageError
 
 Factorise = Callable[[Sequence[np.ndarray], Sequence[Statistics], int], States]
@@ -73,14 +73,19 @@ class Method:
 
 
 def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The stacked members, narrow ones padded with zeros, and their pooled geometry."""
+    """The stacked members, narrow ones padded with zeros, and the sum of the geometries."""
     width = max(weight.shape[1] for weight in weights)
     stacked = np.concatenate([np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights])
     pooled = np.zeros((width, width))
-    # Members that read the same input add nothing to the pool by being counted again.
-    for geometry in {id(g): g for g in geometries}.values():
+    for geometry in geometries:
         pooled[: len(geometry), : len(geometry)] += geometry
     return stacked, pooled
+
+
+def _second_moments(statistics: Sequence[Statistics]) -> list[np.ndarray]:
+    """Of every input site once: members that read the same input add nothing to a pool by being counted again."""
+    by_site = {entry.site or str(number): entry.second_moment for number, entry in enumerate(statistics)}
+    return list(by_site.values())
 
 
 def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
@@ -119,12 +124,12 @@ def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], ran
 
     The authors decompose W S, S the Cholesky factor of C; the same subspace comes from the Gram matrix of W S.
     """
-    return _shared(weights, [entry.second_moment for entry in statistics], rank)
+    return _shared(weights, _second_moments(statistics), rank)
 
 
 def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
     """Basis Sharing (arXiv 2410.03765, section 3): adjacent layers stacked, their second moments pooled."""
-    return _shared(weights, [entry.second_moment for entry in statistics], rank)
+    return _shared(weights, _second_moments(statistics), rank)
 
 
 def ngc_paper(
@@ -150,7 +155,7 @@ def ngc_paper(
         oversampling: Directions sampled beyond the rank.
         seed: Of the sampled directions.
     """
-    stacked, pooled = _stack(weights, [entry.second_moment for entry in statistics])
+    stacked, pooled = _stack(weights, _second_moments(statistics))
     gram = stacked @ pooled @ stacked.T + RIDGE * mean_diagonal(pooled) * (stacked @ stacked.T)
     generator = np.random.default_rng(seed)
     basis = generator.standard_normal((len(gram), min(rank + oversampling, len(gram))))
@@ -175,7 +180,7 @@ def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: i
     """
     moments = [entry.second_moment for entry in statistics]
     gradients = [entry.gradients for entry in statistics]
-    if len({id(moment) for moment in moments}) == 1:
+    if same_input(statistics):
         return best_states(weights, moments[0], gradients, rank=rank)
     pulled = [pulled_metric(weight, g) for weight, g in zip(weights, gradients, strict=True)]
     states = pooled_states(weights, moments, pulled)

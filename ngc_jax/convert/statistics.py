@@ -6,7 +6,7 @@ Legend: K batches of a stack, B windows of a batch, L tokens, D width of a block
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class Statistics:
             float64; None unless asked for.
         gradients: Of the loss by the block's outputs; None unless asked for.
         first: Of the tokens that were read before `calibrate` began; None unless asked for.
+        site: The input site, such as `layers.3.attn_input`. Blocks with the same site read the same input. Empty: no
+            other block reads it.
     """
 
     count: int
@@ -74,6 +76,13 @@ class Statistics:
     fisher: np.ndarray | None = None
     gradients: OutputGradients | None = None
     first: FirstTokens | None = None
+    site: str = ""
+
+
+def same_input(statistics: Sequence[Statistics]) -> bool:
+    """Whether all of these blocks read the same input."""
+    sites = {entry.site for entry in statistics}
+    return len(statistics) == 1 or (len(sites) == 1 and "" not in sites)
 
 
 class Moments(NamedTuple):
@@ -233,7 +242,7 @@ def calibrate(
         progress: Called with (layer batches done, in all).
 
     Yields:
-        A layer's number and the statistics of its blocks by name. Blocks with the same input share one object.
+        A layer's number and the statistics of its blocks by name. Blocks with the same input site share the arrays.
 
     Raises:
         UsageError: If there are no tokens or they are none of the model's, or a layer's activations are not finite.
@@ -270,7 +279,10 @@ def calibrate(
             if progress is not None:
                 jax.block_until_ready(moments)
                 progress(layer * int(counts[-1]) + int(counts[index]), config.num_layers * int(counts[-1]))
-        by_site = {site: _statistics(moments.pop(site), count, first.get(site)) for site in list(moments)}
+        by_site = {
+            site: _statistics(moments.pop(site), count, first.get(site), f"layers.{layer}.{site}")
+            for site in list(moments)
+        }
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(
@@ -281,6 +293,6 @@ def calibrate(
         yield layer, handed_over(by_name)
 
 
-def _statistics(moments: Moments, count: int, first: FirstTokens | None) -> Statistics:
+def _statistics(moments: Moments, count: int, first: FirstTokens | None, site: str) -> Statistics:
     second, absolute = mean_product(moments.second, count), moments.absolute.value() / count
-    return Statistics(count, second, absolute, first=first)
+    return Statistics(count, second, absolute, first=first, site=site)

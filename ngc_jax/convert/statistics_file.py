@@ -14,12 +14,13 @@ import numpy as np
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 
 _GRADIENTS = ("mean_square", "second_moment")
+_INPUTS = ("second_moment", "absolute_mean")
 
 
 def save_statistics(
     layers: Sequence[Mapping[str, Statistics]], directory: str | Path, about: Mapping[str, Any]
 ) -> None:
-    """Write the statistics of all layers, whole or not at all; arrays that blocks share are written once.
+    """Write the statistics of all layers, whole or not at all; what blocks of one input site share is written once.
 
     Args:
         layers: By block name.
@@ -33,24 +34,21 @@ def save_statistics(
         for number, layer in enumerate(layers):
             arrays: dict[str, np.ndarray] = {}
             index: dict[str, Any] = {}
-            names: dict[int, str] = {}
 
-            def put(
-                array: np.ndarray | None, arrays: dict[str, np.ndarray] = arrays, names: dict[int, str] = names
-            ) -> str | None:
+            def put(name: str, array: np.ndarray | None, arrays: dict[str, np.ndarray] = arrays) -> str | None:
                 if array is None:
                     return None
-                name = names.setdefault(id(array), f"a{len(names)}")
                 arrays[name] = array
                 return name
 
             for block, s in layer.items():
                 gradients = None
                 if s.gradients is not None:
-                    parts = {field: put(getattr(s.gradients, field)) for field in _GRADIENTS}
+                    parts = {field: put(f"{block}.{field}", getattr(s.gradients, field)) for field in _GRADIENTS}
                     gradients = {"count": s.gradients.count, **parts}
-                fields = {field: put(getattr(s, field)) for field in ("second_moment", "absolute_mean", "fisher")}
-                index[block] = {"count": s.count, **fields, "gradients": gradients}
+                fields = {field: put(f"{s.site or block}.inputs.{field}", getattr(s, field)) for field in _INPUTS}
+                fisher = put(f"{block}.fisher", s.fisher)
+                index[block] = {"count": s.count, "site": s.site, **fields, "fisher": fisher, "gradients": gradients}
             np.savez(temporary / f"{number}.npz", **arrays)  # type: ignore[arg-type]
             (temporary / f"{number}.json").write_text(json.dumps(index), encoding="utf-8")
         (temporary / "about.json").write_text(json.dumps({"layers": len(layers), **about}), encoding="utf-8")
@@ -81,5 +79,5 @@ def _statistics(entry: dict[str, Any], arrays: dict[str | None, Any]) -> Statist
     gradients = entry["gradients"]
     if gradients is not None:
         gradients = OutputGradients(gradients["count"], *(arrays[gradients[field]] for field in _GRADIENTS))
-    second, absolute, fisher = (arrays[entry[field]] for field in ("second_moment", "absolute_mean", "fisher"))
-    return Statistics(entry["count"], second, absolute, fisher, gradients)
+    second, absolute, fisher = (arrays[entry[field]] for field in (*_INPUTS, "fisher"))
+    return Statistics(entry["count"], second, absolute, fisher, gradients, site=entry["site"])

@@ -39,7 +39,7 @@ def group(seed=0):
         dense.append(generator.standard_normal((outputs, INPUTS)))
         g = covariance(outputs, generator)
         gradients = OutputGradients(50, np.diag(g).copy(), g)
-        statistics.append(Statistics(50, moment, np.sqrt(np.diag(moment)), gradients=gradients))
+        statistics.append(Statistics(50, moment, np.sqrt(np.diag(moment)), gradients=gradients, site="input"))
     return dense, statistics
 
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import itertools
 
@@ -21,7 +22,7 @@ def inputs(width, count=200, seed=0, scale=True):
 
 
 def statistics(x, fisher=None):
-    return Statistics(len(x), x.T @ x / len(x), np.abs(x).mean(0), fisher)
+    return Statistics(len(x), x.T @ x / len(x), np.abs(x).mean(0), fisher, site=str(x.sum()))
 
 
 def weight(d_out, d_in, seed=1):
@@ -238,3 +239,37 @@ def test_every_method_returns_states_of_the_right_shape(name):
     assert states.input_states.shape == (8, 4)
     assert [q.shape for q in states.output_states] == [(5, 4), (3, 4)]
     assert states.input_states.dtype == np.float64
+
+
+def members(same_input):
+    """Three members with all statistics: of one input, or of one each."""
+    generator = np.random.default_rng(0)
+    xs = [inputs(8)] * 3 if same_input else [inputs(8, seed=seed) for seed in range(3)]
+    ws = [weight(outputs, 8, outputs) for outputs in (7, 3, 5)]
+    measured = []
+    for w, x in zip(ws, xs, strict=True):
+        g = generator.standard_normal((50, len(w)))
+        metric = g.T @ g / 50
+        gradients = OutputGradients(50, np.diag(metric).copy(), metric)
+        measured.append(dataclasses.replace(statistics(x, np.linspace(1, 2, 8)), gradients=gradients))
+    return ws, measured
+
+
+@pytest.mark.parametrize("same_input", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_of_the_arguments_gives_the_same_result(name, same_input):
+    ws, measured = members(same_input)
+    once, again = (METHODS[name].factorise(*given, 4) for given in ((ws, measured), copy.deepcopy((ws, measured))))
+    for one, other in zip(once.weights(), again.weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("same_input", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_the_members_does_not_matter(name, same_input):
+    ws, measured = members(same_input)
+    order = [2, 0, 1]
+    once = METHODS[name].factorise(ws, measured, 4).weights()
+    permuted = METHODS[name].factorise([ws[i] for i in order], [measured[i] for i in order], 4).weights()
+    for place, index in enumerate(order):
+        np.testing.assert_allclose(permuted[place], once[index], atol=1e-6)

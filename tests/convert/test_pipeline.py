@@ -183,7 +183,7 @@ def test_shrinkage_keeps_the_diagonal():
     statistics = next(measure(tiny_model(), Recipe("svd_llm"), random_tokens(60), window=30))["layers.0.attn.q"]
     first, second = shrunk([statistics, statistics], 0.5)
     half = first.second_moment
-    assert second.second_moment is half, "members of one input are known by sharing its moment"
+    assert second.second_moment is half, "blocks with one input site share the result"
     np.testing.assert_array_equal(np.diag(half), np.diag(statistics.second_moment))
     np.testing.assert_allclose(half[0, 1:], statistics.second_moment[0, 1:] / 2)
     assert shrunk([statistics], 0.0)[0] is statistics

@@ -10,8 +10,10 @@ def layer(seed):
     shared, absolute = generator.standard_normal((5, 5)), generator.standard_normal(5)
     gradients = OutputGradients(7, generator.standard_normal(3), generator.standard_normal((3, 3)))
     return {
-        "q": Statistics(11, shared, absolute, None, gradients),
-        "k": Statistics(11, shared, absolute, generator.standard_normal(5), OutputGradients(7, np.ones(4))),
+        "q": Statistics(11, shared, absolute, None, gradients, site="input"),
+        "k": Statistics(
+            11, shared, absolute, generator.standard_normal(5), OutputGradients(7, np.ones(4)), site="input"
+        ),
     }
 
 
@@ -21,7 +23,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     loaded, about = load_statistics(tmp_path / "s")
     assert about["needs"] == ["inputs"]
     for before, after in zip(layers, loaded, strict=True):
-        assert after["q"].second_moment is after["k"].second_moment  # still one input
+        assert after["q"].second_moment is after["k"].second_moment
+        assert after["q"].site == after["k"].site == "input"
         for name in before:
             np.testing.assert_array_equal(after[name].second_moment, before[name].second_moment)
             np.testing.assert_array_equal(after[name].gradients.mean_square, before[name].gradients.mean_square)
