@@ -19,16 +19,16 @@ import numpy as np
 
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import calibration_tokens
-from ngc_jax.convert.best_states import States, best_states
-from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
+from ngc_jax.convert.closed_form import States, best_states
 from ngc_jax.convert.kernel_fit import fit_kernel, local_loss, loss_roots
 from ngc_jax.convert.measure import measure
-from ngc_jax.convert.ranks import fitting_rank, full_rank, uniform_rank
-from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.state import Calibration, Needs
 from ngc_jax.convert.statistics import Statistics
 from ngc_jax.files import write_json
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.models.load import kernel_of, load_model
+from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
+from ngc_jax.planning.ranks import fitting_rank, full_rank, uniform_rank
 
 
 def compare_kernels(
@@ -86,9 +86,9 @@ def main() -> None:
     tokens = calibration_tokens(model, model.load_tokenizer(), arguments.text, arguments.tokens)
     with progress_bar() as bar:
         measured: dict[str, Statistics] = {}
-        stream = measure(
-            model, Recipe("ngc"), tokens, gradient_tokens=len(tokens), progress=lambda stage, *a: bar(*a, stage)
-        )
+        needs = Needs(inputs=True, gradients="full", whole=True)
+        calibration = Calibration.of(model, tokens, gradient_tokens=len(tokens))
+        stream = measure(model, needs, calibration, progress=lambda stage, *a: bar(*a, stage))
         for _ in range(arguments.layer + 1):
             measured = next(stream)
     rows = []

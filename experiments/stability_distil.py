@@ -23,8 +23,8 @@ import numpy as np
 from experiments.reasoner.problems import make_rows, make_tokenizer
 from experiments.reasoner.run import Settings, architecture, evaluate, fit
 from ngc_jax.commands.console import console, table
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.files import write_json
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model

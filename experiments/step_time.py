@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.ranks import uniform_rank
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.saved_config import split_config
 from ngc_jax.models.sources import open_source
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.planning.ranks import uniform_rank
 from ngc_jax.train.losses import Objective
 from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.train.step import Constants, Program, init_state, jit_step

@@ -1,12 +1,18 @@
 """Settings of every test run; they must stand before the first import of jax or huggingface_hub."""
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# A job in the background of a shell script is started with Ctrl-C ignored, and so would be what the tests start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests are about numbers that must be the same everywhere: the developer's GPU or TPU is not used.
 os.environ["JAX_PLATFORMS"] = "cpu"

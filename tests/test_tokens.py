@@ -11,15 +11,16 @@ from tokenizers import processors
 
 from ngc_jax import cli
 from ngc_jax.commands.training import TrainingOptions
-from ngc_jax.convert import pipeline
-from ngc_jax.convert.gradients import measure_fisher
+from ngc_jax.convert import Recipe, remeasuring
+from ngc_jax.convert.fisher import measure_fisher
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.remeasure import tokens_again
+from ngc_jax.convert.remeasuring import tokens_again
+from ngc_jax.convert.state import Calibration, ConversionState
 from ngc_jax.convert.statistics import calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.perplexity import measure_perplexity
+from ngc_jax.groups.plan import Plan
 from ngc_jax.models.generate import generate
 from ngc_jax.models.save import save_model
 from ngc_jax.models.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from ngc_jax.train.data import DataConfig, make_pipeline
 from ngc_jax.train.evaluation import perplexity_on
 from ngc_jax.train.packing import TokenDocument
 from ngc_jax.train.trainable import split_params
+from tests.convert.helpers import factorise_of
 from tests.tiny import forward, random_tokens, tiny_model, tiny_tokenizer
 
 BOS, WINDOW = 257, 16  # <user> of the tiny tokenizer
@@ -118,18 +120,18 @@ def test_a_text_with_bos_written_in_it_is_scored_as_without(model):
 def test_gradients_are_measured_again_on_whole_windows(model, monkeypatch, count):
     read = []
 
-    def remeasure(model, recipe, compact, statistics, tokens, **options):
+    def gradients(config, params, tokens, **options):
         read.append(tokens)
-        return statistics
+        raise InterruptedError
 
-    monkeypatch.setattr(pipeline, "remeasure", remeasure)
-    monkeypatch.setattr(pipeline, "fit_groups", lambda *given, **options: None)
-    monkeypatch.setattr(pipeline, "finish", lambda *given, **options: given[0])
-    stream = begin_windows(random_tokens(count), WINDOW, (BOS,))
-    recipe = Recipe("ngc", rounds=1, propagation=0.0)
-    for begun in (True, False):
-        options = {"gradient_tokens": 3 * WINDOW, "window": WINDOW, "begun": begun}
-        pipeline.refine(model, recipe, model, [], stream, **options)
+    monkeypatch.setattr(remeasuring, "measure_output_gradients", gradients)
+    stream, recipe = begin_windows(random_tokens(count), WINDOW, (BOS,)), Recipe("ngc", rounds=1, propagation=0.0)
+    compact = dataclasses.replace(model, plan=Plan())
+    for prefix in ((BOS,), ()):
+        calibration = Calibration(stream, WINDOW, prefix=prefix, gradient_tokens=3 * WINDOW)
+        state = ConversionState(model, recipe.keep, recipe.chain, calibration, [], compact)
+        with pytest.raises(InterruptedError):
+            remeasuring.remeasured(state, factorise_of(recipe), sensitivities=True)
     begins, as_ever = read
     assert (begins[::WINDOW] == BOS).all()
     np.testing.assert_array_equal(as_ever, tokens_again(stream, 3 * WINDOW))

@@ -34,7 +34,7 @@ def run_one(method: str, keep: float, text: str, steps: int, out: Path, rate: fl
     if not result.exists():
         if not start.exists():
             ConvertConfig(
-                out=str(start), method=method, keep=keep, text=text, calibration_tokens=CALIBRATION  # type: ignore[arg-type]
+                out=str(start), method=method, keep=keep, text=text, calibration_tokens=CALIBRATION
             ).run()  # fmt: skip
         summary = DistilConfig(
             model=str(start),

@@ -35,8 +35,8 @@ from experiments.reasoner.problems import (
     make_tokenizer,
 )
 from ngc_jax.commands.console import console, progress_bar
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model

@@ -31,8 +31,8 @@ from experiments.stability_reasoning.comparisons import compare, corrected, mark
 from experiments.stability_reasoning.measure import along_depth, along_sequence
 from experiments.stability_reasoning.prompts import last_number, make_chains, make_pairs, make_sums
 from ngc_jax.commands.console import console, progress_bar
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import shutil
+import operator
 import tempfile
 import time
 from functools import cached_property
@@ -18,15 +19,11 @@ from ngc_jax.commands.compare_entries import (
     entries_of,
     input_digests,
     measure_cost,
-    restrict,
-    same_fit,
     window_of,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ngc_jax.convert.statistics import Statistics
+    from ngc_jax.convert.state import Calibration
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
 
@@ -41,11 +38,10 @@ class CompareConfig:
     Args:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
-        variants: By name, what to do: the options method, topology, allocation, gauge, gradients, rank_multiple,
-            rounds, sensitivities, shrinkage, propagation, width, kernel, metric_rank, lift and fit_steps of convert;
-            keep, a list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section,
-            one of methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its
-            first conversion in a process of its own.
+        variants: By name, what to do: method and the other options of a conversion, as for convert, but rank; keep, a
+            list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section, one of
+            methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its first
+            conversion in a process of its own.
         keep: Keep ratios.
         text: Calibration text.
         calibration_tokens: Tokens to measure; if not given 65,536, or what the text has.
@@ -163,126 +159,50 @@ class Comparison:
 
     def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
         import jax
-        import numpy as np
 
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.convert.narrow import narrow_recipe, narrowed, removed_parameters
-        from ngc_jax.convert.pipeline import finish, fit_groups, refine
-        from ngc_jax.convert.statistics_file import load_statistics, save_statistics
+        from ngc_jax.convert.fitted import FitCache
+        from ngc_jax.convert.measurement_cache import MeasurementCache
+        from ngc_jax.convert.pipeline import convert
+        from ngc_jax.convert.state import Needs
         from ngc_jax.files import write_json
-        from ngc_jax.tokens import whole_windows
 
-        tokens = np.zeros(0, np.int32)
-        if any(entry.recipe.reads_text for entry in entries):
-            tokens = self._calibration_tokens(dense, tokenizer, text)
-        prefix = tokenizer.prefix(self.config.bos)
-        gradient_tokens, propagation_tokens = (
-            whole_windows(count, self.window, prefix)
-            for count in (self.config.gradient_tokens, self.config.propagation_tokens)
-        )
-        needs: set[str] = {str(entry.recipe.definition.needs) for entry in entries}
-        if any(narrow_recipe(dense.config, entry.recipe)[0] != dense.config for entry in entries):
-            needs.add("whole")
+        calibration = self._calibration(dense, tokenizer, text, entries)
+        needs = {
+            (entry.variant, entry.recipe.keep): entry.recipe.chain.needs(dense.config, entry.recipe.keep, calibration)
+            for entry in entries
+        }
         # What was measured is kept beside the entries until all that the text serves are done.
-        cache = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
-        found = load_statistics(cache)
-        if found is None or not needs <= set(found[1]["needs"]):
-            statistics, seconds = self._measure(dense, tokens, needs, gradient_tokens)
-            found_needs = needs | ({"inputs"} if statistics else set())
-            save_statistics(statistics, cache, {"needs": sorted(found_needs), "seconds": seconds})
-        else:
-            statistics, seconds = found[0], found[1]["seconds"]
-        for same in same_fit(entries):
-            first = same[0].recipe
-            config, inner = narrow_recipe(dense.config, first)
-            removed = removed_parameters(dense.config, config, first)
-            with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory, progress_bar(same[0].variant) as bar:
-                started = time.perf_counter()
-                # Only layers that a recipe measures: plain SVD sees no statistics at all.
-                layers = statistics if first.definition.needs != "nothing" else []
-                stream = [restrict(layer, first, dense.params, whole=bool(removed)) for layer in layers]
-                teacher, kept = dense, None
-                if removed:
-                    narrow = narrowed(dense, config, stream, shrinkage=first.resolved_shrinkage)
-                    teacher, kept, stream = narrow.model, narrow.kept, list(narrow.statistics)
-                fitted = fit_groups(teacher, inner, stream, directory, progress=lambda s, *a, bar=bar: bar(*a, s))
-                fit_seconds = time.perf_counter() - started
-                for entry in same:
-                    started = time.perf_counter()
-                    recipe = narrow_recipe(dense.config, entry.recipe)[1]
-                    compact = refine(
-                        teacher,
-                        recipe,
-                        finish(teacher, recipe, fitted),
-                        list(stream),
-                        tokens,
-                        wide=None if kept is None else (dense, kept),
-                        gradient_tokens=gradient_tokens,
-                        propagation_tokens=propagation_tokens,
-                        window=self.window,
-                        begun=bool(prefix),
+        place = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
+        with FitCache() as fits:
+            with progress_bar() as bar:
+                together = functools.reduce(operator.or_, needs.values(), Needs())
+                cache = MeasurementCache(place, dense, calibration, together, fits, lambda stage, *a: bar(*a, stage))
+            for entry in entries:
+                started, saved = time.perf_counter(), fits.saved_seconds
+                with progress_bar(entry.variant) as bar:
+                    compact = convert(
+                        dense,
+                        entry.recipe,
+                        calibration,
+                        measurements=cache,
+                        progress=lambda stage, *a, bar=bar: bar(*a, stage),
                     )
-                    assert compact.plan is not None
-                    compact = dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=removed))
-                    finish_seconds = time.perf_counter() - started
-                    row = self._evaluate_saved(entry, compact, tokenizer)
-                    kinds = {"nothing": [], "inputs": ["inputs"]}.get(entry.recipe.definition.needs)
-                    kinds = ["inputs", entry.recipe.definition.needs] if kinds is None else kinds
-                    measured = sum(seconds[kind] for kind in kinds)
-                    row["seconds"] = {"measure": measured, "fit": fit_seconds, "finish": finish_seconds}
-                    write_json(self._file(entry), {"key": self._key(entry), **row})
-                    console.print(
-                        f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
-                        f"{row['stored_parameters']:,} parameters, fit {fit_seconds:.0f} + {finish_seconds:.0f} s"
-                    )
-                    # Programs for its ranks serve no other, and Linux lets a process map only so many pieces of memory.
-                    jax.clear_caches()
+                # As if it had been alone: with the fit that it shares.
+                seconds = time.perf_counter() - started + fits.saved_seconds - saved
+                row = self._evaluate_saved(entry, compact, tokenizer)
+                measured = cache.seconds_for(needs[entry.variant, entry.recipe.keep])
+                row["seconds"] = {"measure": measured, "convert": seconds}
+                write_json(self._file(entry), {"key": self._key(entry), **row})
+                console.print(
+                    f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
+                    f"{row['stored_parameters']:,} parameters, {seconds:.0f} s"
+                )
+                # Programs for its ranks serve no other, and Linux limits how many pieces of memory a process maps.
+                jax.clear_caches()
         whole = entries_of(dataclasses.replace(self.config, only=None))
         if all(self._read(entry) is not None for entry in whole if entry.text == text):
-            shutil.rmtree(cache, ignore_errors=True)
-
-    def _measure(
-        self, dense: LanguageModel, tokens: np.ndarray, needs: set[str], gradient_tokens: int
-    ) -> tuple[list[dict[str, Statistics]], dict[str, float]]:
-        """Everything that any entry needs to know, layer by layer, and what each kind took in seconds."""
-        from ngc_jax.commands.console import progress_bar
-        from ngc_jax.convert.gradients import measure_fisher
-        from ngc_jax.convert.narrow import NARROW_ROLES
-        from ngc_jax.convert.output_gradients import measure_output_gradients
-        from ngc_jax.convert.statistics import calibrate
-
-        seconds: dict[str, float] = {}
-        fisher: dict[str, Any] = {}
-        gradients: dict[str, Any] = {}
-        if needs <= {"nothing"}:
-            return [], {"inputs": 0.0}
-        window, some = self.window, tokens[:gradient_tokens]
-        with progress_bar() as bar:
-            started = time.perf_counter()
-            stream = calibrate(
-                dense.config, dense.params, tokens, window=window, progress=lambda *a: bar(*a, "calibrate")
-            )
-            layers = [statistics for _, statistics in stream]
-            seconds["inputs"] = time.perf_counter() - started
-            if "gradients" in needs:
-                started = time.perf_counter()
-                gradients, _ = measure_output_gradients(
-                    dense.config,
-                    dense.params,
-                    some,
-                    full_roles=NARROW_ROLES if "whole" in needs else "",
-                    window=window,
-                    progress=lambda *a: bar(*a, "gradients"),
-                )
-                seconds["gradients"] = time.perf_counter() - started
-            if "fisher" in needs:
-                started = time.perf_counter()
-                fisher = measure_fisher(dense, some, window=window, progress=lambda *a: bar(*a, "fisher"))
-                seconds["fisher"] = time.perf_counter() - started
-        return [
-            {n: dataclasses.replace(s, fisher=fisher.get(n), gradients=gradients.get(n)) for n, s in layer.items()}
-            for layer in layers
-        ], seconds
+            cache.drop()
 
     def _evaluate_saved(self, entry: Entry, compact: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
         """Save the model, count its file, read it back and evaluate that."""
@@ -293,7 +213,8 @@ class Comparison:
         from ngc_jax.models.sources import open_source
 
         recipe = entry.recipe
-        details = {"method": recipe.method, "topology": recipe.resolved_topology, "source": self.config.model}
+        options = recipe.chain.options()
+        details = {"method": recipe.method, "topology": options["topology"], "source": self.config.model}
         compact = dataclasses.replace(compact, conversion=details)
         assert compact.plan is not None
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
@@ -308,14 +229,10 @@ class Comparison:
             "variant": entry.variant,
             "section": entry.section,
             "text": Path(entry.text).name,
-            **dataclasses.asdict(recipe),
-            "topology": recipe.resolved_topology,
-            "allocation": recipe.resolved_allocation,
-            "gauge": recipe.resolved_gauge,
-            "rounds": recipe.resolved_rounds,
-            "sensitivities": recipe.resolved_sensitivities,
-            "shrinkage": recipe.resolved_shrinkage,
-            "width": recipe.resolved_width,
+            "method": recipe.method,
+            "keep": recipe.keep,
+            "chain": recipe.chain.describe(),
+            **options,
             "stored_parameters": summary["stored_parameters"],
             "keep_ratio": summary["keep_ratio"],
             "multiply_adds": plan.multiply_adds(input_site),
@@ -341,15 +258,24 @@ class Comparison:
             "decode_tokens_per_second": speed,
         }
 
-    def _calibration_tokens(self, dense: LanguageModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
+    def _calibration(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> Calibration:
+        """The text, if any entry reads one."""
         from ngc_jax.commands.convert import calibration_tokens
-        from ngc_jax.tokens import as_tokens, begin_windows
+        from ngc_jax.convert.pipeline import reads_text
+        from ngc_jax.convert.state import Calibration
 
-        window, prefix = self.window, tokenizer.prefix(self.config.bos)
-        tokens = calibration_tokens(
-            dense, tokenizer, text, self.config.calibration_tokens, window=window, prefix=prefix
+        c, tokens = self.config, None
+        if any(reads_text(dense.config, entry.recipe.chain, entry.recipe.keep) for entry in entries):
+            prefix = tokenizer.prefix(c.bos)
+            tokens = calibration_tokens(dense, tokenizer, text, c.calibration_tokens, window=self.window, prefix=prefix)
+        return Calibration.of(
+            dense,
+            tokens,
+            bos=c.bos,
+            window=self.window,
+            gradient_tokens=c.gradient_tokens,
+            propagation_tokens=c.propagation_tokens,
         )
-        return begin_windows(as_tokens(tokens, dense.config.vocab_size, least=2), window, prefix)
 
     def _settings(self) -> dict[str, Any]:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
@@ -366,23 +292,16 @@ class Comparison:
 
     def _key(self, entry: Entry | None) -> str:
         """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
+        from ngc_jax.convert.passes.propagate_errors import PropagateErrors
+
         texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
         settings = {k: v for k, v in self._settings().items() if k != "text"}
         settings["inputs"] = [self._inputs["model"], *(self._inputs[text] for text in sorted(texts))]
         what: list[Any] | None = None
         if entry is not None:
-            recipe = dataclasses.asdict(entry.recipe) | {"shrinkage": entry.recipe.resolved_shrinkage}
-            recipe["sensitivities"] = entry.recipe.resolved_sensitivities
-            recipe["propagation"] = entry.recipe.resolved_propagation
-            if recipe["propagation"]:
+            recipe = {"keep": entry.recipe.keep, "chain": entry.recipe.chain.describe()}
+            if entry.recipe.chain.find(PropagateErrors) is not None:
                 recipe["propagation_tokens"] = self.config.propagation_tokens
-            recipe["width"] = entry.recipe.resolved_width if entry.recipe.resolved_width < 1 else None
-            for lever in ("shrinkage", "sensitivities", "propagation", "width"):
-                if not recipe[lever]:
-                    del recipe[lever]
-            if entry.recipe.is_bilinear:
-                for option in ("kernel", "metric_rank", "lift", "fit_steps"):
-                    del recipe[option]
             what = [entry.variant, entry.section, entry.text, recipe]
         return hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()[:16]
 

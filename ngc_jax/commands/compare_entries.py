@@ -8,20 +8,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from ngc_jax.commands.compare import CompareConfig
-    from ngc_jax.convert.recipe import Recipe
-    from ngc_jax.convert.statistics import Statistics
+    from ngc_jax.convert.methods import Recipe
     from ngc_jax.models.config import DecoderConfig
-    from ngc_jax.models.load import Params
 
 SECTIONS = ("methods", "levers", "topologies", "texts")
 _DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
@@ -48,68 +44,17 @@ class Entry:
     own_process: bool
 
 
-def restrict(layer: Mapping[str, Statistics], recipe: Recipe, params: Params, *, whole: bool) -> dict[str, Statistics]:
-    """The statistics of a layer as a recipe would have measured them.
-
-    Args:
-        layer: By block name.
-        recipe: Of the conversion.
-        params: The dense model's.
-        whole: Whether hidden neurons are to go; else W^T G W takes the place of G where that is smaller.
-    """
-    from ngc_jax.models.load import kernel_of
-
-    needs = recipe.definition.needs
-
-    def one(name: str, statistics: Statistics) -> Statistics:
-        gradients = statistics.gradients if needs == "gradients" else None
-        if gradients is not None and gradients.second_moment is not None and not whole:
-            weight = np.asarray(kernel_of(params, name), np.float64)
-            if len(gradients.second_moment) == len(weight) > weight.shape[1]:
-                pulled = weight.T @ gradients.second_moment @ weight
-                gradients = dataclasses.replace(gradients, second_moment=pulled)
-        if gradients is not None and recipe.gradients == "diagonal":
-            gradients = dataclasses.replace(gradients, second_moment=None)
-        return dataclasses.replace(
-            statistics, gradients=gradients, fisher=statistics.fisher if needs == "fisher" else None
-        )
-
-    return {name: one(name, statistics) for name, statistics in layer.items()}
-
-
-def recipe_flags(recipe: Recipe) -> list[str]:
-    """The options of `ngc-jax convert` that say the same."""
-    flags = []
-    for name, value in dataclasses.asdict(recipe).items():
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return flags
-
-
-def same_fit(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of a section that differ in keep ratio, allocation and gauge alone: one fit of full rank serves them.
-
-    Where hidden neurons go, how many depends on the keep ratio.
-    """
-
-    def fit(entry: Entry) -> tuple[Any, ...]:
-        recipe = entry.recipe
-        kind = recipe.definition.factorise, recipe.definition.needs, recipe.resolved_topology, recipe.gradients
-        return entry.section, *kind, recipe.resolved_shrinkage, recipe.resolved_width, recipe.is_bilinear
-
-    return [[e for e in entries if fit(e) == kind] for kind in dict.fromkeys(fit(entry) for entry in entries)]
-
-
 def entries_of(config: CompareConfig) -> list[Entry]:
     """All entries in order of sections and variants.
 
     Raises:
         UsageError: If a variant is unknown or has an unknown option.
     """
-    from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.convert.chains import option_types
+    from ngc_jax.convert.methods import Recipe
 
     variants = config.variants or _DEFAULT_VARIANTS
-    levers = {field.name for field in dataclasses.fields(Recipe)} - {"keep", "rank"}
+    levers = {"method", *option_types()} - {"rank"}
     others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
     unknown = sorted(set(config.only or []) - set(variants))
     if unknown:
@@ -165,17 +110,16 @@ def check_budgets(config: DecoderConfig, entries: Iterable[Entry]) -> None:
     Raises:
         UsageError: If one is too low.
     """
-    from ngc_jax.convert.candidates import candidate_cells
-    from ngc_jax.convert.narrow import narrow_recipe
-    from ngc_jax.convert.ranks import check_budget
+    from ngc_jax.convert.pipeline import check_conversion
 
     for entry in entries:
-        narrow, recipe = narrow_recipe(config, entry.recipe)
-        check_budget(recipe, candidate_cells(narrow, recipe.resolved_topology))
+        check_conversion(config, entry.recipe.chain, entry.recipe.keep)
 
 
 def measure_cost(config: CompareConfig, entry: Entry, window: int) -> dict[str, float]:
     """Convert in a fresh process; its seconds and peak memory."""
+    from ngc_jax.commands.conversion_options import flags_of
+
     recipe, c = entry.recipe, config
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         flags = [
@@ -190,7 +134,7 @@ def measure_cost(config: CompareConfig, entry: Entry, window: int) -> dict[str, 
         flags += [] if c.calibration_tokens is None else ["--calibration-tokens", str(c.calibration_tokens)]
         flags += ["--bos", c.bos, *([] if c.tokenizer is None else ["--tokenizer", c.tokenizer])]
         flags += ["--gradient-tokens", str(c.gradient_tokens), "--propagation-tokens", str(c.propagation_tokens)]
-        flags += [*recipe_flags(recipe), "--json", str(Path(directory) / "summary.json")]
+        flags += [*flags_of(recipe), "--json", str(Path(directory) / "summary.json")]
         command = [sys.executable, "-m", "ngc_jax.cli", "convert", *flags]
         returned = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
         if returned != 0:

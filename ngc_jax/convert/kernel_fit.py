@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from ngc_jax.convert.best_states import DAMPING, States, output_metric, square_root
+from ngc_jax.convert.closed_form import DAMPING, States, output_metric, square_root
 from ngc_jax.convert.statistics import Statistics
 from ngc_jax.groups.kernels import Kernel, from_bilinear, weights
 

@@ -1,233 +1,158 @@
-"""Factorisation methods: pure functions (weights, statistics, rank) -> states.
+"""Methods: named chains of passes, at the settings that their authors use or that were chosen here.
 
-Every method here minimises the same thing, the error of a group's stacked weight measured in a geometry of its inputs
-and one of its outputs,
-
-    || G^(1/2) (W - Q_out Q_in^T) C^(1/2) ||_F ,
-
-and differs only in C and G. C is the identity for plain SVD, a diagonal for FWSVD and ASVD, the second moment of the
-inputs for SVD-LLM, that of several layers pooled for Basis Sharing; G is the identity for all of them. `ngc` gives
-every member its own C and its own G.
-
-Legend: M outputs of all members stacked, I inputs, R rank. Everything is float64 on the host (LAPACK).
+Settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md). A new
+method is one more `register_method`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
-
-from ngc_jax.convert.alternating import alternate, pooled_states
-from ngc_jax.convert.best_states import (
-    RIDGE,
-    States,
-    best_states,
-    eigenvectors,
-    mean_diagonal,
-    pulled_metric,
-    split_members,
-)
-from ngc_jax.convert.statistics import Statistics, same_input
+from ngc_jax.convert.chains import Chain, Pass, all_passes, chain, option_names
+from ngc_jax.convert.passes.factorise import factorise
+from ngc_jax.convert.passes.propagate_errors import propagate_errors
+from ngc_jax.convert.passes.prune_neurons import prune_neurons
+from ngc_jax.convert.passes.remeasure import remeasure
 from ngc_jax.errors import UsageError
 
-Factorise = Callable[[Sequence[np.ndarray], Sequence[Statistics], int], States]
+# By name: the chain of a method at a keep ratio.
+METHODS: dict[str, Callable[[float], Chain]] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A factorisation method and the recipe its authors use it with.
+def register_method(name: str, make: Callable[[float], Chain]) -> None:
+    """Make a method known by its name, to `convert`, to the command line and to comparisons.
 
-    Attributes:
-        name: As on the command line.
-        factorise: (weights (d_out, d_in) of the members, their statistics, rank) -> states.
-        topology: The authors' topology.
-        needs: What calibration must measure: nothing, the inputs, or the gradients as well.
-        rounding: How a uniform rank is made whole.
-        allocation: How its ranks are found, unless the user says otherwise.
-        gauge: Whether its gauge is fixed, unless the user says otherwise.
-        rounds: How often its gradients are measured again on the converted model, unless the user says otherwise.
-        shrinkage: How far the inputs' second moments are drawn to their diagonals, unless the user says otherwise.
-        propagation: How far layers are fitted anew on what the converted layers below them send, unless the user says
-            otherwise.
-        width: What share of its hidden neurons every MLP keeps at a keep ratio, unless the user says otherwise; all if
-            None.
-        reference: Where it comes from.
+    Args:
+        name: The name; a method that has it is replaced.
+        make: From a keep ratio to the chain.
+
+    Example:
+        >>> register_method("svd_llm_gauge", lambda keep: chain(factorise("svd_llm", gauge=True)))
+        >>> method_chain("svd_llm_gauge", 0.8).find(Factorise).gauge
+        True
+        >>> del METHODS["svd_llm_gauge"]
     """
-
-    name: str
-    factorise: Factorise
-    topology: str
-    needs: Literal["nothing", "inputs", "fisher", "gradients"]
-    rounding: Callable[[float], int] = math.floor
-    allocation: Literal["uniform", "neurons", "svd_llm_v2", "loss"] = "uniform"
-    gauge: bool = False
-    rounds: int = 0
-    shrinkage: float = 0.0
-    propagation: float = 0.0
-    width: Callable[[float], float] | None = None
-    reference: str = ""
+    METHODS[name] = make
 
 
-def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The stacked members, narrow ones padded with zeros, and the sum of the geometries."""
-    width = max(weight.shape[1] for weight in weights)
-    stacked = np.concatenate([np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights])
-    pooled = np.zeros((width, width))
-    for geometry in geometries:
-        pooled[: len(geometry), : len(geometry)] += geometry
-    return stacked, pooled
+def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = None) -> Chain:
+    """The chain of a method, with options of its passes changed.
 
+    An option that is given also adds its pass where the method has none. Passes of the method that the given options
+    exclude are left out, unless an option of theirs is given: then it is an error.
 
-def _second_moments(statistics: Sequence[Statistics]) -> list[np.ndarray]:
-    """Of every input site once: members that read the same input add nothing to a pool by being counted again."""
-    by_site = {entry.site or str(number): entry.second_moment for number, entry in enumerate(statistics)}
-    return list(by_site.values())
-
-
-def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
-    """Best states of the stacked members in the pooled geometry."""
-    stacked, pooled = _stack(weights, geometries)
-    states = best_states([stacked], pooled, rank=rank)
-    return split_members(states.input_states, states.output_states[0], weights, states.energies)
-
-
-def svd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """Truncated singular value decomposition: C is the identity."""
-    return _shared(weights, [np.eye(weight.shape[1]) for weight in weights], rank)
-
-
-def fwsvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """FWSVD (arXiv 2207.00112, eq. 6): C is the diagonal of each input's summed Fisher information.
+    Args:
+        name: One of `METHODS`.
+        keep: Keep ratio.
+        options: By name, as in `Chain.options`; None stands for the method's own.
 
     Raises:
-        UsageError: If the statistics have no Fisher information.
+        UsageError: If the method or an option is unknown, or options contradict each other.
     """
-    geometries = []
-    for entry in statistics:
-        if entry.fisher is None:
-            raise UsageError("fwsvd needs gradients; calibrate with gradients=True")
-        geometries.append(np.diag(entry.fisher))
-    return _shared(weights, geometries, rank)
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    kinds = all_passes()
+    known = [option for kind in kinds for option in option_names(kind)]
+    if wrong := sorted(set(given) - set(known)):
+        raise UsageError(f"there is no option {wrong[0]!r} of a conversion; expected one of {', '.join(known)}")
+    own = {type(one): one for one in METHODS[name](keep)}
+    made: dict[type[Pass], Pass] = {}
+    asked: set[type[Pass]] = set()
+    for kind in kinds:
+        mine = {option: given[option] for option in option_names(kind) if option in given}
+        if kind in own:
+            made[kind] = own[kind].with_options(mine) if mine else own[kind]
+        elif mine:
+            made[kind] = kind.from_options(mine)
+        if mine:
+            asked.add(kind)
+    # Looked at together, without any that would refuse the others.
+    whole = object.__new__(Chain)
+    object.__setattr__(whole, "passes", tuple(one for one in made.values() if not one.is_off))
+    object.__setattr__(whole, "method", name)
+    kept = [one for one in whole.passes if type(one) in asked or one.is_default_in(whole)]
+    return Chain(tuple(kept), name)
 
 
-def asvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, alpha: float = 0.5) -> States:
-    """ASVD (arXiv 2312.05821, eq. 7): inputs scaled by their mean magnitude to the power alpha."""
-    return _shared(weights, [np.diag(entry.absolute_mean ** (2 * alpha)) for entry in statistics], rank)
+@dataclasses.dataclass(frozen=True, init=False)
+class Recipe:
+    """A method at a keep ratio, with options in flat form, as flags and YAML files give them.
 
+    Attributes:
+        method: One of `METHODS`.
+        keep: Keep ratio of the grouped blocks, above 0 and at most 1.
+        options: What the user changed, by name.
+        chain: The passes.
 
-def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """SVD-LLM's truncation-aware whitening (arXiv 2403.07378, section 3.1), without its update: C = E[x x^T].
+    Raises:
+        UsageError: If a value is out of range, an option is unknown, or options contradict each other.
 
-    The authors decompose W S, S the Cholesky factor of C; the same subspace comes from the Gram matrix of W S.
+    Example:
+        >>> Recipe("ngc", keep=0.8, propagation=0).chain.options()["gauge"]
+        True
     """
-    return _shared(weights, _second_moments(statistics), rank)
+
+    method: str
+    keep: float
+    options: tuple[tuple[str, Any], ...]
+    chain: Chain
+
+    def __init__(
+        self,
+        method: str = "ngc",
+        topology: str | None = None,
+        keep: float = 0.8,
+        rank: int | str | None = None,
+        **options: Any,
+    ) -> None:
+        check_keep(keep)
+        given = {"topology": topology, "rank": rank, **options}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "options", tuple(sorted(chosen.items())))
+        object.__setattr__(self, "chain", method_chain(method, keep, chosen))
+
+    def replace(self, **changes: Any) -> Recipe:
+        """With other options, another method or another keep ratio; None takes the method's own again."""
+        return Recipe(**{"method": self.method, "keep": self.keep, **dict(self.options), **changes})
 
 
-def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """Basis Sharing (arXiv 2410.03765, section 3): adjacent layers stacked, their second moments pooled."""
-    return _shared(weights, _second_moments(statistics), rank)
+def check_keep(keep: float) -> None:
+    """Raises UsageError for a keep ratio outside (0, 1]."""
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
 
 
-def ngc_paper(
-    weights: Sequence[np.ndarray],
-    statistics: Sequence[Statistics],
-    rank: int,
-    iterations: int = 4,
-    oversampling: int = 10,
-    seed: int = 0,
-) -> States:
-    """The recipe published with NGC (arXiv 2510.16851).
-
-    A low-rank SVD of stacked inputs times stacked weights gives the output states; the input states follow by least
-    squares, whose solution is W^T Q_out for orthonormal Q_out. The low-rank SVD is the randomised one (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4); its iterations are a choice of ours (docs/results.md). It sees
-    Y = X W^T through Y^T Y = W C W^T only. The exact decomposition is what `ngc` uses.
-
-    Args:
-        weights: (d_out, d_in) of each member.
-        statistics: Of each member.
-        rank: R.
-        iterations: Power iterations.
-        oversampling: Directions sampled beyond the rank.
-        seed: Of the sampled directions.
-    """
-    stacked, pooled = _stack(weights, _second_moments(statistics))
-    gram = stacked @ pooled @ stacked.T + RIDGE * mean_diagonal(pooled) * (stacked @ stacked.T)
-    generator = np.random.default_rng(seed)
-    basis = generator.standard_normal((len(gram), min(rank + oversampling, len(gram))))
-    for _ in range(iterations + 1):
-        basis, _ = np.linalg.qr(gram @ basis)
-    output_states = basis @ eigenvectors(basis.T @ gram @ basis)[1][:, :rank]
-    return split_members(stacked.T @ output_states, output_states, weights)
+def _plain(factorisation: str, **options: Any) -> Callable[[float], Chain]:
+    return lambda keep: chain(factorise(factorisation, **options))
 
 
-def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> States:
-    """States that minimise the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||^2.
-
-    Members with the same input: exact, and nested. Members with different inputs: alternating least squares with each
-    member's own C_m and G_m, from the pooled solution (which is what the baselines stop at). Without gradients in the
-    statistics G is the identity.
-
-    Args:
-        weights: (d_out, d_in) of each member.
-        statistics: Of each member.
-        rank: R. At full rank the pooled solution is returned with its energies, which is what ranks are allocated by.
-        sweeps: Of alternating least squares.
-    """
-    moments = [entry.second_moment for entry in statistics]
-    gradients = [entry.gradients for entry in statistics]
-    if same_input(statistics):
-        return best_states(weights, moments[0], gradients, rank=rank)
-    pulled = [pulled_metric(weight, g) for weight, g in zip(weights, gradients, strict=True)]
-    states = pooled_states(weights, moments, pulled)
-    if rank >= states.rank:
-        return states
-    return alternate(weights, moments, states.truncated(rank), sweeps, pulled)
-
-
-def _a_tenth_more(keep: float) -> float:
-    """Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md)."""
-    return min(keep + 0.1, 1.0)
-
-
-_PRIVATE = "q-k-v-o-u-g-d"
-METHODS = {
-    method.name: method
-    for method in (
-        Method("svd", svd, _PRIVATE, "nothing", reference="Eckart and Young 1936"),
-        Method("fwsvd", fwsvd, _PRIVATE, "fisher", reference="arXiv 2207.00112"),
-        Method("asvd", asvd, _PRIVATE, "inputs", reference="arXiv 2312.05821"),
-        Method("svd_llm", svd_llm, _PRIVATE, "inputs", reference="arXiv 2403.07378"),
-        Method("svd_llm_v2", svd_llm, _PRIVATE, "inputs", allocation="svd_llm_v2", reference="arXiv 2503.12340"),
-        Method(
-            "nystrom",
-            svd_llm,
-            _PRIVATE,
-            "inputs",
-            allocation="neurons",
-            width=lambda keep: keep,
-            reference="arXiv 2408.09632, section 3.2, for MLPs, whose neurons here go one by one; the rest as svd_llm",
-        ),
-        Method("basis_sharing", basis_sharing, "qq-kk-vv-o-uu-gg-d", "inputs", reference="arXiv 2410.03765"),
-        Method("ngc_paper", ngc_paper, "qkv-o-ug-d", "inputs", round, reference="arXiv 2510.16851"),
-        Method("kfac_svd", ngc, _PRIVATE, "gradients", reference="arXiv 1503.05671, section 3, for the geometry"),
-        Method("ngc_one_sided", ngc, "qkv-o-ug-d", "inputs", reference="this library, docs/conversion.md"),
-        Method(
-            "ngc",
-            ngc,
-            _PRIVATE,
-            "gradients",
-            allocation="loss",
-            gauge=True,
-            rounds=1,
-            shrinkage=0.03,
-            propagation=0.3,
-            width=_a_tenth_more,
-            reference="this library, docs/conversion.md",
-        ),
-    )
-}
+register_method("svd", _plain("svd"))
+register_method("fwsvd", _plain("fwsvd"))
+register_method("asvd", _plain("asvd"))
+register_method("svd_llm", _plain("svd_llm"))
+# arXiv 2503.12340.
+register_method("svd_llm_v2", _plain("svd_llm", allocation="svd_llm_v2"))
+# MLPs as in MoDeGPT (arXiv 2408.09632, section 3.2), but that neurons are pruned one by one; the rest as svd_llm.
+register_method(
+    "nystrom",
+    lambda keep: chain(prune_neurons(keep, flexible=True), factorise("svd_llm", allocation="neurons")),
+)
+register_method("basis_sharing", _plain("basis_sharing", topology="qq-kk-vv-o-uu-gg-d"))
+register_method("ngc_paper", _plain("ngc_paper", topology="qkv-o-ug-d"))
+# The geometry of K-FAC (arXiv 1503.05671, section 3).
+register_method("kfac_svd", _plain("ngc"))
+register_method("ngc_one_sided", _plain("ngc_inputs", topology="qkv-o-ug-d"))
+register_method(
+    "ngc",
+    lambda keep: chain(
+        prune_neurons(min(keep + 0.1, 1.0), flexible=True),
+        factorise("ngc", allocation="loss", gauge=True, shrinkage=0.03),
+        remeasure(rounds=1),
+        propagate_errors(0.3),
+    ),
+)

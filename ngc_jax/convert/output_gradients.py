@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.convert.grams import gram, whole, zero_bands
-from ngc_jax.convert.stacks import BATCHES_PER_CALL, each_batch, stack_batches
+from ngc_jax.convert.layerwise import BATCHES_PER_CALL, each_batch, stack_batches
 from ngc_jax.convert.statistics import InputSums, OutputGradients, layer_kind, read_layer, run_layer, sown_input
+from ngc_jax.convert.symmetric_sums import gram, whole, zero_bands
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluate.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Plan

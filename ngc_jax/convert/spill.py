@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ngc_jax.convert.best_states import States
+from ngc_jax.convert.closed_form import States
 
 
 @dataclasses.dataclass(frozen=True)

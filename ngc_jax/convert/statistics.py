@@ -6,7 +6,7 @@ Legend: K batches of a stack, B windows of a batch, L tokens, D width of a block
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.convert.grams import add_products, mean_product, no_products
-from ngc_jax.convert.stacks import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
+from ngc_jax.convert.layerwise import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
+from ngc_jax.convert.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.host_memory import handed_over
@@ -77,12 +77,6 @@ class Statistics:
     gradients: OutputGradients | None = None
     first: FirstTokens | None = None
     site: str = ""
-
-
-def same_input(statistics: Sequence[Statistics]) -> bool:
-    """Whether all of these blocks read the same input."""
-    sites = {entry.site for entry in statistics}
-    return len(statistics) == 1 or (len(sites) == 1 and "" not in sites)
 
 
 class Moments(NamedTuple):

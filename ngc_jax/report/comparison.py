@@ -56,7 +56,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             "## Stored parameters of the converted blocks",
             _by_keep(methods, lambda r: f"{r['stored_parameters']:,}"),
         ]
-        parts += ["## Seconds: measuring + fitting + finishing", _by_keep(methods, _seconds)]
+        parts += ["## Seconds: measuring + converting", _by_keep(methods, _seconds)]
         decoded = [row for row in methods if row["decode_tokens_per_second"]]
         if decoded:
             speed = dense["decode_tokens_per_second"]
@@ -100,7 +100,7 @@ def _fractions(rows: Rows, dense: Mapping[str, Any]) -> str:
 
 def _seconds(row: Mapping[str, Any]) -> str:
     seconds = row["seconds"]
-    return f"{seconds['measure']:.0f} + {seconds['fit']:.0f} + {seconds['finish']:.0f}"
+    return f"{seconds['measure']:.0f} + {seconds['convert']:.0f}"
 
 
 def _long(rows: Rows, dense: Mapping[str, Any]) -> str:

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.ranks import fitting_rank, full_rank, uniform_rank
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
@@ -18,6 +16,8 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.planning.ranks import fitting_rank, full_rank, uniform_rank
 
 _BILINEAR = Kernel()
 

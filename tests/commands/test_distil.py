@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ngc_jax import cli
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.train import sharding

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.convert.measure import measure
+from ngc_jax.convert import Recipe
+from ngc_jax.convert.layerwise import stack_batches
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.remeasure import remeasure
-from ngc_jax.convert.stacks import stack_batches
 from ngc_jax.convert.statistics import run_layer
 from ngc_jax.train.sharding import make_mesh
+from tests.convert.helpers import measured, remeasured_of
 from tests.tiny import random_tokens, tiny_model
 
 # Seven windows of 20, the last of which is short: of three devices' batches, some have nothing but padding.
@@ -40,23 +39,25 @@ def fields(entry):
     return [entry.second_moment, entry.absolute_mean, entry.gradients.second_moment, entry.gradients.mean_square]
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_statistics_do_not_depend_on_how_many_devices_measure_them(at_once):
+@pytest.mark.parametrize("held", [False, True])
+def test_statistics_do_not_depend_on_how_many_devices_measure_them(held):
     model = tiny_model("llama_untied")
-    options = {"gradient_tokens": 70, "window": 20, "batch_size": 2, "at_once": at_once}
-    expected = list(measure(model, RECIPE, TOKENS, **options))
+    options = {"gradient_tokens": 70, "window": 20, "batch_size": 2, "held": held}
+    expected = list(measured(model, RECIPE, TOKENS, **options))
     mesh = mesh_of(3)
     placed = dataclasses.replace(model, params=on_all(model, mesh))
-    found = list(measure(placed, RECIPE, TOKENS, mesh=mesh, **options))
+    found = list(measured(placed, RECIPE, TOKENS, mesh=mesh, **options))
     assert_same(found, expected)
 
 
 def test_what_is_measured_again_does_not_either():
-    model, recipe = tiny_model(), dataclasses.replace(RECIPE, width=1.0)
-    statistics = list(measure(model, recipe, TOKENS, window=20))
-    once = dataclasses.replace(recipe, rounds=0, propagation=0.0)
+    model, recipe = tiny_model(), RECIPE.replace(keep_neurons=1.0)
+    statistics = list(measured(model, recipe, TOKENS, window=20))
+    once = recipe.replace(rounds=0, propagation=0.0)
     compact = convert(model, once, TOKENS, window=20)
-    found = [remeasure(model, recipe, compact, statistics, TOKENS, window=20, mesh=mesh) for mesh in (None, mesh_of(4))]
+    found = [
+        remeasured_of(model, recipe, compact, statistics, TOKENS, window=20, mesh=mesh) for mesh in (None, mesh_of(4))
+    ]
     assert_same(found[1], found[0])
 
 

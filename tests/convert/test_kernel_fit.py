@@ -5,18 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.convert.allocate import DENSE
-from ngc_jax.convert.best_states import DAMPING, best_states
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
+from ngc_jax.convert import Recipe
+from ngc_jax.convert.closed_form import DAMPING, best_states
 from ngc_jax.convert.kernel_fit import fit_kernel, local_loss, loss_roots
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.ranks import choose_ranks, given_ranks
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.groups.kernels import Kernel, from_bilinear, weights
 from ngc_jax.groups.plan import GroupPlan
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
+from ngc_jax.planning.allocate import DENSE
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.planning.ranks import choose_ranks, given_ranks
+from tests.convert.helpers import factorise_of, rule_of
 from tests.tiny import forward, random_tokens, tiny_model
 
 NAMES = ("layers.0.attn.q", "layers.0.attn.k")
@@ -118,7 +119,7 @@ def test_ranks_store_no_more_than_the_bilinear_ones(method):
 
     def ranks(**options):
         recipe = Recipe(method, "qkv-o-u-g-d" if method == "ngc" else None, 0.6, gauge=False, rounds=0, **options)
-        return given_ranks(recipe, groups) or choose_ranks(recipe, cells, energies.get)
+        return given_ranks(rule_of(recipe), groups) or choose_ranks(rule_of(recipe), cells, energies.get)
 
     kernel = Kernel("lifted", lift=30)
     plain, lifted = ranks(), ranks(kernel="lifted", lift=30)
@@ -140,7 +141,7 @@ def test_ranks_store_no_more_than_the_bilinear_ones(method):
 def test_a_converted_model_counts_saves_and_runs(options, tmp_path):
     model, tokens = tiny_model("llama_untied"), random_tokens(120)
     result = convert(model, Recipe("ngc", keep=0.6, fit_steps=5, **options), tokens, window=40, batch_size=2)
-    assert {g.kernel for g in result.plan.groups} == {Recipe(**options).interaction}
+    assert {g.kernel for g in result.plan.groups} == {factorise_of(Recipe(**options)).interaction}
     assert 0.5 < result.plan.keep_ratio() <= 0.6
     save_model(result, tmp_path / "model", card="tiny\n")
     back = load_model(str(tmp_path / "model"), dtype="float32")

@@ -4,17 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.convert.fit import shrunk, shrunk_in_place
-from ngc_jax.convert.gradients import measure_fisher
-from ngc_jax.convert.measure import measure
-from ngc_jax.convert.methods import METHODS
+from ngc_jax.convert import METHODS, Recipe
+from ngc_jax.convert.fisher import measure_fisher
+from ngc_jax.convert.fitting import shrunk, shrunk_in_place
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.ranks import uniform_rank
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.load import kernel_of
+from ngc_jax.planning.ranks import uniform_rank
+from tests.convert.helpers import measured
 from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model
 
 
@@ -108,11 +107,11 @@ def test_one_forward_pass_serves_gradients_and_inputs(gradient_tokens):
     model, tokens = tiny_model(), random_tokens(150)
     settings = {"gradient_tokens": gradient_tokens, "window": 40, "batch_size": 4}
 
-    def measured(at_once):
-        layers = measure(model, Recipe("ngc"), tokens, at_once=at_once, **settings)
+    def all_of(held):
+        layers = measured(model, Recipe("ngc"), tokens, held=held, **settings)
         return {name: statistics for layer in layers for name, statistics in layer.items()}
 
-    apart, together = measured(False), measured(True)
+    apart, together = all_of(False), all_of(True)
     assert list(apart) == list(together)
     for name, expected in apart.items():
         found = together[name]
@@ -180,7 +179,7 @@ def test_a_donated_model_is_deleted_as_far_as_it_is_replaced():
 
 
 def test_shrinkage_keeps_the_diagonal():
-    statistics = next(measure(tiny_model(), Recipe("svd_llm"), random_tokens(60), window=30))["layers.0.attn.q"]
+    statistics = next(measured(tiny_model(), Recipe("svd_llm"), random_tokens(60), window=30))["layers.0.attn.q"]
     first, second = shrunk([statistics, statistics], 0.5)
     half = first.second_moment
     assert second.second_moment is half, "blocks with one input site share the result"

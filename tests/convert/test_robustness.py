@@ -12,17 +12,18 @@ from flax import traverse_util
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.best_states import DAMPING, best_states, mean_diagonal, output_metric, pulled_metric
-from ngc_jax.convert.candidates import Candidate
-from ngc_jax.convert.fit import fit_all
-from ngc_jax.convert.methods import METHODS
+from ngc_jax.convert import Recipe
+from ngc_jax.convert.closed_form import DAMPING, best_states, mean_diagonal, output_metric, pulled_metric
+from ngc_jax.convert.factorisations import FACTORISATIONS
+from ngc_jax.convert.fitting import fit_all
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.models.load import kernel_of, load_model
 from ngc_jax.models.save import save_model
+from ngc_jax.planning.candidates import Candidate
+from tests.convert.helpers import factorise_of
 from tests.models.compact import dense_model
 from tests.tiny import forward, random_tokens
 
@@ -241,14 +242,14 @@ def test_shared_states_of_singular_problems(outputs, n, seed, noisy):
         return total
 
     everything = sum(np.trace(h @ s.second_moment) for h, s in zip(pulled, statistics, strict=True))
-    full = METHODS["ngc"].factorise(ws, statistics, min(sum(outputs), max(w.shape[1] for w in ws)))
+    full = FACTORISATIONS["ngc"].function(ws, statistics, min(sum(outputs), max(w.shape[1] for w in ws)))
     # A direction that no token reached counts as if it had been, a little.
     unseen = sum(np.trace(h) * mean_diagonal(s.second_moment) for h, s in zip(pulled, statistics, strict=True))
     slack = 1e-5 * everything + 1e-7 * unseen
     assert (full.energies >= -slack).all()
     assert full.energies.sum() <= everything + slack
     for rank in range(1, full.rank + 1):
-        states = METHODS["ngc"].factorise(ws, statistics, rank)
+        states = FACTORISATIONS["ngc"].function(ws, statistics, rank)
         assert all(np.isfinite(array).all() for array in (states.input_states, *states.output_states))
         assert lost(states) <= everything - full.energies[:rank].sum() + slack
 
@@ -281,11 +282,11 @@ def test_statistics_that_are_not_finite(field, method):
         gradients = OutputGradients(9, parts["mean_square"], parts["gradients"])
         return Statistics(9, parts["second_moment"], parts["absolute_mean"], parts["fisher"], gradients)
 
-    (fitted,) = fit_all([group], Recipe(method), dense.params, [[statistics()]], [None])
+    (fitted,) = fit_all([group], factorise_of(Recipe(method)), dense.params, [[statistics()]], [None])
     assert np.isfinite(fitted.states.energies).all()
     parts[field].flat[-1] = np.nan
     with pytest.raises(UsageError, match=r"statistics of layers\.1\.mlp\.d are not finite"):
-        list(fit_all([group], Recipe(method), dense.params, [[statistics()]], [None]))
+        list(fit_all([group], factorise_of(Recipe(method)), dense.params, [[statistics()]], [None]))
 
 
 @pytest.mark.parametrize("topology", [None, "qkv-o-ug-d"])

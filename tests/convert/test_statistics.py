@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.stacks import Compensated, stack_batches
+from ngc_jax.convert.layerwise import Compensated, stack_batches
 from ngc_jax.convert.statistics import calibrate, layer_kind
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import BLOCK_INPUTS

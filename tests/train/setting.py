@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.train.losses import Objective
 from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.train.step import Constants, Program

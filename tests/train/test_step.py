@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.train import sharding
 from ngc_jax.train.losses import Objective

@@ -27,71 +27,24 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Int
 
-from ngc_jax.convert.best_states import mean_diagonal, output_metric, pulled_metric, square_root
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.side_by_side import side_by_side
+from ngc_jax.convert.closed_form import mean_diagonal, output_metric, pulled_metric, square_root
 from ngc_jax.convert.statistics import FirstTokens, OutputGradients, Statistics
-from ngc_jax.convert.widths import choose_width
+from ngc_jax.convert.thread_map import thread_map
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Block
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
 from ngc_jax.models.load import LanguageModel, Params
 
 # Whose outputs go with hidden neurons: their G must be measured whole.
-NARROW_ROLES = "ug"
+PRUNED_ROLES = "ug"
 # Neurons that go before all of the two matrices is brought up to date, by one product.
 _BLOCK = 64
 # Relative to the mean diagonal of C: neurons that are silent on the calibration text go first, by no division by zero.
 _RIDGE = 1e-6
 
 
-def narrow_recipe(config: DecoderConfig, recipe: Recipe) -> tuple[DecoderConfig, Recipe]:
-    """The decoder whose blocks a recipe groups, and the recipe to do that by: its keep ratio is of the narrow decoder.
-
-    Args:
-        config: The dense model's.
-        recipe: Of a conversion of that model.
-
-    Returns:
-        Both as they were if every hidden neuron stays.
-
-    Raises:
-        UsageError: If a width is asked for and the topology leaves MLPs out, the width leaves too little, or no width
-            and no ranks reach the keep ratio.
-    """
-    if recipe.resolved_width == 1:
-        return config, recipe
-    blocks = _planned(config, recipe)
-    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
-    if not whole <= blocks.keys():
-        if recipe.width is not None or recipe.resolved_allocation == "neurons":
-            raise UsageError("hidden neurons can go where the topology has u, g and d of every layer; add them to it")
-        return config, recipe
-    dense = sum(block.parameters for block in blocks.values())
-    budget = math.floor(recipe.keep * dense)
-    mlp = sum(blocks[name].parameters for name in whole)
-    if recipe.width is not None and dense - round((1 - recipe.width) * mlp) < budget:
-        raise UsageError(f"width {recipe.width:g} leaves less than keep ratio {recipe.keep:g}; give a larger width")
-    narrow = dataclasses.replace(config, mlp_dim=choose_width(config, recipe, budget))
-    left = sum(block.parameters for block in _planned(narrow, recipe).values())
-    return narrow, dataclasses.replace(recipe, keep=min(budget / left, 1.0), width=1.0)
-
-
-def removed_parameters(config: DecoderConfig, narrow: DecoderConfig, recipe: Recipe) -> int:
-    """Parameters of the planned blocks that went with hidden neurons."""
-    before, after = (sum(block.parameters for block in _planned(c, recipe).values()) for c in (config, narrow))
-    return before - after
-
-
-def _planned(config: DecoderConfig, recipe: Recipe) -> dict[str, Block]:
-    groups = all_candidates(candidate_cells(config, recipe.resolved_topology))
-    return {member.name: member for group in groups for member in group.members}
-
-
 @dataclasses.dataclass(frozen=True)
-class Narrowed:
+class Pruned:
     """A dense model without the hidden neurons that went.
 
     Attributes:
@@ -105,7 +58,7 @@ class Narrowed:
     statistics: Iterator[dict[str, Statistics]]
 
 
-def narrowed(
+def prune_layers(
     model: LanguageModel,
     config: DecoderConfig,
     stream: Iterable[Mapping[str, Statistics]],
@@ -113,12 +66,12 @@ def narrowed(
     shrinkage: float = 0.0,
     at_once: int = 1,
     donate: bool = False,
-) -> Narrowed:
+) -> Pruned:
     """Narrow the MLPs of a dense model, one layer after the other.
 
     Args:
         model: The dense model.
-        config: The narrow one's, from `narrow_recipe`.
+        config: The narrow one's, from `plan_pruning`.
         stream: Statistics of the dense model's blocks, layer by layer; gradients, if they have any, of u and g whole.
         shrinkage: Of C, as for `shrunk`.
         at_once: Layers that are narrowed side by side, and held.
@@ -132,24 +85,24 @@ def narrowed(
     waiting: dict[int, Mapping[str, Statistics]] = {}
 
     def run(layer: int) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
-        return _narrow_layer(layers[str(layer)], layer, dict(waiting.pop(layer)), config, shrinkage)
+        return _prune_layer(layers[str(layer)], layer, dict(waiting.pop(layer)), config, shrinkage)
 
     def each() -> Iterator[dict[str, Statistics]]:
         source, size = iter(stream), model.config.mlp_dim
         for first in range(0, config.num_layers, at_once):
             some = range(first, min(first + at_once, config.num_layers))
             waiting.update(zip(some, source, strict=False))
-            done = side_by_side(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
+            done = thread_map(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
             for layer, (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
                 if donate:
                     for role in MLP_ROLES:
                         model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
                 yield handed_over(found)
 
-    return Narrowed(narrow, kept, each())
+    return Pruned(narrow, kept, each())
 
 
-def _narrow_layer(
+def _prune_layer(
     params: Params, layer: int, statistics: dict[str, Statistics], config: DecoderConfig, shrinkage: float
 ) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
     names = {role: block_name(layer, role) for role in MLP_ROLES}
@@ -161,14 +114,14 @@ def _narrow_layer(
             raise UsageError(f"the weights or statistics of {name} are not finite; load the model with --dtype float32")
     hidden = statistics[names["d"]]
     kernel = before["d"].astype(np.float64)
-    kept = neurons_that_stay(
+    kept = select_neurons(
         _pulled_root(kernel, hidden.gradients), hidden.second_moment, config.mlp_dim, shrinkage=shrinkage
     )
-    small = {role: before[role][kept] for role in NARROW_ROLES}
-    small["d"] = told_by(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
+    small = {role: before[role][kept] for role in PRUNED_ROLES}
+    small["d"] = nystrom_reconstruct(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
     del before, kernel
     mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
-    for role in NARROW_ROLES:
+    for role in PRUNED_ROLES:
         if "bias" in mlp[role]:
             mlp[role]["bias"] = _like(mlp[role]["bias"], np.asarray(mlp[role]["bias"])[kept])
         statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])
@@ -195,7 +148,7 @@ def _pulled_root(weight_MxF: np.ndarray, gradients: OutputGradients | None) -> n
     return np.sqrt(metric)[:, None] * weight_MxF if metric.ndim == 1 else square_root(metric).T @ weight_MxF
 
 
-def neurons_that_stay(
+def select_neurons(
     root_RxF: Float[np.ndarray, "R F"],
     second_moment_FxF: Float[np.ndarray, "F F"],
     count: int,
@@ -246,7 +199,7 @@ def neurons_that_stay(
     return np.flatnonzero(stays)
 
 
-def told_by(
+def nystrom_reconstruct(
     weight_MxF: Float[np.ndarray, "M F"],
     second_moment_FxF: Float[np.ndarray, "F F"],
     kept: Int[np.ndarray, " S"],
@@ -310,7 +263,7 @@ def _of_inputs(entry: Statistics, kept: np.ndarray, kernel_MxS: np.ndarray, shri
     if gradients is not None:
         second = gradients.second_moment
         if second is not None and len(second) != len(kernel_MxS):  # W^T G W was measured
-            told_FxS = told_by(np.eye(len(second)), entry.second_moment, kept, shrinkage=shrinkage)
+            told_FxS = nystrom_reconstruct(np.eye(len(second)), entry.second_moment, kept, shrinkage=shrinkage)
             gradients = dataclasses.replace(gradients, second_moment=told_FxS.T @ second @ told_FxS)
         gradients = _pulled(gradients, kernel_MxS)
     return dataclasses.replace(

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.convert.grams import gram, whole, zero_bands
+from ngc_jax.convert.symmetric_sums import gram, whole, zero_bands
 
 
 @pytest.mark.parametrize("width", [1, 7, 384, 385, 1000])

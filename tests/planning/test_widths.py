@@ -7,14 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ngc_jax.convert.allocate import DENSE
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.narrow import narrow_recipe
-from ngc_jax.convert.ranks import check_budget, choose_ranks, full_rank, given_ranks
-from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import GroupPlan
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.planning.allocate import DENSE
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.planning.ranks import check_budget, choose_ranks, full_rank, given_ranks
+from tests.convert.helpers import factorise_of
 from tests.tiny import HF_CONFIGS
 
 SMOLLM2 = DecoderConfig.from_hf(
@@ -33,25 +33,26 @@ SMOLLM2 = DecoderConfig.from_hf(
 
 def stored(config: DecoderConfig, recipe: Recipe) -> int:
     """What a conversion by a recipe stores for the planned blocks, at losses that fall from group to group."""
-    narrow, inner = narrow_recipe(config, recipe)
-    cells = candidate_cells(narrow, recipe.resolved_topology)
-    check_budget(inner, cells)
+    factorise = factorise_of(recipe)
+    narrow, keep = recipe.chain.plan(config, recipe.keep)
+    rule, cells = factorise.rule(keep), candidate_cells(narrow, factorise.topology)
+    check_budget(rule, cells)
     groups = all_candidates(cells)
     energies = {group.name: np.geomspace(1, 1e-3, full_rank(group.members)) / n for n, group in enumerate(groups, 1)}
-    ranks = given_ranks(inner, groups) or choose_ranks(inner, cells, energies.__getitem__)
+    ranks = given_ranks(rule, groups) or choose_ranks(rule, cells, energies.__getitem__)
     total = 0
     for group in groups:
         rank = ranks.get(group.name, None)
         if rank == DENSE:
             total += group.dense_parameters
         elif rank is not None:
-            pivots = tuple(range(rank)) if recipe.resolved_gauge else None
+            pivots = tuple(range(rank)) if factorise.gauge else None
             total += GroupPlan(group.name, group.members, rank, pivots=pivots).count_parameters()
     return total
 
 
 def dense(config: DecoderConfig, recipe: Recipe) -> int:
-    groups = all_candidates(candidate_cells(config, recipe.resolved_topology))
+    groups = all_candidates(candidate_cells(config, factorise_of(recipe).topology))
     return sum(member.parameters for group in groups for member in group.members)
 
 
@@ -100,13 +101,13 @@ def test_every_keep_ratio_has_a_plan_within_it_or_its_lower_bound_is_named(
 )
 def test_a_width_that_nobody_gave_is_never_refused(levers, width):
     recipe = Recipe("nystrom", **levers)
-    narrow, _ = narrow_recipe(SMOLLM2, recipe)
+    narrow, _ = recipe.chain.plan(SMOLLM2, recipe.keep)
     assert narrow.mlp_dim == width
     assert 0.9 * recipe.keep < stored(SMOLLM2, recipe) / dense(SMOLLM2, recipe) <= recipe.keep
 
 
 def test_a_given_width_is_rounded_and_not_refused_for_that():
-    narrow, inner = narrow_recipe(SMOLLM2, Recipe("nystrom", "u-g-d", 0.34, width=0.34))
-    assert (narrow.mlp_dim, inner.keep) == (512, 1.0)
+    narrow, keep = Recipe("nystrom", "u-g-d", 0.34, keep_neurons=0.34).chain.plan(SMOLLM2, 0.34)
+    assert (narrow.mlp_dim, keep) == (512, 1.0)
     with pytest.raises(UsageError, match="leaves less than keep ratio"):
-        narrow_recipe(SMOLLM2, Recipe("nystrom", "u-g-d", 0.34, width=0.3))
+        Recipe("nystrom", "u-g-d", 0.34, keep_neurons=0.3).chain.plan(SMOLLM2, 0.34)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import traverse_util
-from jax.sharding import Mesh
 
-from ngc_jax.convert.best_states import RIDGE, mean_diagonal
+from ngc_jax.convert.closed_form import RIDGE, mean_diagonal
 from ngc_jax.convert.output_gradients import measure_output_gradients
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.side_by_side import side_by_side
+from ngc_jax.convert.state import ConversionState
 from ngc_jax.convert.statistics import OutputGradients, Statistics
+from ngc_jax.convert.thread_map import thread_map
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.models.config import ROLES
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
 
-Progress = Callable[[str, int, int], None]
-# Gradients of the converted model are taken on so many tokens for one that the dense model's are taken on,
+if TYPE_CHECKING:
+    from ngc_jax.convert.passes.factorise import Factorise
+
+# Gradients of the converted model are taken on this share of a token for one that the dense model's are taken on,
 REMEASURED = 1 / 2
 # and on no more than these.
 _ENOUGH = 8192
@@ -55,37 +57,24 @@ def mixed_share(keep_ratio: float) -> float:
     return 0.2 + 0.4 * (1 - keep_ratio)
 
 
-def remeasure(
-    model: LanguageModel,
-    recipe: Recipe,
-    compact: LanguageModel,
-    statistics: Sequence[Mapping[str, Statistics]],
-    tokens: np.ndarray,
-    *,
-    window: int = 1024,
-    batch_size: int = 2,
-    mesh: Mesh | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Statistics]]:
-    """Correct the gradients' second moments by what the converted model shows.
+def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: bool) -> list[dict[str, Statistics]]:
+    """Correct the gradients' second moments by gradients measured on the converted model.
 
     The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
-    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With the recipe's
-    sensitivities every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a
-    logarithmic scale, from the prediction to a measurement that was taken at one end of the way.
+    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With sensitivities
+    every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a logarithmic
+    scale, from the prediction to a measurement that was taken at one end of the way.
 
     Args:
-        model: The dense model.
-        recipe: What to measure.
-        compact: The model converted so far.
-        statistics: What it was converted with, layer by layer.
-        tokens: (T,) to take gradients on.
-        window: Tokens in a window.
-        batch_size: Windows that run at once, on each device.
-        mesh: Its axis "data" shares out the windows of a batch; None for one device.
-        progress: Called with (stage, done, in all).
+        state: With a compact model, and the statistics that it was converted with, as a list of layers.
+        factorise: How it was converted.
+        sensitivities: Whether to correct expected losses.
     """
-    report = progress or (lambda stage, done, total: None)
+    model, compact, calibration = state.dense, state.compact, state.calibration
+    assert compact is not None
+    statistics = list(state.statistics)
+    multiple = calibration.window if calibration.prefix else 1
+    tokens = tokens_again(calibration.tokens, calibration.gradient_tokens, multiple)
 
     layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
     again, _ = measure_output_gradients(
@@ -93,18 +82,18 @@ def remeasure(
         model.params,
         tokens,
         layer_params=layers.__getitem__,
-        slopes=recipe.resolved_sensitivities,
-        geometry=recipe.gradients,
-        window=window,
-        batch_size=batch_size,
-        mesh=mesh,
-        progress=lambda *a: report("again", *a),
+        slopes=sensitivities,
+        geometry=factorise.gradients,
+        window=calibration.window,
+        batch_size=2,
+        mesh=calibration.mesh,
+        progress=lambda *a: state.report("again", *a),
     )
 
     assert compact.plan is not None
     share = mixed_share(compact.plan.keep_ratio())
     factors = {name: 1.0 for layer in statistics for name in layer}
-    if recipe.resolved_sensitivities:
+    if sensitivities:
 
         def slope(block: tuple[int, str, Statistics]) -> float:
             number, name, entry = block
@@ -114,7 +103,7 @@ def remeasure(
 
         blocks = [(number, name, entry) for number, layer in enumerate(statistics) for name, entry in layer.items()]
         inputs = [len(entry.second_moment) for _, _, entry in blocks]
-        slopes = side_by_side(slope, blocks, costs=inputs, widths=inputs)
+        slopes = thread_map(slope, blocks, costs=inputs, widths=inputs)
         predicted = {name: found for (_, name, _), found in zip(blocks, slopes, strict=True)}
         measured = {name: again[name].slope or 0.0 for name in predicted}
         factors = sensitivity_corrections(predicted, measured, len(tokens))

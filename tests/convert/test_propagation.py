@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.carry_over import carried_over, regression
-from ngc_jax.convert.fit import fit_all
-from ngc_jax.convert.measure import measure
+from ngc_jax.convert import Recipe
+from ngc_jax.convert.fitting import fit_all
+from ngc_jax.convert.input_drift import carried_over, regression
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.propagate import _by_input, _fit_anew, _moved, propagate
-from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.propagation import _by_input, _moved, _refit
 from ngc_jax.convert.statistics import FirstTokens, sown_input
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.models.config import block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from tests.convert.helpers import factorise_of, measured, propagated
 from tests.tiny import forward, random_tokens, tiny_model
 
 TOKENS = random_tokens(1200)
@@ -112,10 +112,10 @@ def test_full_rank_stays_exact():
 
 def test_as_many_tokens_as_asked_for_are_propagated_on():
     model, recipe = tiny_model("llama_untied"), Recipe("svd_llm", keep=0.5)
-    statistics = list(measure(model, recipe, TOKENS, window=60, batch_size=4))
+    statistics = list(measured(model, recipe, TOKENS, window=60, batch_size=4))
     compact = convert(model, recipe, TOKENS, window=60, batch_size=4)
     recipe = Recipe("svd_llm", keep=0.5, propagation=0.5)
-    by_hand = propagate(model, recipe, compact, statistics, TOKENS[:300], window=60, batch_size=4)
+    by_hand = propagated(model, recipe, compact, statistics, TOKENS[:300], window=60, batch_size=4)
     made = convert(model, recipe, TOKENS, propagation_tokens=300, window=60, batch_size=4)
     for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -123,17 +123,17 @@ def test_as_many_tokens_as_asked_for_are_propagated_on():
 
 def test_the_dense_inputs_moments_need_not_be_measured_twice():
     """Gradients and propagation on the same tokens, and on the same with what is known of them withheld."""
-    model, recipe = tiny_model("llama_untied"), Recipe("ngc", keep=0.5, rounds=0, propagation=0.5, width=1.0)
+    model, recipe = tiny_model("llama_untied"), Recipe("ngc", keep=0.5, rounds=0, propagation=0.5, keep_neurons=1.0)
     settings = {"gradient_tokens": 300, "window": 60, "batch_size": 4}
-    statistics = list(measure(model, recipe, TOKENS, at_once=True, keep_first=True, **settings))
-    for layer, alone in zip(statistics, measure(model, Recipe("svd_llm"), TOKENS[:300], window=60), strict=True):
+    statistics = list(measured(model, recipe, TOKENS, held=True, first=True, **settings))
+    for layer, alone in zip(statistics, measured(model, Recipe("svd_llm"), TOKENS[:300], window=60), strict=True):
         for name, entry in layer.items():
             assert (entry.count, entry.first.count) == (len(TOKENS), 300)
             np.testing.assert_allclose(entry.first.second_moment, alone[name].second_moment, rtol=1e-4, atol=1e-5)
     made = convert(model, recipe, TOKENS, propagation_tokens=300, **settings)
-    compact = convert(model, dataclasses.replace(recipe, propagation=0.0), TOKENS, **settings)
+    compact = convert(model, recipe.replace(propagation=0.0), TOKENS, **settings)
     withheld = [{name: dataclasses.replace(s, first=None) for name, s in layer.items()} for layer in statistics]
-    by_hand = propagate(model, recipe, compact, withheld, TOKENS[:300], window=60, batch_size=4)
+    by_hand = propagated(model, recipe, compact, withheld, TOKENS[:300], window=60, batch_size=4)
     assert made.plan == by_hand.plan
     for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(by_hand.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3 * np.abs(theirs).max())
@@ -144,7 +144,7 @@ def test_the_dense_inputs_moments_need_not_be_measured_twice():
     ]
     for tokens, is_used in ((TOKENS[:300], True), (TOKENS[:240], False)):
         misled, right = (
-            propagate(model, recipe, compact, s, tokens, window=60, batch_size=4) for s in (false, withheld)
+            propagated(model, recipe, compact, s, tokens, window=60, batch_size=4) for s in (false, withheld)
         )
         pairs = list(zip(jax.tree.leaves(misled.params), jax.tree.leaves(right.params), strict=True))
         assert all(np.array_equal(ours, theirs) for ours, theirs in pairs) != is_used
@@ -170,7 +170,7 @@ def test_groups_of_different_inputs_are_fitted_side_by_side(topology, units):
     ]
     assert sorted(map(sorted, found)) == sorted(map(sorted, units))
 
-    statistics = list(measure(model, recipe, TOKENS, window=60, batch_size=4, at_once=True))[1]
+    statistics = list(measured(model, recipe, TOKENS, window=60, batch_size=4, held=True))[1]
     moments, params, moved = {}, {}, {}
     for role, site in INPUT_SITE.items():
         own = statistics[block_name(1, role)].second_moment
@@ -179,8 +179,8 @@ def test_groups_of_different_inputs_are_fitted_side_by_side(topology, units):
             moved[name] = entry
             params[(*name.split("."), "kernel")] = target
     members = [[moved[member.name] for member in group.members] for group, _ in groups]
-    together = fit_all([g for g, _ in groups], recipe, unflatten_dict(params), members, [2] * len(groups))
-    apart = _fit_anew(model, recipe, 1, statistics, moments, groups)
+    together = fit_all([g for g, _ in groups], factorise_of(recipe), unflatten_dict(params), members, [2] * len(groups))
+    apart = _refit(model, (factorise_of(recipe), 0.5), 1, statistics, moments, groups)
     for (group, _), expected in zip(groups, together, strict=True):
         for ours, theirs in zip(apart[group.name].states.weights(), expected.states.weights(), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
@@ -197,15 +197,15 @@ def test_a_group_of_the_first_layer_is_fitted_as_before():
     model = tiny_model("llama_untied")
     recipe = Recipe("svd_llm", keep=0.5)
     tokens = TOKENS[:600]
-    statistics = list(measure(model, recipe, tokens, window=60, batch_size=4))
+    statistics = list(measured(model, recipe, tokens, window=60, batch_size=4))
     compact = convert(model, recipe, tokens, window=60, batch_size=4)
     recipe = Recipe("svd_llm", keep=0.5, propagation=1.0)
-    again = propagate(model, recipe, compact, statistics, tokens, window=60, batch_size=4)
+    again = propagated(model, recipe, compact, statistics, tokens, window=60, batch_size=4)
     group = all_candidates(candidate_cells(model.config, "q-k-v-o-u-g-d"))[0]
     name = group.members[0].name
     assert name == "layers.0.attn.q"
     rank = again.plan.groups[0].rank
-    (fitted,) = fit_all([group], recipe, model.params, [[statistics[0][name]]], [rank])
+    (fitted,) = fit_all([group], factorise_of(recipe), model.params, [[statistics[0][name]]], [rank])
     expected = fitted.states.truncated(rank).weights()[0]
     found = weights(again.plan.groups[0].kernel, again.params["groups"][group.name], name)
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.allocate import DENSE, Curve, allocate, rank_curve
 from ngc_jax.errors import UsageError
+from ngc_jax.planning.allocate import DENSE, Curve, allocate, rank_curve
 
 
 def taken(cells, choices):

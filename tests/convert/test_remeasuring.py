@@ -3,20 +3,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ngc_jax.convert.measure import measure
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.remeasure import (
+from ngc_jax.convert.remeasuring import (
     dense_layer,
     mixed_share,
     predicted_slope,
-    remeasure,
     sensitivity_corrections,
     tokens_again,
 )
 from ngc_jax.convert.statistics import OutputGradients, Statistics
 from ngc_jax.models.load import kernel_of
+from tests.convert.helpers import measured, remeasured_of
 from tests.tiny import forward, random_tokens, tiny_model
 
 ENOUGH = 10**12  # tokens: slopes without noise
@@ -37,10 +36,10 @@ def test_the_second_round_takes_other_tokens_where_there_are_some():
 @pytest.mark.parametrize("geometry", ["full", "diagonal"])
 def test_the_second_round_measures_the_converted_model(geometry):
     model, tokens = tiny_model(), random_tokens(120)
-    recipe = Recipe("ngc", keep=0.4, gradients=geometry, width=1.0)
-    statistics = list(measure(model, recipe, tokens, window=40))
-    once = convert(model, dataclasses.replace(recipe, rounds=0), tokens, window=40)
-    again = remeasure(model, recipe, once, statistics, tokens[:40], window=40)
+    recipe = Recipe("ngc", keep=0.4, gradients=geometry, keep_neurons=1.0)
+    statistics = list(measured(model, recipe, tokens, window=40))
+    once = convert(model, recipe.replace(rounds=0), tokens, window=40)
+    again = remeasured_of(model, recipe, once, statistics, tokens[:40], window=40)
     formed = {layer: dense_layer(model, once, layer) for layer in range(model.config.num_layers)}
     now, _ = measure_output_gradients(
         model.config, model.params, tokens[:40], layer_params=formed.__getitem__, slopes=True, window=40
@@ -52,7 +51,7 @@ def test_the_second_round_measures_the_converted_model(geometry):
     predicted = {name: predicted_slope(dense[name], change[name], entry) for name, entry in blocks.items()}
     factors = sensitivity_corrections(predicted, {name: now[name].slope for name in blocks}, 40)
     assert max(factors.values()) > 1.2 * min(factors.values())
-    plain = remeasure(model, dataclasses.replace(recipe, sensitivities=False), once, statistics, tokens[:40], window=40)
+    plain = remeasured_of(model, recipe, once, statistics, tokens[:40], sensitivities=False, window=40)
     share = mixed_share(once.plan.keep_ratio())
     assert 0.4 < share < 0.6
     for before, after, uncorrected in zip(statistics, again, plain, strict=True):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ngc_jax.convert.stacks import Compensated
+from ngc_jax.convert.layerwise import Compensated
 
 # Rows of a band, at most. Narrower bands compute less twice, wider ones multiply larger matrices.
 _BAND = 384

@@ -6,15 +6,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ngc_jax.convert.allocate import DENSE
-from ngc_jax.convert.best_states import States
-from ngc_jax.convert.candidates import all_candidates, candidate_cells
-from ngc_jax.convert.ranks import check_budget, choose_ranks, full_rank, given_ranks, uniform_rank
-from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert import Recipe
+from ngc_jax.convert.closed_form import States
 from ngc_jax.convert.spill import Fitted, Spill
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.planning.allocate import DENSE
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.planning.ranks import check_budget, choose_ranks, full_rank, given_ranks, uniform_rank
+from tests.convert.helpers import rule_of
 from tests.tiny import HF_CONFIGS
 
 
@@ -89,13 +90,14 @@ def test_a_narrow_member_counts_its_own_weights():
 def test_given_ranks():
     config = config_of()
     groups = all_candidates(candidate_cells(config, "qkv-o-ug-d"))
-    assert given_ranks(Recipe("ngc"), groups) == {}
-    assert given_ranks(Recipe("svd_llm_v2"), groups) == {}
-    assert set(given_ranks(Recipe("ngc", rank=5), groups).values()) == {5}
-    assert given_ranks(Recipe("ngc", rank=10**6), groups) == given_ranks(Recipe("ngc", rank="full"), groups)
-    assert given_ranks(Recipe("ngc", rank="full"), groups) == {g.name: full_rank(g.members) for g in groups}
+    assert given_ranks(rule_of(Recipe("ngc")), groups) == {}
+    assert given_ranks(rule_of(Recipe("svd_llm_v2")), groups) == {}
+    assert set(given_ranks(rule_of(Recipe("ngc", rank=5)), groups).values()) == {5}
+    full = given_ranks(rule_of(Recipe("ngc", rank="full")), groups)
+    assert given_ranks(rule_of(Recipe("ngc", rank=10**6)), groups) == full
+    assert full == {g.name: full_rank(g.members) for g in groups}
     for gauge in (False, True):
-        ranks = given_ranks(Recipe("svd_llm", keep=0.7, gauge=gauge), groups)
+        ranks = given_ranks(rule_of(Recipe("svd_llm", keep=0.7, gauge=gauge)), groups)
         assert ranks == {g.name: uniform_rank(g.members, 0.7, gauge=gauge) for g in groups}
 
 
@@ -107,8 +109,8 @@ def test_ranks_by_loss_store_what_the_keep_ratio_says(topology, gauge):
     previous = -1
     for keep in (0.3, 0.5, 0.8, 0.95):
         recipe = Recipe("ngc", topology, keep, gauge=gauge)
-        check_budget(recipe, cells)
-        plan = planned(cells, choose_ranks(recipe, cells, energies.__getitem__), gauge)
+        check_budget(rule_of(recipe), cells)
+        plan = planned(cells, choose_ranks(rule_of(recipe), cells, energies.__getitem__), gauge)
         assert {block.name for block in plan.blocks()} == {m.name for c in cells for g in c[0] for m in g.members}
         budget = math.floor(keep * plan.dense_parameters())
         assert previous < plan.count_parameters() <= budget
@@ -120,14 +122,14 @@ def test_ranks_by_loss_store_what_the_keep_ratio_says(topology, gauge):
 def test_keep_one_leaves_everything_dense():
     for topology in ("q-k-v-o-u-g-d", "auto"):
         cells = candidate_cells(config_of(), topology)
-        ranks = choose_ranks(Recipe("ngc", topology, 1.0), cells, falling_energies(cells).__getitem__)
+        ranks = choose_ranks(rule_of(Recipe("ngc", topology, 1.0)), cells, falling_energies(cells).__getitem__)
         assert set(ranks.values()) == {DENSE}
 
 
 def test_rank_multiples():
     cells = candidate_cells(config_of(scale=4), "q-k-v-o-u-g-d")
     recipe = Recipe("ngc", keep=0.6, rank_multiple=8)
-    ranks = choose_ranks(recipe, cells, falling_energies(cells).__getitem__)
+    ranks = choose_ranks(rule_of(recipe), cells, falling_energies(cells).__getitem__)
     assert all(rank % 8 == 0 for rank in ranks.values())
     assert len(set(ranks.values())) > 1
     plan = planned(cells, ranks, gauge=True)
@@ -142,11 +144,11 @@ def test_sharing_is_chosen_where_it_loses_less():
         layers = {member.name.split(".")[1] for member in group.members}
         falling = np.logspace(0, -3, full_rank(group.members))
         energies[group.name] = falling if len(layers) == 2 else 10 * falling
-    shared = choose_ranks(Recipe("ngc", "auto", 0.4), cells, energies.__getitem__)
+    shared = choose_ranks(rule_of(Recipe("ngc", "auto", 0.4)), cells, energies.__getitem__)
     assert set(shared) == {"L0_1-qq", "L0_1-kk", "L0_1-vv", "L0_1-oo", "L0_1-uu", "L0_1-gg", "L0_1-dd"}
     for name in shared:
         energies[name] = 1000 * energies[name]
-    apart = choose_ranks(Recipe("ngc", "auto", 0.4), cells, energies.__getitem__)
+    apart = choose_ranks(rule_of(Recipe("ngc", "auto", 0.4)), cells, energies.__getitem__)
     assert not set(apart) & set(shared)
 
 
@@ -155,7 +157,7 @@ def test_lossier_layers_keep_more_in_svd_llm_v2():
     cells = candidate_cells(config, "q-k-v-o-u-g-d")
     recipe = Recipe("svd_llm_v2", keep=0.6)
     energies = falling_energies(cells, size=lambda layer: 10.0**layer)
-    ranks = choose_ranks(recipe, cells, energies.__getitem__)
+    ranks = choose_ranks(rule_of(recipe), cells, energies.__getitem__)
     for role in "qkvougd":
         by_layer = [ranks[f"L{layer}-{role}"] for layer in range(5)]
         assert all(lossier > less for less, lossier in itertools.pairwise(by_layer))
@@ -163,7 +165,7 @@ def test_lossier_layers_keep_more_in_svd_llm_v2():
         kept = [rank * (block.d_out + block.d_in) / (block.d_out * block.d_in) for rank in by_layer]
         # Every rank is rounded down.
         assert 0.6 - (block.d_out + block.d_in) / (block.d_out * block.d_in) < np.mean(kept) <= 0.6
-    even = choose_ranks(recipe, cells, {name: np.ones(len(e)) for name, e in energies.items()}.__getitem__)
+    even = choose_ranks(rule_of(recipe), cells, {name: np.ones(len(e)) for name, e in energies.items()}.__getitem__)
     uniform = {group.name: uniform_rank(group.members, 0.6) for group in all_candidates(cells)}
     assert all(abs(even[name] - uniform[name]) <= 1 for name in uniform)
 
@@ -173,7 +175,7 @@ def test_svd_llm_v2_leaves_every_layer_a_rank_and_keeps_to_the_budget():
     config, keep = config_of(layers=5, scale=8), 0.3
     cells = candidate_cells(config, "q-d")
     energies = falling_energies(cells, size=lambda layer: 1e-20 if layer == 0 else 1e30)
-    ranks = choose_ranks(Recipe("svd_llm_v2", keep=keep), cells, energies.__getitem__)
+    ranks = choose_ranks(rule_of(Recipe("svd_llm_v2", keep=keep)), cells, energies.__getitem__)
     for role in "qd":
         block = config.block(0, role)
         assert ranks[f"L0-{role}"] == 1
@@ -186,25 +188,25 @@ def test_svd_llm_v2_leaves_every_layer_a_rank_and_keeps_to_the_budget():
 def test_svd_llm_v2_of_losses_that_are_zero_is_uniform():
     cells = candidate_cells(config_of(layers=2, scale=4), "q-d")
     zeros = {group.name: np.zeros(full_rank(group.members)) for group in all_candidates(cells)}
-    ranks = choose_ranks(Recipe("svd_llm_v2", keep=0.5), cells, zeros.__getitem__)
+    ranks = choose_ranks(rule_of(Recipe("svd_llm_v2", keep=0.5)), cells, zeros.__getitem__)
     assert ranks == {group.name: uniform_rank(group.members, 0.5) for group in all_candidates(cells)}
 
 
 def test_a_keep_ratio_that_no_ranks_reach_is_refused_before_anything_is_measured():
     cells = candidate_cells(config_of(), "q-k-v-o-u-g-d")
     for method in ("ngc", "svd", "svd_llm_v2"):
-        check_budget(Recipe(method, keep=0.2), cells)
+        check_budget(rule_of(Recipe(method, keep=0.2)), cells)
         with pytest.raises(UsageError, match="keep ratio"):
-            check_budget(Recipe(method, keep=0.01), cells)
-    check_budget(Recipe("ngc", keep=0.2, rank_multiple=2), cells)
+            check_budget(rule_of(Recipe(method, keep=0.01)), cells)
+    check_budget(rule_of(Recipe("ngc", keep=0.2, rank_multiple=2)), cells)
     with pytest.raises(UsageError, match="lower the rank multiple"):
-        check_budget(Recipe("ngc", keep=0.2, rank_multiple=16), cells)
+        check_budget(rule_of(Recipe("ngc", keep=0.2, rank_multiple=16)), cells)
 
 
 def test_a_method_without_losses_says_so():
     cells = candidate_cells(config_of(), "q")
     with pytest.raises(UsageError, match=r"ngc_paper gives no losses .* use allocation uniform"):
-        choose_ranks(Recipe("ngc_paper", "q", allocation="loss"), cells, lambda name: None)
+        choose_ranks(rule_of(Recipe("ngc_paper", "q", allocation="loss")), cells, lambda name: None)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])

@@ -1,15 +1,16 @@
-"""Which groups a conversion fits: those of a topology, or for `auto` every one that might pay."""
+"""Which groups may be made: those of a topology, or for `auto` every one that might pay."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
 
-from ngc_jax.convert.recipe import AUTO
 from ngc_jax.groups.plan import Block
-from ngc_jax.groups.topology import expand, parse
+from ngc_jax.groups.topology import expand, parse, spans_layers
 from ngc_jax.models.config import ROLES, DecoderConfig
 
+# The topology that is chosen with the ranks, by what sharing pays.
+AUTO = "auto"
 # For every set of roles, the ways in which two successive layers may share; the first is the private one.
 _WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
 
@@ -71,6 +72,17 @@ def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
             # The last of an odd number of layers has no neighbour: two ways may be the same.
             cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
     return tuple(cells)
+
+
+def may_span_layers(topology: str) -> bool:
+    """Whether groups of a topology may have members in several layers."""
+    return topology == AUTO or spans_layers(parse(topology))
+
+
+def planned_blocks(config: DecoderConfig, topology: str) -> dict[str, Block]:
+    """All blocks that a topology groups, by name."""
+    groups = all_candidates(candidate_cells(config, topology))
+    return {member.name: member for group in groups for member in group.members}
 
 
 def all_candidates(cells: Iterable[Cell]) -> tuple[Candidate, ...]:

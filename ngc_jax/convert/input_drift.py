@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-from ngc_jax.convert.best_states import RIDGE, mean_diagonal
+from ngc_jax.convert.closed_form import RIDGE, mean_diagonal
 
 # Correlations of dense and converted inputs are trusted no further than this: R tends to the identity where the two
 # have little energy, and where few tokens tell them apart.

@@ -7,24 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngc_jax.convert.measure import measure
-from ngc_jax.convert.narrow import (
-    NARROW_ROLES,
-    narrow_recipe,
-    narrowed,
-    neurons_that_stay,
-    removed_parameters,
-    told_by,
-)
+from ngc_jax.convert import Recipe
 from ngc_jax.convert.output_gradients import measure_output_gradients
 from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.recipe import Recipe
+from ngc_jax.convert.pruning import PRUNED_ROLES, nystrom_reconstruct, prune_layers, select_neurons
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source
+from tests.convert.helpers import measured, pruning_of
 from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model
 
 TOKENS = random_tokens(1200)
@@ -62,7 +55,7 @@ def test_each_neuron_that_goes_costs_least(seed, size, data):
             ([k for k in kept if k != gone] for gone in kept),
             key=lambda left: loss_without(weight, metric, moment, left),
         )
-    found = neurons_that_stay(np.linalg.cholesky(metric).T @ weight, moment, count)
+    found = select_neurons(np.linalg.cholesky(metric).T @ weight, moment, count)
     np.testing.assert_array_equal(found, kept)
 
 
@@ -70,10 +63,10 @@ def test_removals_in_blocks_are_those_one_by_one(monkeypatch):
     generator = np.random.default_rng(0)
     _, moment = covariance(generator, 90)
     weight = generator.standard_normal((20, 90))
-    in_blocks = neurons_that_stay(weight.copy(), moment, 11)
+    in_blocks = select_neurons(weight.copy(), moment, 11)
     assert len(in_blocks) == 11
-    monkeypatch.setattr("ngc_jax.convert.narrow._BLOCK", 1)
-    np.testing.assert_array_equal(in_blocks, neurons_that_stay(weight.copy(), moment, 11))
+    monkeypatch.setattr("ngc_jax.convert.pruning._BLOCK", 1)
+    np.testing.assert_array_equal(in_blocks, select_neurons(weight.copy(), moment, 11))
 
 
 def test_the_weight_on_those_that_stay_is_the_least_squares_solution():
@@ -81,8 +74,8 @@ def test_the_weight_on_those_that_stay_is_the_least_squares_solution():
     x, moment = covariance(generator, 9)
     weight, kept = generator.standard_normal((4, 9)), np.array([0, 2, 3, 7])
     best = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(told_by(weight, moment, kept), best, rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(told_by(weight, moment, np.arange(9)), weight)
+    np.testing.assert_allclose(nystrom_reconstruct(weight, moment, kept), best, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(nystrom_reconstruct(weight, moment, np.arange(9)), weight)
     # Shrunk: ridge regression, each input's penalty in proportion to its energy.
     penalty = np.diag(np.diag(moment)[kept])
     expected = (
@@ -92,7 +85,7 @@ def test_the_weight_on_those_that_stay_is_the_least_squares_solution():
             0.7 * np.delete(moment, kept, 0)[:, kept].T @ np.delete(weight, kept, 1).T,
         ).T
     )
-    np.testing.assert_allclose(told_by(weight, moment, kept, shrinkage=0.3), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(nystrom_reconstruct(weight, moment, kept, shrinkage=0.3), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_silent_neurons_go_first():
@@ -102,15 +95,15 @@ def test_silent_neurons_go_first():
     x[:, [1, 4]] = 0.0
     weight = generator.standard_normal((3, 8))
     weight[:, 6] = 0.0
-    kept = neurons_that_stay(weight.copy(), x.T @ x / 50, 5)
+    kept = select_neurons(weight.copy(), x.T @ x / 50, 5)
     np.testing.assert_array_equal(kept, [0, 2, 3, 5, 7])
     # Fewer tokens than neurons, and none of either kind at all.
-    assert len(neurons_that_stay(weight.copy(), x[:3].T @ x[:3] / 3, 4)) == 4
-    assert len(neurons_that_stay(np.zeros((3, 8)), np.zeros((8, 8)), 2)) == 2
+    assert len(select_neurons(weight.copy(), x[:3].T @ x[:3] / 3, 4)) == 4
+    assert len(select_neurons(np.zeros((3, 8)), np.zeros((8, 8)), 2)) == 2
     # Not even a second moment, by rounding.
     moment = np.diag([1.0, 0.5, -1e-3])
-    np.testing.assert_array_equal(neurons_that_stay(np.ones((1, 3)), moment, 2), [0, 1])
-    assert np.isfinite(told_by(np.ones((1, 3)), moment, np.array([0, 2]))).all()
+    np.testing.assert_array_equal(select_neurons(np.ones((1, 3)), moment, 2), [0, 1])
+    assert np.isfinite(nystrom_reconstruct(np.ones((1, 3)), moment, np.array([0, 2]))).all()
 
 
 def test_moments_that_rounding_made_indefinite():
@@ -125,8 +118,8 @@ def test_moments_that_rounding_made_indefinite():
     assert values.min() < 0
     inverse = vectors / np.maximum(values, ridge) @ vectors.T
     expected = weight[:, kept] + weight[:, gone] @ moment[np.ix_(gone, kept)] @ inverse
-    np.testing.assert_allclose(told_by(weight, moment, kept), expected, rtol=1e-6)
-    assert len(neurons_that_stay(weight.copy(), moment, 6)) == 6
+    np.testing.assert_allclose(nystrom_reconstruct(weight, moment, kept), expected, rtol=1e-6)
+    assert len(select_neurons(weight.copy(), moment, 6)) == 6
     np.testing.assert_array_equal(moment, given)
 
 
@@ -146,14 +139,14 @@ def test_neurons_that_others_double_are_no_loss(architecture):
         layers[number] = {**layer, "mlp": mlp}
     model = dataclasses.replace(model, params={**model.params, "layers": layers})
     config = dataclasses.replace(model.config, mlp_dim=half)
-    narrow = narrowed(model, config, measure(model, Recipe("ngc", keep=0.5, width=0.5), TOKENS, window=60))
+    narrow = prune_layers(model, config, measured(model, Recipe("ngc", keep=0.5, keep_neurons=0.5), TOKENS, window=60))
     statistics = list(narrow.statistics)
     assert all(len(kept) == half == len(set(kept % half)) for kept in narrow.kept.values())
     tokens = random_tokens(40, seed=9)
     dense = logits(model, tokens)
     assert np.abs(logits(narrow.model, tokens) - dense).max() < 2e-3 * np.abs(dense).max()
     # What the narrow model's statistics should be can be measured on it, for it is the same function.
-    own = list(measure(narrow.model, Recipe("ngc", keep=0.5, width=1.0), TOKENS, window=60))
+    own = list(measured(narrow.model, Recipe("ngc", keep=0.5, keep_neurons=1.0), TOKENS, window=60))
     for layer, expected in zip(statistics, own, strict=True):
         assert layer.keys() == expected.keys()
         for name, entry in layer.items():
@@ -162,7 +155,7 @@ def test_neurons_that_others_double_are_no_loss(architecture):
                 (entry.absolute_mean, expected[name].absolute_mean),
                 *(
                     [(entry.gradients.mean_square, expected[name].gradients.mean_square)]
-                    if name[-1] not in NARROW_ROLES  # the gradient of a doubled neuron was half
+                    if name[-1] not in PRUNED_ROLES  # the gradient of a doubled neuron was half
                     else []
                 ),
             ):
@@ -173,20 +166,20 @@ def test_neurons_that_others_double_are_no_loss(architecture):
 def test_only_the_narrow_statistics_of_a_layer_live_while_they_are_used():
     """In a large model those of the d block alone are as large as a layer's weights."""
     model = tiny_model()
-    recipe = Recipe("svd_llm", keep=0.5, width=0.5)
-    config, _ = narrow_recipe(model.config, recipe)
-    measured, used = [], []
+    recipe = Recipe("svd_llm", keep=0.5, keep_neurons=0.5)
+    config, _ = recipe.chain.plan(model.config, recipe.keep)
+    seen, used = [], []
 
     def watched(statistics):
-        measured.extend(weakref.ref(entry.second_moment) for name, entry in statistics.items() if name[-1] == "d")
+        seen.extend(weakref.ref(entry.second_moment) for name, entry in statistics.items() if name[-1] == "d")
         return statistics
 
-    for statistics in narrowed(model, config, map(watched, measure(model, recipe, TOKENS, window=60))).statistics:
+    for statistics in prune_layers(model, config, map(watched, measured(model, recipe, TOKENS, window=60))).statistics:
         assert not any(moment() is not None for moment in used)
         used = [weakref.ref(entry.second_moment) for entry in statistics.values()]
-        assert not any(moment() is not None for moment in measured)
+        assert not any(moment() is not None for moment in seen)
         del statistics
-    assert len(measured) == model.config.num_layers
+    assert len(seen) == model.config.num_layers
 
 
 @pytest.mark.parametrize("geometry", ["full", "diagonal"])
@@ -194,8 +187,8 @@ def test_gradients_of_outputs_that_stay(geometry):
     """G of some outputs is a part of G, and W^T G W is made of that part; against the gradients themselves."""
     model = tiny_model()
     config = dataclasses.replace(model.config, mlp_dim=16)
-    recipe = Recipe("ngc", keep=0.5, width=0.5, gradients=geometry)
-    narrow = narrowed(model, config, measure(model, recipe, TOKENS, window=60))
+    recipe = Recipe("ngc", keep=0.5, keep_neurons=0.5, gradients=geometry)
+    narrow = prune_layers(model, config, measured(model, recipe, TOKENS, window=60))
     for layer, statistics in enumerate(narrow.statistics):
         kept = narrow.kept[layer]
         gradients, _ = measure_output_gradients(model.config, model.params, TOKENS, full_roles="ug", window=60)
@@ -219,22 +212,22 @@ def test_gradients_of_outputs_that_stay(geometry):
         ("ngc", {"rounds": 0, "propagation": 0.0}),
         pytest.param("ngc", {"topology": "qkv-o-ug-dd", "rounds": 1}, marks=pytest.mark.slow),
         pytest.param("ngc", {"gradients": "diagonal"}, marks=pytest.mark.slow),
-        ("svd_llm", {"width": 0.5}),
+        ("svd_llm", {"keep_neurons": 0.5}),
         ("nystrom", {}),
-        pytest.param("svd_llm", {"width": 0.5, "propagation": 0.3}, marks=pytest.mark.slow),
-        ("fwsvd", {"width": 0.75}),
-        ("basis_sharing", {"width": 0.75}),
+        pytest.param("svd_llm", {"keep_neurons": 0.5, "propagation": 0.3}, marks=pytest.mark.slow),
+        ("fwsvd", {"keep_neurons": 0.75}),
+        ("basis_sharing", {"keep_neurons": 0.75}),
     ],
 )
 def test_what_went_counts_as_not_stored(tmp_path, method, levers):
     model = tiny_model("llama_untied")
     recipe = Recipe(method, keep=0.5, **levers)
-    narrow, inner = narrow_recipe(model.config, recipe)
+    planned = pruning_of(model.config, recipe)
+    narrow = planned.config
     assert narrow.mlp_dim < model.config.mlp_dim
-    assert inner.resolved_width == 1
     result = convert(model, recipe, TOKENS, window=60, batch_size=2, gradient_tokens=600)
     assert result.config == narrow
-    assert result.plan.removed == removed_parameters(model.config, narrow, recipe) > 0
+    assert result.plan.removed == planned.removed > 0
     assert result.plan.dense_parameters() == sum(block.parameters for block in model.config.blocks())
     assert 0.4 < result.plan.keep_ratio() <= 0.5
     save_model(result, tmp_path / "saved")
@@ -269,7 +262,7 @@ def test_errors_of_narrowing_are_propagated():
     dense = jax.nn.softmax(logits(model, tokens))
     errors = []
     for propagation in (0.0, 0.5):
-        recipe = Recipe("svd_llm", keep=0.6, width=0.75, gauge=True, propagation=propagation)
+        recipe = Recipe("svd_llm", keep=0.6, keep_neurons=0.75, gauge=True, propagation=propagation)
         ours = jax.nn.softmax(logits(convert(model, recipe, TOKENS, window=60, batch_size=4), tokens))
         errors.append(float(np.square(ours - dense).sum()))
     assert errors[1] < errors[0]
@@ -282,34 +275,35 @@ def test_nothing_goes_where_all_is_kept_or_there_is_no_mlp_to_narrow():
         Recipe("ngc", rank="full"),
         Recipe("ngc", rank=3),
         Recipe("ngc", keep=0.5, topology="q-k-v"),
-        Recipe("ngc", keep=0.5, width=1.0),
+        Recipe("ngc", keep=0.5, keep_neurons=1.0),
         Recipe("svd_llm", keep=0.5),
         Recipe("ngc", keep=0.5, kernel="riemannian"),
     ):
-        assert narrow_recipe(config, recipe) == (config, recipe)
+        planned = pruning_of(config, recipe)
+        assert planned is None or (planned.config, planned.keep) == (config, recipe.keep)
 
 
 @pytest.mark.parametrize(
     ("levers", "words"),
     [
-        ({"width": 0.0}, "outside"),
-        ({"width": 1.5}, "outside"),
-        ({"method": "svd", "width": 0.5}, "looks at no inputs"),
-        ({"rank": 3, "width": 0.5}, "leave out rank or width"),
-        ({"topology": "q-k-v", "width": 0.5}, "add them to it"),
-        ({"keep": 0.9, "width": 0.2}, "larger width"),
+        ({"keep_neurons": 0.0}, "outside"),
+        ({"keep_neurons": 1.5}, "outside"),
+        ({"method": "svd", "keep_neurons": 0.5}, "measures no inputs"),
+        ({"rank": 3, "keep_neurons": 0.5}, "leave out rank or keep-neurons"),
+        ({"topology": "q-k-v", "keep_neurons": 0.5}, "add them to it"),
+        ({"keep": 0.9, "keep_neurons": 0.2}, "keep more hidden neurons"),
     ],
 )
 def test_widths_that_make_no_sense_are_refused(levers, words):
     with pytest.raises(UsageError, match=words):
-        narrow_recipe(tiny_model().config, Recipe(**{"method": "ngc", "keep": 0.5, **levers}))
+        pruning_of(tiny_model().config, Recipe(**{"method": "ngc", "keep": 0.5, **levers}))
 
 
 def test_widths_are_tiles():
     model = tiny_model()
     for dense, keep, width in ((1536, 0.6, None), (11008, 0.5, None), (300, 0.5, None), (1536, 0.9, 0.93)):
         config = dataclasses.replace(model.config, mlp_dim=dense)
-        narrow, _ = narrow_recipe(config, Recipe("ngc", keep=keep, width=width))
+        narrow = pruning_of(config, Recipe("ngc", keep=keep, keep_neurons=width)).config
         assert narrow.mlp_dim % (128 if dense % 128 == 0 else 4) == 0
         assert 0 < narrow.mlp_dim < dense
 
@@ -317,9 +311,9 @@ def test_widths_are_tiles():
 def test_statistics_that_are_not_finite_are_refused():
     model = tiny_model()
     config = dataclasses.replace(model.config, mlp_dim=16)
-    stream = list(measure(model, Recipe("svd_llm", keep=0.5, width=0.5), TOKENS, window=60))
+    stream = list(measured(model, Recipe("svd_llm", keep=0.5, keep_neurons=0.5), TOKENS, window=60))
     stream[1]["layers.1.mlp.d"].second_moment[0, 0] = np.nan
-    narrow = narrowed(model, config, stream)
+    narrow = prune_layers(model, config, stream)
     next(narrow.statistics)
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.d are not finite"):
         next(narrow.statistics)
@@ -336,6 +330,7 @@ def test_widths_of_smollm2(method, widths):
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = DecoderConfig.from_hf({**HF_CONFIGS["llama"], **sizes, "num_hidden_layers": 30, "head_dim": 64})
     for keep, width in widths.items():
-        assert narrow_recipe(config, Recipe(method, keep=keep))[0].mlp_dim == width
+        assert Recipe(method, keep=keep).chain.plan(config, keep)[0].mlp_dim == width
     for keep, width in {0.34: 512, 0.77: 1152, 0.8: 1152}.items():
-        assert narrow_recipe(config, Recipe("nystrom", topology="u-g-d", keep=keep))[0].mlp_dim == width
+        recipe = Recipe("nystrom", topology="u-g-d", keep=keep)
+        assert recipe.chain.plan(config, keep)[0].mlp_dim == width

@@ -1,4 +1,4 @@
-"""Error propagation: every layer is fitted anew on what the converted layers below it really send.
+"""Error propagation: refit each layer on the inputs that the converted layers below it produce.
 
 A block of the converted model reads x', not the dense model's x. Its best states then approximate not W on x but
 W x on x':
@@ -17,9 +17,9 @@ block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,64 +28,48 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.convert.best_states import States
-from ngc_jax.convert.candidates import Candidate, all_candidates, candidate_cells
-from ngc_jax.convert.carry_over import carried_over, regression
-from ngc_jax.convert.fit import assemble, fit_group
-from ngc_jax.convert.grams import add_products, mean_product, no_products
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.remeasure import dense_layer
-from ngc_jax.convert.side_by_side import side_by_side
+from ngc_jax.convert.closed_form import States
+from ngc_jax.convert.fitting import assemble, fit_group
+from ngc_jax.convert.input_drift import carried_over, regression
+from ngc_jax.convert.layerwise import Compensated, each_batch, stack_batches
+from ngc_jax.convert.remeasuring import dense_layer
 from ngc_jax.convert.spill import Fitted
-from ngc_jax.convert.stacks import Compensated, each_batch, stack_batches
+from ngc_jax.convert.state import ConversionState
 from ngc_jax.convert.statistics import Statistics, layer_kind, run_layer, sown_input, token_rows
+from ngc_jax.convert.symmetric_sums import add_products, mean_product, no_products
+from ngc_jax.convert.thread_map import thread_map
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from ngc_jax.convert.passes.factorise import Factorise
 
 
-def propagate(
-    model: LanguageModel,
-    recipe: Recipe,
-    compact: LanguageModel,
-    statistics: Sequence[Mapping[str, Statistics]],
-    tokens: Int[np.ndarray, " T"],
-    *,
-    wide: tuple[LanguageModel, Mapping[int, np.ndarray]] | None = None,
-    window: int = 1024,
-    batch_size: int = 4,
-    donate: bool = False,
-    mesh: Mesh | None = None,
-    progress: Progress | None = None,
-) -> LanguageModel:
-    """Fit all groups anew, layer by layer, at the ranks they have.
+def propagate(state: ConversionState, factorise: Factorise, strength: float) -> LanguageModel:
+    """Refit all groups, layer by layer, at the ranks that they have.
 
-    Within a layer all blocks see what the layer as converted before makes of the inputs that the new layers below send.
+    Within a layer all blocks read what the layer as converted before computes from the inputs that the refitted layers
+    below produce.
 
     Args:
-        model: The dense model, narrow if hidden neurons went.
-        recipe: Its `resolved_propagation` is how far targets and inputs go from the dense model's (0) to the converted
-            one's (1).
-        compact: The model converted so far; every group within one layer, which a recipe sees to.
-        statistics: What it was converted with, layer by layer.
-        tokens: (T,) calibration tokens, from the first. If the statistics have the first T apart, the dense inputs'
-            second moment is theirs; else it is measured here.
-        wide: Where hidden neurons went, the dense model that had them, and by layer those that stayed: then x is what
-            it sends.
-        window: Tokens in a window.
-        batch_size: Windows that run at once, on each device.
-        donate: Delete the dense kernels that states replace.
-        mesh: Its axis "data" shares out the windows of a batch; None for one device.
-        progress: Called with (stage, done, in all).
+        state: With a compact model whose groups are each within one layer, and the statistics that it was converted
+            with, as a list of layers. If these have the first tokens apart, the dense inputs' second moment is theirs;
+            else it is measured here. Where neurons were pruned, the inputs x are the original model's.
+        factorise: How it was converted.
+        strength: How far targets and inputs are moved from the dense model's (0) to the converted one's (1).
     """
+    model, compact, calibration = state.dense, state.compact, state.calibration
+    assert compact is not None
     assert compact.plan is not None
-    config = model.config
-    whole, stayed = (model, None) if wide is None else wide
-    chosen = {group.name: group for group in all_candidates(candidate_cells(config, recipe.resolved_topology))}
-    stacks = stack_batches(tokens, window, batch_size, mesh=mesh)
+    statistics = list(state.statistics)
+    tokens = calibration.tokens[: calibration.propagation_tokens]
+    mesh, config = calibration.mesh, model.config
+    whole, stayed = (model, None) if state.original is None else (state.original, state.kept)
+    chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
+    stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
     ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
     theirs = list(ours)
@@ -111,22 +95,21 @@ def propagate(
         moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
         here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
         anew = [(chosen[plan.name], plan.rank) for plan in here]
-        found |= _fit_anew(model, recipe, layer, statistics[layer], moments, anew)
+        found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, anew)
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions, _) in enumerate(stacks):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
-        if progress is not None:
-            progress("propagate", layer + 1, config.num_layers)
+        state.report("propagate", layer + 1, config.num_layers)
     groups = [chosen[plan.name] for plan in compact.plan.groups]
     ranks = {plan.name: plan.rank for plan in compact.plan.groups}
-    made = assemble(model, groups, ranks, found.__getitem__, gauge=recipe.resolved_gauge, donate=donate)
+    made = assemble(model, groups, ranks, found.__getitem__, gauge=factorise.gauge, donate=state.donate and state.last)
     assert made.plan is not None
     return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
 
 
-def _fit_anew(
+def _refit(
     model: LanguageModel,
-    recipe: Recipe,
+    how: tuple[Factorise, float],
     layer: int,
     statistics: Mapping[str, Statistics],
     moments: Mapping[str, Sequence[np.ndarray]],
@@ -136,32 +119,31 @@ def _fit_anew(
 
     Args:
         model: The dense model.
-        recipe: Its method fits.
+        how: The factorisation, and the strength.
         layer: The layer's number.
         statistics: Of its blocks, by name.
         moments: By site: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
         groups: With their ranks.
     """
+    factorise, strength = how
 
     def fit(unit: tuple[set[str], list[tuple[Candidate, int]]]) -> dict[str, Fitted]:
         sites, members = unit
         targets: dict[tuple[str, ...], np.ndarray] = {}
         moved: dict[str, Statistics] = {}
         for site in sites:
-            for name, (target, entry) in _moved(
-                model, layer, site, statistics, moments[site], recipe.resolved_propagation
-            ).items():
+            for name, (target, entry) in _moved(model, layer, site, statistics, moments[site], strength).items():
                 targets[(*name.split("."), "kernel")], moved[name] = target, entry
         params = traverse_util.unflatten_dict(targets)
         return {
-            group.name: fit_group(group, recipe, params, [moved[member.name] for member in group.members], rank)
+            group.name: fit_group(group, factorise, params, [moved[member.name] for member in group.members], rank)
             for group, rank in members
         }
 
     units = _by_input(groups)
     widest = [max(len(moments[site][0]) for site in sites) for sites, _ in units]
     outputs = [max(member.d_out for group, _ in some for member in group.members) for _, some in units]
-    fitted = side_by_side(
+    fitted = thread_map(
         fit,
         units,
         costs=[float(width) ** 3 for width in widest],

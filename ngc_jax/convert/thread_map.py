@@ -17,7 +17,7 @@ _SMALL_MATRIX = 4096
 _AT_ONCE = 16
 
 
-def side_by_side(
+def thread_map(
     run: Callable[[Item], Result],
     items: Sequence[Item],
     *,

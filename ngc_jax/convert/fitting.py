@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ngc_jax.convert.allocate import DENSE
-from ngc_jax.convert.best_states import States
-from ngc_jax.convert.candidates import Candidate
-from ngc_jax.convert.ranks import full_rank
-from ngc_jax.convert.recipe import Recipe
-from ngc_jax.convert.side_by_side import side_by_side
+from ngc_jax.convert.closed_form import States
 from ngc_jax.convert.spill import Fitted
 from ngc_jax.convert.statistics import Statistics
+from ngc_jax.convert.thread_map import thread_map
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import fix_gauge
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.planning.allocate import DENSE
+from ngc_jax.planning.candidates import Candidate
+from ngc_jax.planning.ranks import full_rank
+
+if TYPE_CHECKING:
+    from ngc_jax.convert.passes.factorise import Factorise
 
 
 def fit_all(
     groups: Sequence[Candidate],
-    recipe: Recipe,
+    factorise: Factorise,
     params: Params,
     statistics: Sequence[Sequence[Statistics]],
     ranks: Sequence[int | None],
@@ -37,7 +39,7 @@ def fit_all(
 
     Args:
         groups: The groups.
-        recipe: Its method fits.
+        factorise: How.
         params: Dense parameters.
         statistics: Of each group's members; none for a method that needs none.
         ranks: Of each group; full rank if None.
@@ -48,8 +50,8 @@ def fit_all(
     Raises:
         UsageError: If weights or statistics are not finite.
     """
-    return side_by_side(
-        lambda item: fit_group(item[0], recipe, params, item[1], item[2]),
+    return thread_map(
+        lambda item: fit_group(item[0], factorise, params, item[1], item[2]),
         list(zip(groups, statistics, ranks, strict=True)),
         costs=[float(sum(m.d_out * m.d_in * (m.d_out + m.d_in) for m in group.members)) for group in groups],
         widths=_widths(groups),
@@ -61,7 +63,7 @@ def _widths(groups: Sequence[Candidate]) -> list[int]:
 
 
 def fit_group(
-    group: Candidate, recipe: Recipe, params: Params, statistics: Sequence[Statistics], rank: int | None
+    group: Candidate, factorise: Factorise, params: Params, statistics: Sequence[Statistics], rank: int | None
 ) -> Fitted:
     """The states of one group; arguments as for `fit_all`."""
     kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
@@ -71,9 +73,9 @@ def fit_group(
     for member, entry in zip(group.members, statistics, strict=bool(statistics)):
         if not _is_finite(entry):
             raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
-    statistics = shrunk(statistics, recipe.resolved_shrinkage)
+    statistics = shrunk(statistics, factorise.shrinkage)
     rank = full_rank(group.members) if rank in (None, DENSE) else rank
-    states = recipe.definition.factorise(kernels, statistics, rank)
+    states = factorise.definition.function(kernels, statistics, rank)
     scale = None
     if statistics:
         power = np.zeros(group.inputs)
@@ -156,7 +158,7 @@ def assemble(
     kernel = kernel or Kernel()
     grouped = [group for group in groups if ranks[group.name] != DENSE]
     costs = [group.inputs * float(ranks[group.name]) ** 2 for group in grouped]
-    found_states = side_by_side(states, grouped, costs=costs, widths=_widths(grouped))
+    found_states = thread_map(states, grouped, costs=costs, widths=_widths(grouped))
     plans: list[GroupPlan] = []
     made: dict[str, Any] = {}
     for group, (found, pivots) in zip(grouped, found_states, strict=True):

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from ngc_jax.convert.allocate import DENSE, Curve, allocate, rank_curve
-from ngc_jax.convert.candidates import Candidate, Cell
-from ngc_jax.convert.recipe import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.models.config import MLP_ROLES
+from ngc_jax.planning.allocate import DENSE, Curve, allocate, rank_curve
+from ngc_jax.planning.candidates import Candidate, Cell
 
 # Second moments are means over tokens; SVD-LLM V2's losses are sums over its authors' calibration set, 256 x 2048.
 _LOSS_TOKENS = 256 * 2048
+
+Allocation = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankRule:
+    """How the ranks of all groups are found.
+
+    Attributes:
+        keep: Keep ratio of all groups together.
+        allocation: `uniform` gives every group the same keep ratio, `neurons` leaves MLPs dense and gives all other
+            groups the same keep ratio, `svd_llm_v2` shares each role's budget out over its layers by their losses,
+            `loss` minimises the expected loss over all groups.
+        gauge: Whether rank r stores r (M + I - r) in place of r (M + I) parameters.
+        rank: Every group's rank, or "full", in place of a keep ratio.
+        multiple: `loss` only: ranks are multiples of this, or the block stays dense.
+        kernel: Of all groups; others than bilinear get the largest rank that stores no more than the bilinear one.
+        rounding: How a uniform rank is made whole.
+        method: What errors call the method.
+    """
+
+    keep: float
+    allocation: Allocation = "uniform"
+    gauge: bool = False
+    rank: int | Literal["full"] | None = None
+    multiple: int = 1
+    kernel: Kernel = dataclasses.field(default_factory=Kernel)
+    rounding: Callable[[float], int] = math.floor
+    method: str = "this method"
 
 
 def uniform_rank(
@@ -76,14 +106,14 @@ def fitting_rank(group: Candidate, budget: float, kernel: Kernel, rank: int) -> 
     return rank
 
 
-def kernel_ranks(recipe: Recipe, groups: Iterable[Candidate], ranks: Mapping[str, int]) -> dict[str, int]:
-    """For ranks of bilinear groups those at which the recipe's kernel stores no more; given ranks stay.
+def kernel_ranks(rule: RankRule, groups: Iterable[Candidate], ranks: Mapping[str, int]) -> dict[str, int]:
+    """For ranks of bilinear groups those at which the rule's kernel stores no more; given ranks stay.
 
     Raises:
         UsageError: If the kernel does not admit a given rank.
     """
-    kernel, found = recipe.interaction, dict(ranks)
-    if recipe.is_bilinear or recipe.rank is not None:
+    kernel, found = rule.kernel, dict(ranks)
+    if rule.kernel.name == "bilinear" or rule.rank is not None:
         return found
     for group in groups:
         rank = ranks.get(group.name, DENSE)
@@ -93,16 +123,16 @@ def kernel_ranks(recipe: Recipe, groups: Iterable[Candidate], ranks: Mapping[str
     return found
 
 
-def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
+def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
     """The ranks that are known before anything is fitted; none if they are allocated by losses.
 
     Raises:
         UsageError: If a group is left without a rank.
     """
-    if recipe.resolved_allocation not in ("uniform", "neurons"):
+    if rule.allocation not in ("uniform", "neurons"):
         return {}
-    gauge, keep = recipe.resolved_gauge, recipe.keep
-    dense = [group for group in groups if recipe.resolved_allocation == "neurons" and _is_mlp(group)]
+    gauge, keep = rule.gauge, rule.keep
+    dense = [group for group in groups if rule.allocation == "neurons" and _is_mlp(group)]
     others = sum(group.dense_parameters for group in groups if group not in dense)
     if dense and others:
         # What is left of the budget when the MLPs have theirs.
@@ -110,55 +140,55 @@ def given_ranks(recipe: Recipe, groups: Sequence[Candidate]) -> dict[str, int]:
 
     def rank(group: Candidate) -> int:
         full = full_rank(group.members)
-        if recipe.rank is not None:
-            return full if recipe.rank == "full" else min(recipe.rank, full)
+        if rule.rank is not None:
+            return full if rule.rank == "full" else min(rule.rank, full)
         if group in dense or (dense and keep == 1):
             return DENSE
-        return uniform_rank(group.members, keep, recipe.definition.rounding, gauge)
+        return uniform_rank(group.members, keep, rule.rounding, gauge)
 
-    return kernel_ranks(recipe, groups, {group.name: rank(group) for group in groups})
+    return kernel_ranks(rule, groups, {group.name: rank(group) for group in groups})
 
 
 def _is_mlp(group: Candidate) -> bool:
     return all(member.name.split(".")[-1] in MLP_ROLES for member in group.members)
 
 
-def check_budget(recipe: Recipe, cells: Sequence[Cell]) -> None:
+def check_budget(rule: RankRule, cells: Sequence[Cell]) -> None:
     """Refuse a keep ratio that no ranks reach, before anything is measured.
 
     Raises:
         UsageError: If a group is left without a rank, or the smallest ranks store too much.
     """
     dense = sum(group.dense_parameters for cell in cells for group in cell[0])
-    if recipe.rank is None and (least := least_parameters(recipe, cells)) > math.floor(recipe.keep * dense):
-        raise too_low(recipe.keep, least / dense, recipe)
+    if rule.rank is None and (least := least_parameters(rule, cells)) > math.floor(rule.keep * dense):
+        raise too_low(rule, least / dense)
 
 
-def too_low(keep: float, least: float, recipe: Recipe) -> UsageError:
-    """The error of a keep ratio below the least that a recipe reaches."""
+def too_low(rule: RankRule, least: float) -> UsageError:
+    """The error of a keep ratio below the least that a rule reaches."""
     bound = math.ceil(least * 1e4) / 1e4
-    more = ", or lower the rank multiple" if recipe.rank_multiple > 1 else ""
+    more = ", or lower the rank multiple" if rule.multiple > 1 else ""
     if bound > 1:
         return UsageError(
-            f"method {recipe.method} cannot make these groups smaller: rank 1 stores {least:.4g} times what they store "
+            f"method {rule.method} cannot make these groups smaller: rank 1 stores {least:.4g} times what they store "
             f"when dense; leave blocks out of the topology{more}"
         )
     return UsageError(
-        f"keep ratio {keep:g} is too low: the smallest ranks store {bound:g}; raise it to at least {bound:g}, or leave "
-        f"blocks out of the topology{more}"
+        f"keep ratio {rule.keep:g} is too low: the smallest ranks store {bound:g}; raise it to at least {bound:g}, or "
+        f"leave blocks out of the topology{more}"
     )
 
 
-def least_parameters(recipe: Recipe, cells: Sequence[Cell], share: float = 0.0) -> int:
-    """How many parameters the smallest ranks of a recipe store, so that any budget from there on has ranks.
+def least_parameters(rule: RankRule, cells: Sequence[Cell], share: float = 0.0) -> int:
+    """How many parameters the smallest ranks of a rule store, so that any budget from there on has ranks.
 
     Args:
-        recipe: Without a rank; its keep ratio does not matter.
+        rule: Without a rank; its keep ratio does not matter.
         cells: Ways to group the same blocks.
         share: Where MLPs stay dense, the keep ratio of the others at the least.
     """
-    gauge, multiple = recipe.resolved_gauge, recipe.rank_multiple
-    if recipe.resolved_allocation == "loss":
+    gauge, multiple = rule.gauge, rule.multiple
+    if rule.allocation == "loss":
 
         def least(group: Candidate) -> int:
             if multiple > full_rank(group.members):
@@ -168,10 +198,10 @@ def least_parameters(recipe: Recipe, cells: Sequence[Cell], share: float = 0.0) 
 
         return sum(min(sum(map(least, way)) for way in cell) for cell in cells)
     groups = [group for cell in cells for group in cell[0]]
-    stay = [group for group in groups if recipe.resolved_allocation == "neurons" and _is_mlp(group)]
+    stay = [group for group in groups if rule.allocation == "neurons" and _is_mlp(group)]
     others = [group for group in groups if group not in stay]
     # All others have one keep ratio, that of the group for which rank 1 costs most.
-    rounding = recipe.definition.rounding if recipe.resolved_allocation != "svd_llm_v2" else math.floor
+    rounding = rule.rounding if rule.allocation != "svd_llm_v2" else math.floor
     keep = max((_rank_one(group.members, gauge, rounding) for group in others), default=0.0)
     keep = max(keep, share) if stay else keep
     return sum(group.dense_parameters for group in stay) + math.ceil(
@@ -179,29 +209,29 @@ def least_parameters(recipe: Recipe, cells: Sequence[Cell], share: float = 0.0) 
     )
 
 
-def _budget(recipe: Recipe, cells: Sequence[Cell]) -> int:
-    return math.floor(recipe.keep * sum(group.dense_parameters for cell in cells for group in cell[0]))
+def _budget(rule: RankRule, cells: Sequence[Cell]) -> int:
+    return math.floor(rule.keep * sum(group.dense_parameters for cell in cells for group in cell[0]))
 
 
-def _curve(recipe: Recipe, group: Candidate, energies: np.ndarray) -> Curve:
+def _curve(rule: RankRule, group: Candidate, energies: np.ndarray) -> Curve:
     return rank_curve(
         energies,
         group.outputs,
         group.inputs,
         group.dense_parameters,
-        gauge=recipe.resolved_gauge,
+        gauge=rule.gauge,
         biases=group.biases,
-        multiple=recipe.rank_multiple,
+        multiple=rule.multiple,
     )
 
 
 def choose_ranks(
-    recipe: Recipe, cells: Sequence[Cell], energies_of: Callable[[str], np.ndarray | None]
+    rule: RankRule, cells: Sequence[Cell], energies_of: Callable[[str], np.ndarray | None]
 ) -> dict[str, int]:
     """The ranks of the groups of the best way of every cell, by the losses that were measured.
 
     Args:
-        recipe: Its keep ratio is the budget.
+        rule: Its keep ratio is the budget.
         cells: Ways to group the same blocks.
         energies_of: Loss that each latent dimension of a group saves, by the group's name.
 
@@ -215,23 +245,23 @@ def choose_ranks(
     def energies(group: Candidate) -> np.ndarray:
         found = energies_of(group.name)
         if found is None:
-            raise UsageError(f"method {recipe.method} gives no losses to allocate ranks by; use allocation uniform")
+            raise UsageError(f"method {rule.method} gives no losses to allocate ranks by; use allocation uniform")
         return found
 
-    if recipe.resolved_allocation == "svd_llm_v2":
+    if rule.allocation == "svd_llm_v2":
         groups = [group for ((group,),) in cells]
-        shared = _share_by_role(recipe, groups, {group.name: energies(group) for group in groups})
-        return kernel_ranks(recipe, groups, shared)
-    curves = [[[_curve(recipe, group, energies(group)) for group in way] for way in cell] for cell in cells]
+        shared = _share_by_role(rule, groups, {group.name: energies(group) for group in groups})
+        return kernel_ranks(rule, groups, shared)
+    curves = [[[_curve(rule, group, energies(group)) for group in way] for way in cell] for cell in cells]
     ranks = {}
-    choices = allocate(curves, _budget(recipe, cells))
+    choices = allocate(curves, _budget(rule, cells))
     for cell, ways, (way, indices) in zip(cells, curves, choices, strict=True):
         for group, curve, index in zip(cell[way], ways[way], indices, strict=True):
             ranks[group.name] = int(curve.ranks[index])
-    return kernel_ranks(recipe, [group for cell in cells for way in cell for group in way], ranks)
+    return kernel_ranks(rule, [group for cell in cells for way in cell for group in way], ranks)
 
 
-def _share_by_role(recipe: Recipe, groups: Sequence[Candidate], energies: Mapping[str, np.ndarray]) -> dict[str, int]:
+def _share_by_role(rule: RankRule, groups: Sequence[Candidate], energies: Mapping[str, np.ndarray]) -> dict[str, int]:
     """SVD-LLM V2's heterogeneous compression ratios (arXiv 2503.12340, section 3.1, algorithm 1).
 
     Among the groups of a type (here: of the same roles), the share of parameters to remove is in proportion to
@@ -244,15 +274,15 @@ def _share_by_role(recipe: Recipe, groups: Sequence[Candidate], energies: Mappin
     for members in by_type.values():
         inverse = []
         for group in members:
-            rank = uniform_rank(group.members, recipe.keep, gauge=recipe.resolved_gauge)
+            rank = uniform_rank(group.members, rule.keep, gauge=rule.gauge)
             # The authors' losses are Frobenius norms over all calibration tokens, far above e: the floor is theirs
             # made explicit.
             loss = math.sqrt(max(float(energies[group.name][rank:].sum()) * _LOSS_TOKENS, 0.0))
             inverse.append(1.0 / math.log(max(loss, math.e)))
         # A group must keep rank 1; what the others then remove in its place stays in proportion.
-        least = [_rank_one(group.members, recipe.resolved_gauge) for group in members]
-        for group, kept in zip(members, _kept(inverse, least, recipe.keep), strict=True):
-            ranks[group.name] = DENSE if kept >= 1 else uniform_rank(group.members, kept, gauge=recipe.resolved_gauge)
+        least = [_rank_one(group.members, rule.gauge) for group in members]
+        for group, kept in zip(members, _kept(inverse, least, rule.keep), strict=True):
+            ranks[group.name] = DENSE if kept >= 1 else uniform_rank(group.members, kept, gauge=rule.gauge)
     return ranks
 
 

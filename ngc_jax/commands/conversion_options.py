@@ -1,0 +1,45 @@
+"""The options of a conversion, as fields that commands inherit; derived from the passes and the methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ngc_jax.convert.chains import option_docs, option_types
+from ngc_jax.convert.methods import METHODS, Recipe
+
+_METHODS_OWN = "the method's own if not given"
+
+
+def _make() -> type:
+    docs = {
+        "method": "Conversion method.",
+        "keep": "Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.",
+    }
+    docs |= {name: f"{text.rstrip('.')}; {_METHODS_OWN}." for name, text in option_docs().items()}
+    fields: list[Any] = [("method", Literal[tuple(METHODS)], "ngc"), ("keep", float, 0.8)]
+    fields += [(name, kind | None, None) for name, kind in option_types().items()]
+    made = dataclasses.make_dataclass("ConversionOptions", fields, frozen=True, namespace={"__module__": __name__})
+    lines = [f"    {name}: {text}" for name, text in docs.items()]
+    made.__doc__ = "Options of a conversion.\n\nArgs:\n" + "\n".join(lines)
+    return made
+
+
+ConversionOptions: Any = _make()
+
+
+def recipe_of(options: Any) -> Recipe:
+    """The recipe that a command's options ask for.
+
+    Raises:
+        UsageError: If they contradict each other.
+    """
+    return Recipe(options.method, keep=options.keep, **{name: getattr(options, name) for name in option_types()})
+
+
+def flags_of(recipe: Recipe) -> list[str]:
+    """The options of `ngc-jax convert` that ask for a recipe."""
+    flags = ["--method", recipe.method, "--keep", str(recipe.keep)]
+    for name, value in recipe.options:
+        flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return flags

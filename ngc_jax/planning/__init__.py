@@ -1,0 +1,7 @@
+"""Which groups a compact model has, and at which ranks: numbers only, without arrays of a model.
+
+- candidates: the groups that a topology allows;
+- ranks: uniform ranks, and ranks allocated by measured losses (`RankRule`);
+- allocate: one Lagrange multiplier over the curves loss against stored parameters;
+- widths: how many hidden neurons every MLP keeps.
+"""

@@ -1,0 +1,136 @@
+"""How many hidden neurons the MLPs keep, by counting alone."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
+from ngc_jax.planning.candidates import Cell, candidate_cells, planned_blocks
+from ngc_jax.planning.ranks import RankRule, least_parameters, too_low
+
+# Widths are multiples of this, a TPU's tile, if the dense model's is.
+_TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What pruning hidden neurons leaves to plan.
+
+    Attributes:
+        config: The architecture with narrower MLPs; the dense model's if nothing is pruned.
+        keep: The keep ratio of the blocks that are left, at which the whole meets its own.
+        removed: Parameters of the grouped blocks that are pruned.
+    """
+
+    config: DecoderConfig
+    keep: float
+    removed: int = 0
+
+
+def plan_pruning(
+    config: DecoderConfig, topology: str, rule: RankRule | None, keep_neurons: float, *, flexible: bool = False
+) -> Pruning:
+    """How many hidden neurons every MLP keeps, and the keep ratio of what is left.
+
+    Args:
+        config: The dense model's.
+        topology: Which blocks are grouped.
+        rule: How ranks are found afterwards; its keep ratio is of the dense model's blocks. None if nothing is
+            factorised.
+        keep_neurons: Share of hidden neurons to keep.
+        flexible: Nobody asked for this share: all neurons are kept where the topology leaves MLPs out, fewer where
+            the smallest ranks need the room.
+
+    Raises:
+        UsageError: If the share is asked for and the topology leaves MLPs out, the share leaves too little, or no
+            share and no ranks reach the keep ratio.
+    """
+    blocks = planned_blocks(config, topology)
+    dense = sum(block.parameters for block in blocks.values())
+    if rule is None:
+        tile = _tiles(config.mlp_dim)[0]
+        return _pruned(config, topology, max(round(keep_neurons * config.mlp_dim / tile), 1) * tile, dense)
+    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
+    if not whole <= blocks.keys():
+        if not flexible or rule.allocation == "neurons":
+            raise UsageError(
+                "hidden neurons can be pruned where the topology has u, g and d of every layer; add them to it"
+            )
+        return Pruning(config, rule.keep)
+    budget = math.floor(rule.keep * dense)
+    mlp = sum(blocks[name].parameters for name in whole)
+    if not flexible and dense - round((1 - keep_neurons) * mlp) < budget:
+        raise UsageError(
+            f"keep-neurons {keep_neurons:g} leaves less than keep ratio {rule.keep:g}; keep more hidden neurons"
+        )
+    width = _choose_width(config, topology, rule, keep_neurons, flexible=flexible, budget=budget)
+    return _pruned(config, topology, width, budget, rule.keep)
+
+
+def _pruned(config: DecoderConfig, topology: str, width: int, budget: int, keep: float = 1.0) -> Pruning:
+    dense = sum(block.parameters for block in planned_blocks(config, topology).values())
+    narrow = dataclasses.replace(config, mlp_dim=width)
+    left = sum(block.parameters for block in planned_blocks(narrow, topology).values())
+    return Pruning(narrow, min(budget / left, 1.0), dense - left) if left < dense else Pruning(config, keep)
+
+
+def _choose_width(
+    config: DecoderConfig, topology: str, rule: RankRule, keep_neurons: float, *, flexible: bool, budget: int
+) -> int:
+    """How many hidden neurons every MLP keeps: a multiple of the tile near the share, within the budget.
+
+    It is the next larger multiple where the nearest leaves less than the budget and the next is within it. Where the
+    smallest ranks exceed the budget, fewer neurons are kept if the share is flexible, and the tile is halved until
+    something fits.
+
+    Args:
+        config: The dense model's.
+        topology: With u, g and d of every layer.
+        rule: Of the ranks.
+        keep_neurons: The share.
+        flexible: As for `plan_pruning`.
+        budget: Parameters that the blocks of the topology may store.
+
+    Raises:
+        UsageError: If nothing fits into the budget.
+    """
+
+    def cells(width: int) -> tuple[Cell, ...]:
+        return candidate_cells(dataclasses.replace(config, mlp_dim=width), topology)
+
+    def fits(width: int, share: float) -> bool:
+        return least_parameters(rule, cells(width), share) <= budget
+
+    def left(width: int) -> int:
+        return sum(group.dense_parameters for cell in cells(width) for group in cell[0])
+
+    # Blocks outside dense MLPs get half their part of the budget at the least, if some width allows it.
+    shares = (rule.keep / 2, 0.0) if flexible else (0.0,)
+    for share, tile in itertools.product(shares, _tiles(config.mlp_dim)):
+        width = max(round(keep_neurons * config.mlp_dim / tile), 1) * tile
+        if fits(width, share):
+            while left(width) < budget and fits(width + tile, share):
+                width += tile
+            return width
+        if flexible:
+            smaller = range(tile, width, tile)
+            found = bisect.bisect_left(smaller, True, key=functools.partial(_exceeds, fits, share))
+            if found:
+                return smaller[found - 1]
+    least = least_parameters(rule, cells(1 if flexible else width))
+    raise too_low(rule, least / left(config.mlp_dim))
+
+
+def _exceeds(fits: Callable[[int, float], bool], share: float, width: int) -> bool:
+    return not fits(width, share)
+
+
+def _tiles(size: int) -> list[int]:
+    """The largest tile that divides a size, and its halves."""
+    return [2**power for power in range(math.gcd(size, _TILE).bit_length() - 1, -1, -1)]
