@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngc_jax.report import figures
+from ngc_jax.report.render import figures
 
 # Those whose best is the baseline of the excess table.
 BASELINES = ("svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "ngc_paper")

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ngc_jax.report.figures import COLOURS, new_figure
+from ngc_jax.report.render.figures import COLOURS, new_figure
 
 _GRAY = "#8d99ae"
 

@@ -7,8 +7,8 @@ import math
 from markupsafe import Markup
 
 from ngc_jax.report.charts import BlockMap, percent
-from ngc_jax.report.colours import colour_bin
-from ngc_jax.report.svg import document, text
+from ngc_jax.report.render.colours import colour_bin
+from ngc_jax.report.render.svg import document, text
 
 
 def block_map(chart: BlockMap, key: str) -> Markup:

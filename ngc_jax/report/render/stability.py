@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ngc_jax.report.figures import COLOURS, new_figure, save_figure
+from ngc_jax.report.render.figures import COLOURS, new_figure, save_figure
 
 
 def draw_stability(results: Mapping[str, Any], directory: Path) -> Path:

@@ -1,6 +1,6 @@
 import pytest
 
-from ngc_jax.report.figures import bars, draw_comparison
+from ngc_jax.report.render.figures import bars, draw_comparison
 
 
 def row(variant, keep, perplexity, section, method):
@@ -25,7 +25,9 @@ def test_levers_stand_below_the_methods_they_change_at_the_same_keep_ratios(tmp_
         row("ngc, once", 0.8, 13.0, "levers", "ngc"),
     ]
     drawn = []
-    monkeypatch.setattr("ngc_jax.report.figures.bars", lambda rows, dense: drawn.append(rows) or bars(rows, dense))
+    monkeypatch.setattr(
+        "ngc_jax.report.render.figures.bars", lambda rows, dense: drawn.append(rows) or bars(rows, dense)
+    )
     dense = {"perplexity": 10.0, "block_parameters": 1000}
     files = draw_comparison({"entries": entries, "dense": dense}, tmp_path)
     assert [(one["variant"], one["keep"]) for one in drawn[0]] == [

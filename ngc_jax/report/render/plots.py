@@ -1,6 +1,6 @@
 """The charts of a report with matplotlib, for notebooks: `draw(chart)` gives a figure.
 
-    from ngc_jax.report.plots import draw
+    from ngc_jax.report.render.plots import draw
     from ngc_jax.report.views import growth
     draw(growth(json.load(open("runs/stability/stability.json"))))
 
@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
-from ngc_jax.report.colours import INKS, SERIES, colour_bin, ramp, text_on
-from ngc_jax.report.figures import as_text, new_figure
-from ngc_jax.report.scales import ASINH_WIDTH, scale_ticks, scaled
+from ngc_jax.report.render.colours import INKS, SERIES, colour_bin, ramp, text_on
+from ngc_jax.report.render.figures import as_text, new_figure
+from ngc_jax.report.render.scales import ASINH_WIDTH, scale_ticks, scaled
 
 _DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
 _MARKERS = "osv^D"

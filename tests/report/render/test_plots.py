@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.report import blocks, texts, views
-from ngc_jax.report.plots import draw
+from ngc_jax.report.render.plots import draw
 from tests.models.compact import compact_model
 from tests.report.setting import comparison, metrics, stability
 
