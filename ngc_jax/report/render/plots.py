@@ -9,6 +9,7 @@ The charts come from `views.py`, `texts.py` and `blocks.py`, as those of a page 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
@@ -40,8 +41,21 @@ def draw(chart: Lines | Bars | BlockMap | Text) -> Figure:
 
 @draw.register
 def _(chart: Lines) -> Figure:
-    figure = new_figure(7.0, 4.2)
-    axes = figure.subplots()
+    figure = new_figure(7.5, 4.8)
+    _draw_lines(figure.subplots(), chart)
+    return _noted(figure, chart.note)
+
+
+def draw_beside(charts: Sequence[Lines], title: str) -> Figure:
+    """One figure of several line charts side by side, under a common title."""
+    figure = new_figure(5.0 * len(charts), 4.2)
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        _draw_lines(axes, chart)
+    figure.suptitle(as_text(title), fontsize=11)
+    return _noted(figure, " ".join(filter(None, (chart.note for chart in charts))))
+
+
+def _draw_lines(axes: Any, chart: Lines) -> None:
     dashed = len({one.style for one in chart.series}) > 1
     for one in chart.series:
         colour = _colour(one.style)
@@ -62,9 +76,7 @@ def _(chart: Lines) -> Figure:
             axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.13, linewidth=0)
     for y, label in chart.rules:
         axes.axhline(y, color=_INK["muted"], linewidth=1, linestyle="--" if label else "-")
-        axes.annotate(
-            as_text(label), (1, y), (-2, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8
-        )
+        axes.annotate(as_text(label), (0, y), (3, 3), ("axes fraction", "data"), "offset points", fontsize=8)
     for x, label in chart.marks:
         axes.axvline(x, color=_INK["muted"], linewidth=1, linestyle="--")
         axes.annotate(as_text(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
@@ -82,7 +94,7 @@ def _(chart: Lines) -> Figure:
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     if chart.legend and len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _titled(figure, axes, chart.title)
+    _add_title(axes, chart.title)
 
 
 @draw.register
@@ -146,7 +158,8 @@ def _(chart: BlockMap) -> Figure:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(_mappable(chart.ramp, 0.0, chart.highest), ax=axes, pad=0.01, aspect=12)
     bar.ax.tick_params(labelsize=7)
-    return _titled(figure, axes, chart.title)
+    _add_title(axes, chart.title)
+    return figure
 
 
 @draw.register
@@ -195,9 +208,16 @@ def _mappable(name: str, lowest: float, highest: float) -> Any:
     return ScalarMappable(Normalize(lowest, highest), ListedColormap(list(ramp(name, "light"))))
 
 
-def _titled(figure: Figure, axes: Any, title: str) -> Figure:
+def _add_title(axes: Any, title: str) -> None:
     axes.set_title(as_text(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _noted(figure: Figure, note: str) -> Figure:
+    """With what the picture leaves out below it."""
+    if note:
+        columns = int(15 * figure.get_figwidth())
+        figure.supxlabel(as_text(textwrap.fill(note, columns)), fontsize=8, x=0.01, ha="left", color=_INK["muted"])
     return figure
 
 
