@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 Number = float | None
+# In the order of the rows of a map.
+ROLE_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 
 
 @dataclasses.dataclass(frozen=True)

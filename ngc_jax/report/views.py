@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ngc_jax.report.charts import Bars, BlockMap, Cell, Lines, Series, number, percent, shorten
+from ngc_jax.report.charts import ROLE_NAMES, Bars, BlockMap, Cell, Lines, Series, number, percent, shorten
 
 # Perplexities above this multiple of the dense one are off the picture: the model is broken there.
 CEILING = 20.0
 # More lines than these cannot be told apart.
 MOST_LINES = 8
 OURS = "ngc"
-_ROLES = "qkvougd"
 
 
 def pareto(results: Mapping[str, Any], marks: Sequence[tuple[float, str]] = ()) -> Lines:
@@ -132,8 +131,8 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
     found = {name: (rank, full.get(name, rank)) for name, rank in row["ranks"].items()}
     places = [(int(layer), role) for layer, role in (name[1:].split("-") for name in found)]
     places += [(int(layer), role) for _, layer, _, role in (block.split(".") for block in row["dense_blocks"])]
-    cells = []
-    for layer, role in sorted(places, key=lambda place: (_ROLES.index(place[1]), place[0])):
+    roles, cells = list(ROLE_NAMES), []
+    for layer, role in sorted(places, key=lambda place: (roles.index(place[1]), place[0])):
         name = f"L{layer}-{role}"
         rank, most = found.get(name, (None, None))
         share = 1.0 if rank is None or most is None else rank / most

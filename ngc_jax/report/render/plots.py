@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
+from ngc_jax.report.charts import ROLE_NAMES, Bars, BlockMap, Lines, Text, number
 from ngc_jax.report.render.colours import INKS, SERIES, colour_bin, ramp, text_on
 from ngc_jax.report.render.figures import as_text, new_figure
 from ngc_jax.report.render.scales import ASINH_WIDTH, scale_ticks, scaled
@@ -26,7 +26,6 @@ from ngc_jax.report.render.scales import ASINH_WIDTH, scale_ticks, scaled
 _DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
 _MARKERS = "osv^D"
 _INK = INKS["light"]
-_ROLES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 
 
 @singledispatch
@@ -121,7 +120,7 @@ def _(chart: Bars) -> Figure:
 
 @draw.register
 def _(chart: BlockMap) -> Figure:
-    roles = [role for role in "qkvougd" if any(cell.role == role for cell in chart.cells)]
+    roles = [role for role in ROLE_NAMES if any(cell.role == role for cell in chart.cells)]
     figure = new_figure(max(5.0, min(0.3 * chart.layers + 2.2, 14.0)), 0.34 * len(roles) + 1.2)
     axes = figure.subplots()
     colours = ramp(chart.ramp, "light")
@@ -151,7 +150,7 @@ def _(chart: BlockMap) -> Figure:
         )
     axes.set_xlim(-0.6, chart.layers - 0.4)
     axes.set_ylim(len(roles) - 0.4, -0.6)
-    axes.set_yticks(range(len(roles)), [_ROLES[role] for role in roles])
+    axes.set_yticks(range(len(roles)), [ROLE_NAMES[role] for role in roles])
     axes.set_xticks(range(0, chart.layers, 1 if chart.layers <= 40 else 5))
     axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("layer")
