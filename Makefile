@@ -47,9 +47,10 @@ test-browser: $(BROWSER_STAMP) ## open the report in a headless Chromium (CHROMI
 
 test-all: test parity test-browser test-slow ## every test
 
-lint: $(DEV_STAMP) ## check style, format and declared dependencies
+lint: $(DEV_STAMP) ## check style, format, declared dependencies and which package imports which
 	@$(BIN)/ruff check .
 	@$(BIN)/deptry .
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/ruff format --check .
 
 format: $(DEV_STAMP) ## repair style and format where that can be done safely

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ngc_jax.errors import UsageError
 
-if TYPE_CHECKING:
-    from ngc_jax.models.tokenizer import Tokenizer
-
 Bos = Literal["auto", "always", "never"]
 
 
-def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Tokenizer | None = None, least: int = 1) -> np.ndarray:
+class Encoder(Protocol):
+    """What makes token ids of a text: `models.tokenizer.Tokenizer` is one."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """(L,) int32 ids."""
+
+
+def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Encoder | None = None, least: int = 1) -> np.ndarray:
     """One stream of token ids, from what a person may give for it.
 
     Args:

@@ -38,8 +38,8 @@ from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.report.figures import save_figure
-from ngc_jax.report.forest import forest
+from ngc_jax.report.render.figures import save_figure
+from ngc_jax.report.render.forest import forest
 from ngc_jax.text import read_text
 from ngc_jax.train.fresh import fresh_model
 

@@ -286,7 +286,7 @@ def calibration_tokens(
     import jax
 
     from ngc_jax.commands.console import progress_bar
-    from ngc_jax.convert.sampled import sample_tokens
+    from ngc_jax.models.sample_text import sample_tokens
 
     if text != "sampled":
         return calibration_text(text, tokenizer, count, skip=skip)

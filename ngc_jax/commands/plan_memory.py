@@ -60,6 +60,7 @@ class PlanMemoryConfig:
         from ngc_jax.models.config import DecoderConfig
         from ngc_jax.models.saved_config import split_config
         from ngc_jax.models.sources import open_source
+        from ngc_jax.train.fresh import uniform_plan
         from ngc_jax.train.memory import plan_memory
 
         with open_source(self.model) as source:
@@ -67,7 +68,21 @@ class PlanMemoryConfig:
             if section is not None and "plan" in section:
                 raise UsageError(f"{self.model} is a compact model; give the dense model it was made from")
             config = DecoderConfig.from_hf(hf_config)
-        found = plan_memory(config, self)
+        plan = None
+        if self.topology is not None:
+            plan = uniform_plan(config, self.topology, keep=self.keep, multiple=self.rank_multiple)
+        found = plan_memory(
+            config,
+            plan,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            mesh_shape=(self.data, self.fsdp, self.tensor),
+            teacher=self.teacher,
+            trainable=self.trainable,
+            compute_dtype=self.compute_dtype,
+            optimizer=self.optimizer,
+            compile=self.compile,
+        )
         rows = [[name, f"{value / 2**30:,.3f}"] for name, value in found["bytes_per_device"].items()]
         console.print(table("GiB on each device", ["", "GiB"], rows))
         console.print(

@@ -23,7 +23,7 @@ from ngc_jax.export.folded import FoldedSource
 from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.gguf_config import ROPE_FACTORS
+from ngc_jax.models.gguf.config import ROPE_FACTORS
 from ngc_jax.models.sources import Source
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_pretokenizers import PRE_TOKENIZERS
+from ngc_jax.models.gguf.pretokenizers import PRE_TOKENIZERS
 from ngc_jax.models.tokenizer import Tokenizer
 
 # Values of tokenizer.ggml.token_type.

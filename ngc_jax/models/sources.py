@@ -10,10 +10,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_file import GgufFile
-from ngc_jax.models.gguf_header import is_gguf
-from ngc_jax.models.gguf_source import GgufSource
-from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from ngc_jax.models.gguf.file import GgufFile
+from ngc_jax.models.gguf.header import is_gguf
+from ngc_jax.models.gguf.source import GgufSource
+from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
 from ngc_jax.models.tokenizer import Tokenizer, one_line

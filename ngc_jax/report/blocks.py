@@ -21,9 +21,8 @@ from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import match_tensors
 from ngc_jax.models.load import parameter_shapes, read_tensor
 from ngc_jax.models.sources import Source
-from ngc_jax.report.charts import BlockMap, Cell, Number, percent
+from ngc_jax.report.charts import ROLE_NAMES, BlockMap, Cell, Number, percent
 
-ROLE_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 _HEAD = ("block", "group", "members", "rank", "full rank", "stored", "dense", "kept")
 
 

@@ -1,6 +1,6 @@
 """Charts as plain data: what is drawn, without saying how.
 
-`views.py` and `blocks.py` make them of results; `svg.py` draws them for a page and `plots.py` with matplotlib. Every
+`views.py`, `texts.py` and `blocks.py` compute them from results; `render/` draws them as SVG or with matplotlib. Every
 chart can say the same as a table.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 Number = float | None
+# In the order of the rows of a map.
+ROLE_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngc_jax.report import figures
+from ngc_jax.report import views
+from ngc_jax.report.charts import Bars, BlockMap, Lines
 
 # Those whose best is the baseline of the excess table.
 BASELINES = ("svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "ngc_paper")
@@ -26,7 +27,33 @@ def write_report(results: Mapping[str, Any], directory: Path) -> None:
 
     write_json(directory / "results.json", results)
     write_text(directory / "results.md", markdown(results))
-    figures.draw_comparison(results, directory)
+    draw_comparison(results, directory)
+
+
+def draw_comparison(results: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Draw what a comparison has rows for: pareto.png, levers.png, ranks.png.
+
+    Args:
+        results: As `ngc-jax compare` returns them.
+        directory: Where.
+
+    Returns:
+        The files.
+    """
+    from ngc_jax.report.render.figures import save_figure
+    from ngc_jax.report.render.plots import draw
+
+    rows: Rows = results["entries"]
+    methods = [row for row in rows if row["section"] == "methods"]
+    ranked = next((r for r in sorted(methods, key=lambda r: abs(r["keep"] - 0.6)) if r["allocation"] == "loss"), None)
+    charts: dict[str, Lines | Bars | BlockMap] = {}
+    if methods:
+        charts["pareto.png"] = views.pareto(results)
+    if any(row["section"] == "levers" for row in rows):
+        charts["levers.png"] = views.levers(results)
+    if ranked is not None and ranked["topology"] == "q-k-v-o-u-g-d":
+        charts["ranks.png"] = views.rank_map(ranked)
+    return [save_figure(draw(chart), directory / name) for name, chart in charts.items()]
 
 
 def excess(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float:

@@ -15,9 +15,9 @@ import jinja2
 from markupsafe import Markup
 
 from ngc_jax.files import write_text
-from ngc_jax.report import svg, svg_blocks
 from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
-from ngc_jax.report.colours import BINS, THEMES, colour_bin, variables
+from ngc_jax.report.render import svg, svg_blocks
+from ngc_jax.report.render.colours import BINS, THEMES, colour_bin, variables
 from ngc_jax.report.texts import visible
 
 Chart = Lines | Bars | BlockMap

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ngc_jax.report.charts import Bars, Lines, Series, shorten
+from ngc_jax.report.charts import ROLE_NAMES, Bars, BlockMap, Cell, Lines, Series, number, percent, shorten
 
 # Perplexities above this multiple of the dense one are off the picture: the model is broken there.
 CEILING = 20.0
@@ -86,26 +86,83 @@ def other_variants(results: Mapping[str, Any]) -> list[Bars]:
         "topologies": ("Topologies", "What it costs or brings that blocks share."),
         "texts": ("Calibration texts", "What it costs to calibrate on another text than the one evaluated on."),
     }
-    dense, found = results["dense"]["perplexity"], []
-    for section, (title, description) in titles.items():
-        rows = [row for row in results["entries"] if row["section"] == section]
-        if not rows:
-            continue
-        names = list(dict.fromkeys(row["variant"] for row in rows))
-        values = {(row["variant"], row["keep"]): math.log(row["perplexity"] / dense) for row in rows}
-        keeps = sorted({row["keep"] for row in rows}, reverse=True)
-        found.append(
-            Bars(
-                title=title,
-                description=f"{description} Shorter is better: the logarithm of the perplexity over the dense model's.",
-                x_label="ln(perplexity / dense)",
-                names=tuple(names),
-                panels=tuple((f"keep {keep:g}", tuple(values.get((name, keep)) for name in names)) for keep in keeps),
-                highest=math.log(CEILING),
-                styles=tuple(-1 if name.startswith(OURS) else 0 for name in names),
+    return [
+        _excess_bars(rows, results["dense"], title, description)
+        for section, (title, description) in titles.items()
+        if (rows := [row for row in results["entries"] if row["section"] == section])
+    ]
+
+
+def levers(results: Mapping[str, Any]) -> Bars:
+    """The levers of a comparison, each below the method that it changes, as that is at the same keep ratios."""
+    rows = [row for row in results["entries"] if row["section"] == "levers"]
+    keeps = {row["keep"] for row in rows}
+    plain = [row for row in results["entries"] if row["section"] == "methods" and row["keep"] in keeps]
+    ordered: list[Mapping[str, Any]] = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ordered += [row for row in plain if row["variant"] == method]
+        ordered += [row for row in rows if row["method"] == method]
+    return _excess_bars(ordered, results["dense"], "Levers", "What each part of a method is worth.")
+
+
+def _excess_bars(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], title: str, description: str) -> Bars:
+    """Excess log-perplexity of every variant, one panel for each keep ratio."""
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    values = {(row["variant"], row["keep"]): math.log(row["perplexity"] / dense["perplexity"]) for row in rows}
+    keeps = sorted({row["keep"] for row in rows}, reverse=True)
+    return Bars(
+        title=title,
+        description=f"{description} Shorter is better: the logarithm of the perplexity over the dense model's.",
+        x_label="ln(perplexity / dense)",
+        names=tuple(names),
+        panels=tuple((f"keep {keep:g}", tuple(values.get((name, keep)) for name in names)) for keep in keeps),
+        highest=math.log(CEILING),
+        styles=tuple(-1 if name.replace(",", " ").split()[:1] == [OURS] else 0 for name in names),
+    )
+
+
+def rank_map(row: Mapping[str, Any]) -> BlockMap:
+    """Rank over full rank of every block of an entry in which every block has a group of its own.
+
+    Args:
+        row: The entry.
+    """
+    full: Mapping[str, int] = row.get("full_ranks") or {}
+    found = {name: (rank, full.get(name, rank)) for name, rank in row["ranks"].items()}
+    places = [(int(layer), role) for layer, role in (name[1:].split("-") for name in found)]
+    places += [(int(layer), role) for _, layer, _, role in (block.split(".") for block in row["dense_blocks"])]
+    roles, cells = list(ROLE_NAMES), []
+    for layer, role in sorted(places, key=lambda place: (roles.index(place[1]), place[0])):
+        name = f"L{layer}-{role}"
+        rank, most = found.get(name, (None, None))
+        share = 1.0 if rank is None or most is None else rank / most
+        told = f"{name}: " + ("left dense" if rank is None else f"rank {rank} of {most}")
+        cells.append(
+            Cell(
+                layer,
+                role,
+                group=None if rank is None else name,
+                shared=1,
+                value=share,
+                short=f"{100 * share:.0f}",
+                told=told,
+                row=(name, number(rank), number(most), percent(share)),
             )
         )
-    return found
+    return BlockMap(
+        title=f"{row['variant']} at keep {row['keep']:g}: rank / full rank, in percent (100: full, or left dense)",
+        description="A row for each role, a column for each layer, coloured by the rank over the full rank.",
+        ramp="kept",
+        legend=("low rank", "full rank, or left dense"),
+        highest=1.0,
+        layers=1 + max(layer for layer, _ in places),
+        cells=tuple(cells),
+        links=(),
+        by_layer=(),
+        by_role={},
+        margin="",
+        head=("block", "rank", "full rank", "share"),
+    )
 
 
 def growth(results: Mapping[str, Any]) -> Lines:
@@ -132,6 +189,26 @@ def growth(results: Mapping[str, Any]) -> Lines:
         series=tuple(series),
         rules=((0.0, ""),),
         note=_more(results),
+    )
+
+
+def metric_over_text(results: Mapping[str, Any]) -> Lines:
+    """The neuronal stability metric of every token, or of every segment, of each prompt."""
+    depth = results["along"] == "depth"
+    series = []
+    for place, prompt in enumerate(results["prompts"][:MOST_LINES]):
+        metric = prompt["tokens_metric"][1:] if depth else prompt["segments"]
+        x = range(1, len(metric) + 1) if depth else prompt["ends"]
+        name = prompt_label(place, prompt)
+        series.append(Series(name, tuple(map(float, x)), tuple(metric), style=place, markers=not depth))
+    return Lines(
+        title="Neuronal stability metric by " + ("token" if depth else "segment"),
+        description="Below 0 perturbations fade.",
+        x_label="token" if depth else "last token of the segment",
+        y_label="rate per layer" if depth else "rate per token",
+        series=tuple(series),
+        rules=((0.0, ""),),
+        legend=False,
     )
 
 

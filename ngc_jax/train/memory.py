@@ -3,55 +3,69 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.train import sharding
-from ngc_jax.train.fresh import uniform_plan
 from ngc_jax.train.losses import Objective
 from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.train.step import Constants, Program, TrainState, init_state, jit_step
-from ngc_jax.train.trainable import cast_params, split_params
-
-if TYPE_CHECKING:
-    from ngc_jax.commands.plan_memory import PlanMemoryConfig
+from ngc_jax.train.trainable import Trainable, cast_params, split_params
 
 
-def plan_memory(config: DecoderConfig, options: PlanMemoryConfig) -> dict[str, Any]:
+def plan_memory(
+    config: DecoderConfig,
+    plan: Plan | None = None,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    mesh_shape: tuple[int, int, int] = (1, 1, 1),
+    teacher: bool = False,
+    trainable: Trainable = "all",
+    compute_dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    compile: bool = False,
+) -> dict[str, Any]:
     """What the student's state, the teacher and the activations kept between layers take on a device.
 
     Args:
         config: The dense architecture.
-        options: As of `ngc-jax plan-memory`.
+        plan: Of the student; None for a dense one.
+        batch_size: Rows of a step, over all devices.
+        sequence_length: Tokens of a row.
+        mesh_shape: Devices along data, fsdp and tensor.
+        teacher: Whether the dense model itself is the teacher, beside the student.
+        trainable: What trains.
+        compute_dtype: Type that the models run in.
+        optimizer: Any of optax's by name.
+        compile: Also compile the step, on as many devices of this machine as the mesh has, for the compiler's own
+            account of temporaries.
 
     Returns:
         bytes_per_device by part, parameters, trained, devices, and replicated_share: bytes of the student's parameters
-        that no mesh axis splits, over all its bytes.
+        that no mesh axis splits, over all its bytes; with `compile` also compiled_bytes_per_device.
 
     Raises:
         UsageError: If the plan does not fit the model, or the mesh cannot split it.
     """
-    dtype = jnp.dtype(options.compute_dtype)
-    plan = None
-    if options.topology is not None:
-        plan = uniform_plan(config, options.topology, keep=options.keep, multiple=options.rank_multiple)
+    dtype = jnp.dtype(compute_dtype)
     decoder = Decoder(config, plan, dtype, remat=True)
     shapes = _shapes(decoder)
-    trained, frozen = split_params(shapes, options.trainable)
-    teacher = Decoder(config, None, dtype) if options.teacher else None
+    trained, frozen = split_params(shapes, trainable)
+    dense = Decoder(config, None, dtype) if teacher else None
     objective = Objective(cross_entropy=0.0, divergence=1.0) if teacher else Objective()
-    program = Program(decoder, objective, make_optimizer(OptimizerConfig(options.optimizer)), teacher)
+    program = Program(decoder, objective, make_optimizer(OptimizerConfig(optimizer)), dense)
     state = jax.eval_shape(lambda p: init_state(program, p), trained)
     frozen = jax.eval_shape(lambda p: cast_params(p, dtype), frozen)
-    constants = Constants(frozen, None if teacher is None else _shapes(teacher))
+    constants = Constants(frozen, None if dense is None else _shapes(dense))
 
-    sizes = (options.data, options.fsdp, options.tensor)
-    mesh: Any = AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh: Any = AbstractMesh(mesh_shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     state_at = sharding.state_shardings(state, program.optimizer, mesh)
     constants_at = Constants(
         *(
@@ -59,7 +73,7 @@ def plan_memory(config: DecoderConfig, options: PlanMemoryConfig) -> dict[str, A
             for part in (constants.frozen, constants.teacher)
         )
     )
-    rows = math.ceil(options.batch_size / (options.data * options.fsdp))
+    rows = math.ceil(batch_size / (mesh_shape[0] * mesh_shape[1]))
     student_bytes = _bytes(shapes, sharding.params_shardings(shapes, mesh))
     parts = {
         "trained parameters, float32": _bytes(state.params, state_at.params),
@@ -67,16 +81,12 @@ def plan_memory(config: DecoderConfig, options: PlanMemoryConfig) -> dict[str, A
         "gradients, float32": _bytes(state.params, state_at.params),
         f"trained parameters in {dtype.name}": _bytes(state.params, state_at.params) * dtype.itemsize // 4,
         "frozen parameters": _bytes(constants.frozen, constants_at.frozen),
-        "residual stream of all layers": rows
-        * options.sequence_length
-        * config.embed_dim
-        * config.num_layers
-        * dtype.itemsize,
+        "residual stream of all layers": rows * sequence_length * config.embed_dim * config.num_layers * dtype.itemsize,
     }
-    if teacher is not None:
+    if teacher:
         parts["teacher"] = _bytes(constants.teacher, constants_at.teacher)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    devices = math.prod(sizes)
+    devices = math.prod(mesh_shape)
     found = {
         "bytes_per_device": {**parts, "sum": sum(parts.values())},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
@@ -85,14 +95,16 @@ def plan_memory(config: DecoderConfig, options: PlanMemoryConfig) -> dict[str, A
         # x = split + alike on each device, whole = devices-fold split at best + alike once.
         "replicated_share": max((student_bytes * devices - whole) / (devices - 1) / whole, 0.0) if devices > 1 else 1.0,
     }
-    if options.compile:
-        found["compiled_bytes_per_device"] = _compile(program, state, constants, options)
+    if compile:
+        mesh = sharding.make_mesh(*mesh_shape)
+        found["compiled_bytes_per_device"] = _compile(program, state, constants, mesh, (batch_size, sequence_length))
     return found
 
 
-def _compile(program: Program, state: TrainState, constants: Constants, options: PlanMemoryConfig) -> dict[str, int]:
-    """The compiler's account of a step, over devices of this machine."""
-    mesh = sharding.make_mesh(options.data, options.fsdp, options.tensor)
+def _compile(
+    program: Program, state: TrainState, constants: Constants, mesh: Mesh, shape: tuple[int, int]
+) -> dict[str, int]:
+    """The compiler's account of a step on a batch of this shape, over devices of this machine."""
     state_at = sharding.state_shardings(state, program.optimizer, mesh)
 
     def at(tree: Any, where: Any) -> Any:
@@ -105,7 +117,6 @@ def _compile(program: Program, state: TrainState, constants: Constants, options:
         )
     )
     rows = NamedSharding(mesh, sharding.BATCH)
-    shape = (options.batch_size, options.sequence_length)
     kinds = {"tokens": jnp.int32, "positions": jnp.int32, "starts": jnp.int32, "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()}
     everywhere = NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -185,7 +185,7 @@ def sampled_source(
     batch_size: int = 32,
     prefix: Sequence[int] = (),
 ) -> list[TokenDocument]:
-    """Documents that a model writes itself, to train on without any data; see `ngc_jax.convert.sampled`.
+    """Documents that a model writes itself, to train on without any data; see `ngc_jax.models.sample_text`.
 
     Args:
         model: The model, usually the teacher.
@@ -201,7 +201,7 @@ def sampled_source(
     Raises:
         UsageError: If count or length is too small.
     """
-    from ngc_jax.convert.sampled import sample_tokens
+    from ngc_jax.models.sample_text import sample_tokens
 
     if count < 2 or length < 2:
         raise UsageError(f"{count} tokens in documents of {length} to sample; expected at least 2 and 2")

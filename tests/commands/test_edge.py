@@ -21,8 +21,8 @@ from ngc_jax.commands.info import InfoConfig
 from ngc_jax.errors import UsageError
 from ngc_jax.files import check_output, check_target, write_summary
 from ngc_jax.models.save import save_model
-from ngc_jax.report.figures import new_figure, save_figure
 from ngc_jax.report.page import write_page
+from ngc_jax.report.render.figures import new_figure, save_figure
 from ngc_jax.text import read_text
 from ngc_jax.train.data_config import SourceConfig
 from ngc_jax.train.sources import open_source

@@ -11,8 +11,8 @@ from ngc_jax import cli
 from ngc_jax.errors import UsageError
 from ngc_jax.models import load, sources
 from ngc_jax.models.save import save_model
-from tests.models.gguf_files import D, gguf_tensors, hf_tensors, metadata, write
-from tests.models.test_gguf_tokenizer import to_metadata, trained
+from tests.models.gguf.files import D, gguf_tensors, hf_tensors, metadata, write
+from tests.models.gguf.test_tokenizer import to_metadata, trained
 from tests.tiny import tiny_model
 
 NEEDED = {

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from ngc_jax import cli
-from ngc_jax.commands.plan_memory import PlanMemoryConfig
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.load import load_model
@@ -83,10 +82,15 @@ def test_bad_plans_are_refused(place, capsys):
 def test_full_size_models_fit_a_pod(name, teacher_gib):
     """A student of ranks that a mesh divides, its teacher beside it, on 64 x 4 devices of 16 GiB."""
     config = DecoderConfig.from_hf(PUBLISHED[name][0])
-    options = PlanMemoryConfig(
-        topology="qkv-o-ug-d", keep=0.5, rank_multiple=128, teacher=True, trainable="states", fsdp=64, tensor=4
+    found = plan_memory(
+        config,
+        uniform_plan(config, "qkv-o-ug-d", keep=0.5, multiple=128),
+        batch_size=256,
+        sequence_length=2048,
+        mesh_shape=(1, 64, 4),
+        teacher=True,
+        trainable="states",
     )
-    found = plan_memory(config, options)
     parts = found["bytes_per_device"]
     assert found["devices"] == 256
     assert 0.45 * PUBLISHED[name][1] < found["parameters"] < 0.65 * PUBLISHED[name][1]
@@ -101,10 +105,8 @@ def test_memory_as_the_compiler_counts_it(place, capsys):
     """The arguments of the compiled step are the parts that are said to be resident."""
     raw = {**PUBLISHED["SmolLM2 135M"][0], "num_hidden_layers": 2, "vocab_size": 512}
     config = DecoderConfig.from_hf(raw)
-    options = PlanMemoryConfig(
-        topology="qkv-o-ug-d", rank_multiple=8, data=2, fsdp=4, batch_size=8, sequence_length=16, compile=True
-    )
-    found = plan_memory(config, options)
+    plan = uniform_plan(config, "qkv-o-ug-d", keep=0.5, multiple=8)
+    found = plan_memory(config, plan, batch_size=8, sequence_length=16, mesh_shape=(2, 4, 1), compile=True)
     parts = found["bytes_per_device"]
     resident = parts["trained parameters, float32"] + parts["optimiser"] + parts["frozen parameters"]
     batch = 4 * 16 * 4

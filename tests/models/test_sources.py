@@ -20,8 +20,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models import sources
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.sources import open_source, open_tokenizer
-from tests.models.gguf_files import write
-from tests.models.test_gguf_tokenizer import family, to_metadata, trained
+from tests.models.gguf.files import write
+from tests.models.gguf.test_tokenizer import family, to_metadata, trained
 
 
 @pytest.fixture

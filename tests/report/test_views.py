@@ -7,7 +7,7 @@ import pytest
 
 from ngc_jax.report import texts, views
 from ngc_jax.report.charts import nice_limit, number, percent, signed
-from ngc_jax.report.colours import colour_bin
+from ngc_jax.report.render.colours import colour_bin
 from tests.report.setting import comparison, metrics, stability
 
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.convert.sampled import sample_tokens
 from ngc_jax.errors import UsageError
+from ngc_jax.models.sample_text import sample_tokens
 from ngc_jax.text import read_text
 from ngc_jax.train.sources import Document, SourceConfig, Stream, open_source, sampled_source
 from tests.tiny import tiny_model

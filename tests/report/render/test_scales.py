@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from ngc_jax.report.scales import ASINH_WIDTH, padded_range, scale_ticks, scaled, ticks
+from ngc_jax.report.render.scales import ASINH_WIDTH, padded_range, scale_ticks, scaled, ticks
 
 finite = st.floats(-1e6, 1e6)
 

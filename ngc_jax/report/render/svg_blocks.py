@@ -6,14 +6,14 @@ import math
 
 from markupsafe import Markup
 
-from ngc_jax.report.charts import BlockMap, percent
-from ngc_jax.report.colours import colour_bin
-from ngc_jax.report.svg import document, text
+from ngc_jax.report.charts import ROLE_NAMES, BlockMap, percent
+from ngc_jax.report.render.colours import colour_bin
+from ngc_jax.report.render.svg import document, text
 
 
 def block_map(chart: BlockMap, key: str) -> Markup:
     """The blocks of a model; a grid whose cells can be reached by the keyboard."""
-    roles = [role for role in "qkvougd" if any(cell.role == role for cell in chart.cells)]
+    roles = [role for role in ROLE_NAMES if any(cell.role == role for cell in chart.cells)]
     width = min(max(1000 // chart.layers, 13), 44)
     gap, height, left, top, right = 4 if width > 18 else 2, 32, 66, 58, 112
     total = left + chart.layers * width + right
@@ -28,7 +28,7 @@ def block_map(chart: BlockMap, key: str) -> Markup:
         parts.append(text(x + (width - gap) / 2, y + height + 16, str(layer), "tick", "middle"))
     parts.append(text(left, top + len(roles) * (height + gap) + 32, "layer", "axis", "start"))
     for role in roles:
-        parts.append(text(left - 10, corner(0, role)[1] + height / 2 + 4, _ROLES[role], "label", "end"))
+        parts.append(text(left - 10, corner(0, role)[1] + height / 2 + 4, ROLE_NAMES[role], "label", "end"))
     centres = [
         (corner(c.layer, c.role)[0] + (width - gap) / 2, corner(c.layer, c.role)[1] + height / 2) for c in chart.cells
     ]
@@ -51,7 +51,7 @@ def block_map(chart: BlockMap, key: str) -> Markup:
             for index, cell in enumerate(chart.cells)
             if cell.role == role
         ]
-        rows.append(Markup('<g role="row" aria-label="{}">{}</g>').format(_ROLES[role], Markup("").join(cells)))
+        rows.append(Markup('<g role="row" aria-label="{}">{}</g>').format(ROLE_NAMES[role], Markup("").join(cells)))
     decorations = Markup('<g aria-hidden="true">{}</g>').format(Markup("").join([*parts, *sides]))
     above = Markup('<g aria-hidden="true" class="above">{}</g>').format(Markup("").join(arcs))
     grid = Markup('<g role="grid" class="roving" data-columns="{}" aria-label="{}">{}</g>').format(
@@ -61,9 +61,6 @@ def block_map(chart: BlockMap, key: str) -> Markup:
     return document(
         *size, key, chart.title, chart.description, [decorations, grid, above], role="group", kind="blockmap"
     )
-
-
-_ROLES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 
 
 def _map_cell(chart: BlockMap, index: int, corner: tuple[int, int], width: int, height: int) -> Markup:

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_config import NO_TOKEN
-from ngc_jax.models.gguf_pretokenizers import pre_tokenizer
+from ngc_jax.models.gguf.config import NO_TOKEN
+from ngc_jax.models.gguf.pretokenizers import pre_tokenizer
 from ngc_jax.models.tokenizer import Tokenizer, one_line, wrap
 
 _LOG = logging.getLogger(__name__)

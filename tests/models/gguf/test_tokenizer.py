@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_pretokenizers import PRE_TOKENIZERS
-from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from ngc_jax.models.gguf.pretokenizers import PRE_TOKENIZERS
+from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
 from ngc_jax.models.tokenizer import Tokenizer, quiet_transformers
 
 with quiet_transformers():

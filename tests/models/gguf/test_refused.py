@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_file import GgufFile
-from ngc_jax.models.gguf_source import GgufSource
-from tests.models.gguf_files import (
+from ngc_jax.models.gguf.file import GgufFile
+from ngc_jax.models.gguf.source import GgufSource
+from tests.models.gguf.files import (
     D,
     H,
     K,

@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_header import Header, TensorInfo, read_header
+from ngc_jax.models.gguf.header import Header, TensorInfo, read_header
 
 _SLAB_NUMBERS = 1 << 22
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(|\.gguf)", re.IGNORECASE)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.report import blocks, texts, views
-from ngc_jax.report.plots import draw
+from ngc_jax.report.render.plots import draw, draw_beside
 from tests.models.compact import compact_model
 from tests.report.setting import comparison, metrics, stability
 
@@ -37,6 +37,25 @@ def test_lines_are_those_of_the_chart(chart):
         line = by_label[one.name.replace("$", r"\$")]
         np.testing.assert_allclose(line.get_xdata(), one.x)
         np.testing.assert_allclose(line.get_ydata(), [np.nan if y is None else y for y in one.y])
+
+
+@pytest.mark.parametrize("along", ["depth", "sequence"])
+def test_growth_and_metric_stand_side_by_side(along):
+    results = stability(along, texts=("a $5 text of tokens",) * 10)
+    figure = draw_beside([views.growth(results), views.metric_over_text(results)], "a $ title")
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    _, right = figure.axes
+    found = right.get_lines()[0].get_xydata()
+    prompt = results["prompts"][0]
+    if along == "depth":
+        np.testing.assert_allclose(found, list(enumerate(prompt["tokens_metric"]))[1:])
+    else:
+        np.testing.assert_allclose(found, list(zip(prompt["ends"], prompt["segments"], strict=True)))
+    assert figure.get_supxlabel() == "2 more prompts are not drawn."
+
+
+def test_what_is_left_out_is_said_below():
+    assert "fwsvd at 0.8" in drawn(views.pareto(comparison())).get_supxlabel()
 
 
 def test_bars_have_their_lengths():

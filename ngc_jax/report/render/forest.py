@@ -7,9 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ngc_jax.report.figures import COLOURS, new_figure
+from ngc_jax.report.render.colours import INKS, SERIES
+from ngc_jax.report.render.figures import new_figure
 
-_GRAY = "#8d99ae"
+_COLOURS, _GRAY = SERIES["light"], INKS["light"]["muted"]
 
 
 def forest(rows: Sequence[Mapping[str, Any]], title: str, *, level: float = 0.05) -> Figure:
@@ -24,7 +25,7 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str, *, level: float = 0.05
     panels = [part for part in (of_pairs, of_groups) if part]
     heights = [len(part) + 1.5 for part in panels]
     figure = new_figure(9.5, 0.27 * sum(heights) + 1.6)
-    colours = dict(zip(dict.fromkeys(row["family"] for row in rows), (COLOURS[0], COLOURS[3], *COLOURS), strict=False))
+    colours = dict(zip(dict.fromkeys(row["family"] for row in rows), _COLOURS, strict=False))
     axes_of = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, part in zip(axes_of, panels, strict=True):
         for place, row in enumerate(part):

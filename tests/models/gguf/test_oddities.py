@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_source import GgufSource
-from ngc_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from ngc_jax.models.gguf.source import GgufSource
+from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.load import load_from_source
 from ngc_jax.models.sources import open_source
-from tests.models.gguf_files import LAYERS, D, F, H, K, N, V, gguf_tensors, hf_tensors, metadata, refused, write
-from tests.models.test_gguf_tokenizer import PIECES, spm_metadata, to_metadata, trained
+from tests.models.gguf.files import LAYERS, D, F, H, K, N, V, gguf_tensors, hf_tensors, metadata, refused, write
+from tests.models.gguf.test_tokenizer import PIECES, spm_metadata, to_metadata, trained
 from tests.tiny import forward
 
 TOKENS = np.asarray([[3, 1, 4, 1, 5, 9, 2, 6]], np.int32)

@@ -12,8 +12,8 @@ from typing import TypeGuard
 from markupsafe import Markup
 
 from ngc_jax.report.charts import Bars, Lines, Measure, Number, Series, number
-from ngc_jax.report.colours import colour_bin
-from ngc_jax.report.scales import padded_range, scale_ticks, scaled, ticks
+from ngc_jax.report.render.colours import colour_bin
+from ngc_jax.report.render.scales import padded_range, scale_ticks, scaled, ticks
 
 _WIDTH, _HEIGHT = 500, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 18, 46

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ngc_jax.report.colours import BINS, INKS, SERIES, THEMES, contrast, ramp, text_on, variables
+from ngc_jax.report.render.colours import BINS, INKS, SERIES, THEMES, contrast, ramp, text_on, variables
 
 
 def test_contrast_is_that_of_wcag():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_file import GgufFile
+from ngc_jax.models.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 

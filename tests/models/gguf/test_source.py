@@ -12,11 +12,11 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.models import gguf_file
-from ngc_jax.models.gguf_config import rope_scaling_from_factors
-from ngc_jax.models.gguf_file import GgufFile
-from ngc_jax.models.gguf_source import GgufSource
-from tests.models.gguf_files import (
+from ngc_jax.models.gguf import file as gguf_file
+from ngc_jax.models.gguf.config import rope_scaling_from_factors
+from ngc_jax.models.gguf.file import GgufFile
+from ngc_jax.models.gguf.source import GgufSource
+from tests.models.gguf.files import (
     LAYERS,
     D,
     F,

@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.gguf_config import ROPE_FACTORS, biased_parts, config_from_gguf
-from ngc_jax.models.gguf_file import GgufFile
-from ngc_jax.models.gguf_tokenizer import is_utf8, tokenizer_from_gguf
+from ngc_jax.models.gguf.config import ROPE_FACTORS, biased_parts, config_from_gguf
+from ngc_jax.models.gguf.file import GgufFile
+from ngc_jax.models.gguf.tokenizer import is_utf8, tokenizer_from_gguf
 from ngc_jax.models.tokenizer import Tokenizer
 
 _OUTSIDE_LAYERS = {

@@ -1,6 +1,6 @@
 """The charts of a report with matplotlib, for notebooks: `draw(chart)` gives a figure.
 
-    from ngc_jax.report.plots import draw
+    from ngc_jax.report.render.plots import draw
     from ngc_jax.report.views import growth
     draw(growth(json.load(open("runs/stability/stability.json"))))
 
@@ -9,6 +9,7 @@ The charts come from `views.py`, `texts.py` and `blocks.py`, as those of a page 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
@@ -17,15 +18,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ngc_jax.report.charts import Bars, BlockMap, Lines, Text, number
-from ngc_jax.report.colours import INKS, SERIES, colour_bin, ramp, text_on
-from ngc_jax.report.figures import as_text, new_figure
-from ngc_jax.report.scales import ASINH_WIDTH, scale_ticks, scaled
+from ngc_jax.report.charts import ROLE_NAMES, Bars, BlockMap, Lines, Text, number
+from ngc_jax.report.render.colours import INKS, SERIES, colour_bin, ramp, text_on
+from ngc_jax.report.render.figures import as_text, new_figure
+from ngc_jax.report.render.scales import ASINH_WIDTH, scale_ticks, scaled
 
 _DASHES: Sequence[Any] = ("-", "--", ":", "-.", (0, (8, 3)), (0, (4, 2)), (0, (1, 3)), (0, (5, 2, 1, 2)))
 _MARKERS = "osv^D"
 _INK = INKS["light"]
-_ROLES = {"q": "query", "k": "key", "v": "value", "o": "output", "u": "up", "g": "gate", "d": "down"}
 
 
 @singledispatch
@@ -40,8 +40,21 @@ def draw(chart: Lines | Bars | BlockMap | Text) -> Figure:
 
 @draw.register
 def _(chart: Lines) -> Figure:
-    figure = new_figure(7.0, 4.2)
-    axes = figure.subplots()
+    figure = new_figure(7.5, 4.8)
+    _draw_lines(figure.subplots(), chart)
+    return _noted(figure, chart.note)
+
+
+def draw_beside(charts: Sequence[Lines], title: str) -> Figure:
+    """One figure of several line charts side by side, under a common title."""
+    figure = new_figure(5.0 * len(charts), 4.2)
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        _draw_lines(axes, chart)
+    figure.suptitle(as_text(title), fontsize=11)
+    return _noted(figure, " ".join(filter(None, (chart.note for chart in charts))))
+
+
+def _draw_lines(axes: Any, chart: Lines) -> None:
     dashed = len({one.style for one in chart.series}) > 1
     for one in chart.series:
         colour = _colour(one.style)
@@ -62,9 +75,7 @@ def _(chart: Lines) -> Figure:
             axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.13, linewidth=0)
     for y, label in chart.rules:
         axes.axhline(y, color=_INK["muted"], linewidth=1, linestyle="--" if label else "-")
-        axes.annotate(
-            as_text(label), (1, y), (-2, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8
-        )
+        axes.annotate(as_text(label), (0, y), (3, 3), ("axes fraction", "data"), "offset points", fontsize=8)
     for x, label in chart.marks:
         axes.axvline(x, color=_INK["muted"], linewidth=1, linestyle="--")
         axes.annotate(as_text(label), (x, 1), (3, -10), ("data", "axes fraction"), "offset points", fontsize=8)
@@ -82,7 +93,7 @@ def _(chart: Lines) -> Figure:
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     if chart.legend and len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _titled(figure, axes, chart.title)
+    _add_title(axes, chart.title)
 
 
 @draw.register
@@ -109,7 +120,7 @@ def _(chart: Bars) -> Figure:
 
 @draw.register
 def _(chart: BlockMap) -> Figure:
-    roles = [role for role in "qkvougd" if any(cell.role == role for cell in chart.cells)]
+    roles = [role for role in ROLE_NAMES if any(cell.role == role for cell in chart.cells)]
     figure = new_figure(max(5.0, min(0.3 * chart.layers + 2.2, 14.0)), 0.34 * len(roles) + 1.2)
     axes = figure.subplots()
     colours = ramp(chart.ramp, "light")
@@ -139,14 +150,15 @@ def _(chart: BlockMap) -> Figure:
         )
     axes.set_xlim(-0.6, chart.layers - 0.4)
     axes.set_ylim(len(roles) - 0.4, -0.6)
-    axes.set_yticks(range(len(roles)), [_ROLES[role] for role in roles])
+    axes.set_yticks(range(len(roles)), [ROLE_NAMES[role] for role in roles])
     axes.set_xticks(range(0, chart.layers, 1 if chart.layers <= 40 else 5))
     axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("layer")
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(_mappable(chart.ramp, 0.0, chart.highest), ax=axes, pad=0.01, aspect=12)
     bar.ax.tick_params(labelsize=7)
-    return _titled(figure, axes, chart.title)
+    _add_title(axes, chart.title)
+    return figure
 
 
 @draw.register
@@ -195,9 +207,16 @@ def _mappable(name: str, lowest: float, highest: float) -> Any:
     return ScalarMappable(Normalize(lowest, highest), ListedColormap(list(ramp(name, "light"))))
 
 
-def _titled(figure: Figure, axes: Any, title: str) -> Figure:
+def _add_title(axes: Any, title: str) -> None:
     axes.set_title(as_text(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _noted(figure: Figure, note: str) -> Figure:
+    """With what the picture leaves out below it."""
+    if note:
+        columns = int(15 * figure.get_figwidth())
+        figure.supxlabel(as_text(textwrap.fill(note, columns)), fontsize=8, x=0.01, ha="left", color=_INK["muted"])
     return figure
 
 
