@@ -48,7 +48,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
-    contents = {"contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    contents = {"contributing.md": contributing.replace("](docs/", "](")}
     for path in (inner for name in PACKAGES for inner in pages(ROOT / "ngc_jax" / name)):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         contents[page(path)] = f"---\ntitle: {name}\n---\n\n::: {name}\n"
