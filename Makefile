@@ -16,12 +16,13 @@ TEST_STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
 PARITY_STAMP := $(VENV)/.installed-parity
 BROWSER_STAMP := $(VENV)/.installed-browser
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # The Chromium of the browser tests; playwright's own is not downloaded.
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity test-browser test-slow test-all lint format typecheck clean
+.PHONY: help setup demo test parity test-browser test-slow test-all lint format typecheck docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -60,8 +61,11 @@ format: $(DEV_STAMP) ## repair style and format where that can be done safely
 typecheck: $(DEV_STAMP) ## check the types
 	@$(BIN)/mypy
 
+docs: $(DOCS_STAMP) ## build the documentation site into site/, strictly
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## remove .venv and what tools left behind; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(TEST_STAMP): $(REQUIREMENTS)
@@ -84,4 +88,9 @@ $(PARITY_STAMP): $(TEST_STAMP)
 $(BROWSER_STAMP): $(TEST_STAMP)
 	@echo "Installing playwright into $(VENV), for the browser tests only ..."
 	@$(PIP_INSTALL) -e '.[browser]'
+	@touch $@
+
+$(DOCS_STAMP): $(TEST_STAMP)
+	@echo "Installing the documentation tools into $(VENV) ..."
+	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@

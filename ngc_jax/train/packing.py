@@ -4,6 +4,7 @@ Grain has packing of its own, but as transformations of a stream. Here the same 
 where any row has to be at hand by its number, and a stream's windows; and they count what they leave out.
 
 A row is a dict of arrays (L,), a batch one of arrays (B, L):
+
 - `tokens`, int32;
 - `positions`, int32: the index in the row, 0 to L - 1; -1 where the row is filled up;
 - `starts`, int32: the index at which the token's document begins in this row;

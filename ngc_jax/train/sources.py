@@ -1,6 +1,7 @@
 """Sources of training documents, by name.
 
 A source is named by
+
 - `pydoc`, `pydoc:first-half`, `pydoc:second-half` or the path of a text file: one document (see `ngc_jax.text`);
 - the path or glob pattern of .jsonl, .json, .parquet or .txt files, or several of one kind: a row is a document, or,
   where there are several .txt files, a file is;
