@@ -50,8 +50,8 @@ def entries_of(config: CompareConfig) -> list[Entry]:
     Raises:
         UsageError: If a variant is unknown or has an unknown option.
     """
-    from ngc_jax.convert.chains import option_types
     from ngc_jax.convert.methods import Recipe
+    from ngc_jax.convert.registry import option_types
 
     variants = config.variants or _DEFAULT_VARIANTS
     levers = {"method", *option_types()} - {"rank"}

@@ -23,13 +23,8 @@ Attributes:
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
-
-from docstring_parser import parse as parse_docstring
 
 from ngc_jax.convert.state import Calibration, ConversionState, Needs
 from ngc_jax.errors import UsageError
@@ -166,7 +161,7 @@ def chain(*passes: Pass) -> Chain:
 
 
 # Every class of passes by name, and the name of the pass that it follows.
-_REGISTERED: dict[str, tuple[type[Pass], str | None]] = {}
+REGISTERED: dict[str, tuple[type[Pass], str | None]] = {}
 
 
 def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
@@ -180,49 +175,16 @@ def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
     """
 
     def register(kind: type[P]) -> type[P]:
-        others = [other for other, _ in _REGISTERED.values() if other.name != kind.name]
+        others = [other for other, _ in REGISTERED.values() if other.name != kind.name]
         taken = set(option_names(kind)) & {name for other in others for name in option_names(other)}
         if taken:
             raise ValueError(f"{kind.__name__} has the option {sorted(taken)[0]!r} of another pass")
-        _REGISTERED[kind.name] = (kind, after)
+        REGISTERED[kind.name] = (kind, after)
         return kind
 
     return register
 
 
-def all_passes() -> list[type[Pass]]:
-    """The classes of all passes, in the order in which a chain that is made from options has them."""
-    from ngc_jax.convert import passes
-
-    for module in pkgutil.iter_modules(passes.__path__):
-        importlib.import_module(f"{passes.__name__}.{module.name}")
-    order: list[type[Pass]] = []
-
-    def add_followers(of: str | None) -> None:
-        for kind, after in _REGISTERED.values():
-            if after == of:
-                order.append(kind)
-                add_followers(kind.name)
-
-    add_followers(None)
-    return order
-
-
 def option_names(kind: type[Pass]) -> list[str]:
     """The options of a class of passes."""
     return [field.name for field in dataclasses.fields(kind) if field.metadata.get("option", True)]
-
-
-def option_types() -> dict[str, Any]:
-    """The type of every option of every pass."""
-    return {name: typing.get_type_hints(kind)[name] for kind in all_passes() for name in option_names(kind)}
-
-
-def option_docs() -> dict[str, str]:
-    """What every option of every pass is, from the docstrings."""
-    return {
-        parameter.arg_name: " ".join((parameter.description or "").split())
-        for kind in all_passes()
-        for parameter in parse_docstring(kind.__doc__ or "").params
-        if parameter.arg_name in option_names(kind)
-    }

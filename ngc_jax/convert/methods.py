@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ngc_jax.convert.chains import Chain, Pass, all_passes, chain, option_names
+from ngc_jax.convert.chains import Chain, Pass, chain, option_names
 from ngc_jax.convert.passes.factorise import factorise
 from ngc_jax.convert.passes.propagate_errors import propagate_errors
 from ngc_jax.convert.passes.prune_neurons import prune_neurons
 from ngc_jax.convert.passes.remeasure import remeasure
+from ngc_jax.convert.registry import all_passes
 from ngc_jax.errors import UsageError
 
 # By name: the chain of a method at a keep ratio.

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ngc_jax.convert import Calibration, chain, convert, factorise, propagate_errors, prune_neurons, remeasure
-from ngc_jax.convert.chains import Pass, all_passes, option_docs, option_names, register_pass
+from ngc_jax.convert.chains import Pass, option_names, register_pass
 from ngc_jax.convert.methods import METHODS, method_chain, register_method
+from ngc_jax.convert.registry import all_passes, option_docs
 from ngc_jax.errors import UsageError
 from ngc_jax.models.save import save_model
 from tests.tiny import forward, random_tokens, tiny_model
