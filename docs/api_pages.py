@@ -10,7 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("groups", "models", "convert", "train", "stability", "evaluate", "export", "report")
+PACKAGES = ("groups", "models", "planning", "conversion", "training", "stability", "evaluation", "export", "reporting")
 
 
 def modules(package: Path) -> list[Path]:

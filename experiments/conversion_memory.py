@@ -23,8 +23,8 @@ import numpy as np
 from flax import traverse_util
 
 from ngc_jax.commands.console import console, progress_bar
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.host_memory import peak_bytes
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import INPUT_SITE, Decoder

@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from ngc_jax.commands.console import console, table
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel, Params, load_model
 from ngc_jax.text import read_text, split_windows

@@ -2,7 +2,7 @@
 
     python -m experiments.kernels --text wikitext2-valid.txt --keep 0.6 0.3
 
-Columns are the share of the block's weighted energy that is lost (see `ngc_jax.convert.kernel_fit`): bilinear in the
+Columns are the share of the block's weighted energy that is lost (see `ngc_jax.conversion.kernel_fit`): bilinear in the
 free and in the fixed gauge (exact), then riemannian and lifted, fitted by gradient steps from the bilinear states. The
 lifted kernel has as many features as the block's full rank. About half an hour on 2 cores.
 """
@@ -19,11 +19,11 @@ import numpy as np
 
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import calibration_tokens
-from ngc_jax.convert.closed_form import States, best_states
-from ngc_jax.convert.kernel_fit import fit_kernel, local_loss, loss_roots
-from ngc_jax.convert.measure import measure
-from ngc_jax.convert.state import Calibration, Needs
-from ngc_jax.convert.statistics import Statistics
+from ngc_jax.conversion.closed_form import States, best_states
+from ngc_jax.conversion.kernel_fit import fit_kernel, local_loss, loss_roots
+from ngc_jax.conversion.measure import measure
+from ngc_jax.conversion.state import Calibration, Needs
+from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.files import write_json
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.models.load import kernel_of, load_model

@@ -23,13 +23,13 @@ import numpy as np
 from experiments.reasoner.problems import make_rows, make_tokenizer
 from experiments.reasoner.run import Settings, architecture, evaluate, fit
 from ngc_jax.commands.console import console, table
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.files import write_json
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.stability.depth import depth_stability
-from ngc_jax.train.fresh import fresh_model
+from ngc_jax.training.fresh import fresh_model
 
 SETTINGS = Settings(
     width=96, layers=4, chain=3, operands=10, rows=32, length=64, steps=700, distil_steps=150, problems=300

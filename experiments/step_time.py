@@ -25,10 +25,10 @@ from ngc_jax.models.saved_config import split_config
 from ngc_jax.models.sources import open_source
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
 from ngc_jax.planning.ranks import uniform_rank
-from ngc_jax.train.losses import Objective
-from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
-from ngc_jax.train.step import Constants, Program, init_state, jit_step
-from ngc_jax.train.trainable import split_params
+from ngc_jax.training.losses import Objective
+from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ngc_jax.training.step import Constants, Program, init_state, jit_step
+from ngc_jax.training.trainable import split_params
 
 
 def grouped_plan(config: DecoderConfig, topology: str, keep: float, gauge: bool) -> Plan:

@@ -11,27 +11,27 @@ from tokenizers import processors
 
 from ngc_jax import cli
 from ngc_jax.commands.training import TrainingOptions
-from ngc_jax.convert import Recipe, remeasuring
-from ngc_jax.convert.fisher import measure_fisher
-from ngc_jax.convert.output_gradients import measure_output_gradients
-from ngc_jax.convert.pipeline import convert
-from ngc_jax.convert.remeasuring import tokens_again
-from ngc_jax.convert.state import Calibration, ConversionState
-from ngc_jax.convert.statistics import calibrate
+from ngc_jax.conversion import Recipe, remeasuring
+from ngc_jax.conversion.fisher import measure_fisher
+from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion.pipeline import convert
+from ngc_jax.conversion.remeasuring import tokens_again
+from ngc_jax.conversion.state import Calibration, ConversionState
+from ngc_jax.conversion.statistics import calibrate
 from ngc_jax.errors import UsageError
-from ngc_jax.evaluate.perplexity import measure_perplexity
+from ngc_jax.evaluation.perplexity import measure_perplexity
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.generate import generate
 from ngc_jax.models.save import save_model
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import as_tokens, begin_windows, check_ids, whole_windows
-from ngc_jax.train import sharding
-from ngc_jax.train.data import DataConfig, make_pipeline
-from ngc_jax.train.evaluation import perplexity_on
-from ngc_jax.train.packing import TokenDocument
-from ngc_jax.train.trainable import split_params
-from tests.convert.helpers import factorise_of
+from ngc_jax.training import sharding
+from ngc_jax.training.data import DataConfig, make_pipeline
+from ngc_jax.training.evaluation import perplexity_on
+from ngc_jax.training.packing import TokenDocument
+from ngc_jax.training.trainable import split_params
+from tests.conversion.helpers import factorise_of
 from tests.tiny import forward, random_tokens, tiny_model, tiny_tokenizer
 
 BOS, WINDOW = 257, 16  # <user> of the tiny tokenizer

@@ -11,13 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.export import export_gguf
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source
 from ngc_jax.models.tokenizer import Tokenizer, wrap
-from ngc_jax.train.fresh import fresh_model
+from ngc_jax.training.fresh import fresh_model
 
 TEXT = "Groups of neurons exchange signals; a weight is what two states make of each other, 12345 times.\n"
 CONFIG = {

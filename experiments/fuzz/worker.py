@@ -134,7 +134,7 @@ def judge(code: int, stderr: str, written: set[str]) -> str:
 def read_rows(command: list[str]) -> int:
     """Make training rows of a file, as `train` and `distil` do; the exit code that they would end with."""
     from ngc_jax.models.sources import open_source
-    from ngc_jax.train.data import DataConfig, make_pipeline
+    from ngc_jax.training.data import DataConfig, make_pipeline
 
     _, file, column, model = command
     try:

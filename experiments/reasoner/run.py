@@ -35,19 +35,19 @@ from experiments.reasoner.problems import (
     make_tokenizer,
 )
 from ngc_jax.commands.console import console, progress_bar
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.train.fresh import fresh_model
-from ngc_jax.train.loop import LoopConfig, train
-from ngc_jax.train.losses import Objective, objective_sums
-from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
-from ngc_jax.train.sharding import make_mesh
-from ngc_jax.train.step import Constants, Program
-from ngc_jax.train.trainable import merge_params, split_params
+from ngc_jax.training.fresh import fresh_model
+from ngc_jax.training.loop import LoopConfig, train
+from ngc_jax.training.losses import Objective, objective_sums
+from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ngc_jax.training.sharding import make_mesh
+from ngc_jax.training.step import Constants, Program
+from ngc_jax.training.trainable import merge_params, split_params
 
 METHODS = ("svd", "svd_llm", "basis_sharing", "ngc_paper", "ngc")
 KEEPS = (0.8, 0.6, 0.4, 0.2, 0.1)

@@ -31,17 +31,17 @@ from experiments.stability_reasoning.comparisons import compare, corrected, mark
 from experiments.stability_reasoning.measure import along_depth, along_sequence
 from experiments.stability_reasoning.prompts import last_number, make_chains, make_pairs, make_sums
 from ngc_jax.commands.console import console, progress_bar
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.errors import UsageError
 from ngc_jax.files import write_json
 from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.report.render.figures import save_figure
-from ngc_jax.report.render.forest import forest
+from ngc_jax.reporting.render.figures import save_figure
+from ngc_jax.reporting.render.forest import forest
 from ngc_jax.text import read_text
-from ngc_jax.train.fresh import fresh_model
+from ngc_jax.training.fresh import fresh_model
 
 # Operands of one digit, as in the prompts; stopped while some answers are still wrong.
 _REASONER = Reasoner(width=96, layers=4, chain=3, operands=10, steps=700, rows=32, length=64, calibration_rows=128)

@@ -23,7 +23,7 @@ from ngc_jax.commands.compare_entries import (
 )
 
 if TYPE_CHECKING:
-    from ngc_jax.convert.state import Calibration
+    from ngc_jax.conversion.state import Calibration
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ class Comparison:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.files import write_json
         from ngc_jax.models.load import load_model
-        from ngc_jax.report.comparison import write_report
+        from ngc_jax.reporting.comparison import write_report
 
         (self.directory / "entries").mkdir(parents=True, exist_ok=True)
         missing = [entry for entry in self.entries if self._read(entry) is None]
@@ -161,10 +161,10 @@ class Comparison:
         import jax
 
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.convert.fitted import FitCache
-        from ngc_jax.convert.measurement_cache import MeasurementCache
-        from ngc_jax.convert.pipeline import convert
-        from ngc_jax.convert.state import Needs
+        from ngc_jax.conversion.fitted import FitCache
+        from ngc_jax.conversion.measurement_cache import MeasurementCache
+        from ngc_jax.conversion.pipeline import convert
+        from ngc_jax.conversion.state import Needs
         from ngc_jax.files import write_json
 
         calibration = self._calibration(dense, tokenizer, text, entries)
@@ -244,7 +244,7 @@ class Comparison:
 
     def _evaluate(self, model: LanguageModel, tokenizer: Tokenizer, *, decode: bool) -> dict[str, Any]:
         from ngc_jax.commands.convert import text_tokens
-        from ngc_jax.evaluate.perplexity import measure_perplexity
+        from ngc_jax.evaluation.perplexity import measure_perplexity
         from ngc_jax.models.generate import measure_decode_speed
 
         c = self.config
@@ -261,8 +261,8 @@ class Comparison:
     def _calibration(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> Calibration:
         """The text, if any entry reads one."""
         from ngc_jax.commands.convert import calibration_tokens
-        from ngc_jax.convert.pipeline import reads_text
-        from ngc_jax.convert.state import Calibration
+        from ngc_jax.conversion.pipeline import reads_text
+        from ngc_jax.conversion.state import Calibration
 
         c, tokens = self.config, None
         if any(reads_text(dense.config, entry.recipe.chain, entry.recipe.keep) for entry in entries):
@@ -292,7 +292,7 @@ class Comparison:
 
     def _key(self, entry: Entry | None) -> str:
         """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
-        from ngc_jax.convert.passes.propagate_errors import PropagateErrors
+        from ngc_jax.conversion.passes.propagate_errors import PropagateErrors
 
         texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
         settings = {k: v for k, v in self._settings().items() if k != "text"}

@@ -16,7 +16,7 @@ from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from ngc_jax.commands.compare import CompareConfig
-    from ngc_jax.convert.methods import Recipe
+    from ngc_jax.conversion.methods import Recipe
     from ngc_jax.models.config import DecoderConfig
 
 SECTIONS = ("methods", "levers", "topologies", "texts")
@@ -50,8 +50,8 @@ def entries_of(config: CompareConfig) -> list[Entry]:
     Raises:
         UsageError: If a variant is unknown or has an unknown option.
     """
-    from ngc_jax.convert.methods import Recipe
-    from ngc_jax.convert.registry import option_types
+    from ngc_jax.conversion.methods import Recipe
+    from ngc_jax.conversion.registry import option_types
 
     variants = config.variants or _DEFAULT_VARIANTS
     levers = {"method", *option_types()} - {"rank"}
@@ -110,7 +110,7 @@ def check_budgets(config: DecoderConfig, entries: Iterable[Entry]) -> None:
     Raises:
         UsageError: If one is too low.
     """
-    from ngc_jax.convert.pipeline import check_conversion
+    from ngc_jax.conversion.pipeline import check_conversion
 
     for entry in entries:
         check_conversion(config, entry.recipe.chain, entry.recipe.keep)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from ngc_jax.convert.methods import METHODS, Recipe
-from ngc_jax.convert.registry import option_docs, option_types
+from ngc_jax.conversion.methods import METHODS, Recipe
+from ngc_jax.conversion.registry import option_docs, option_types
 
 _METHODS_OWN = "the method's own if not given"
 

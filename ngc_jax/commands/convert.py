@@ -96,8 +96,8 @@ def convert_and_save(
     import jax
 
     from ngc_jax.commands.console import console, progress_bar
-    from ngc_jax.convert.pipeline import check_conversion, convert, reads_text
-    from ngc_jax.convert.state import Calibration
+    from ngc_jax.conversion.pipeline import check_conversion, convert, reads_text
+    from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
     from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.card import hub_id
@@ -107,7 +107,7 @@ def convert_and_save(
     from ngc_jax.models.save import save_model
     from ngc_jax.models.saved_config import split_config
     from ngc_jax.models.sources import open_source
-    from ngc_jax.train.sharding import make_mesh
+    from ngc_jax.training.sharding import make_mesh
 
     started = time.perf_counter()
     if config.out is None:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.commands.convert import ConvertConfig
-from ngc_jax.convert.methods import METHODS
+from ngc_jax.conversion.methods import METHODS
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
@@ -60,7 +60,7 @@ class DemoConfig:
         """Run the demo; returns the summary of both models."""
         from ngc_jax.commands.console import console, table
         from ngc_jax.commands.convert import check_positive, convert_and_save, text_tokens
-        from ngc_jax.evaluate.perplexity import check_window
+        from ngc_jax.evaluation.perplexity import check_window
         from ngc_jax.models.load import load_model
 
         if self.window is not None:
@@ -104,7 +104,7 @@ class DemoConfig:
 
         from ngc_jax.commands.console import progress_bar
         from ngc_jax.commands.convert import model_window
-        from ngc_jax.evaluate.perplexity import measure_perplexity
+        from ngc_jax.evaluation.perplexity import measure_perplexity
         from ngc_jax.models.generate import generate, measure_decode_speed
         from ngc_jax.models.sampling import Sampling
 

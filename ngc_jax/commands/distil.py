@@ -9,7 +9,7 @@ from ngc_jax.commands.training import TrainingOptions
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from ngc_jax.train.losses import Objective
+    from ngc_jax.training.losses import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DistilConfig(TrainingOptions):
             UsageError: If any input is at fault, or the loss is not finite.
         """
         self.start()
-        from ngc_jax.train.losses import Objective
+        from ngc_jax.training.losses import Objective
 
         if self.model is None:
             raise UsageError("no model is given; give the directory of a compact model, made by ngc-jax convert")

@@ -43,7 +43,7 @@ class EvaluateConfig:
         """Evaluate; returns the summary."""
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive, model_window, text_tokens
-        from ngc_jax.evaluate.perplexity import check_window, measure_perplexity
+        from ngc_jax.evaluation.perplexity import check_window, measure_perplexity
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
 

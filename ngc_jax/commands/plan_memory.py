@@ -60,8 +60,8 @@ class PlanMemoryConfig:
         from ngc_jax.models.config import DecoderConfig
         from ngc_jax.models.saved_config import split_config
         from ngc_jax.models.sources import open_source
-        from ngc_jax.train.fresh import uniform_plan
-        from ngc_jax.train.memory import plan_memory
+        from ngc_jax.training.fresh import uniform_plan
+        from ngc_jax.training.memory import plan_memory
 
         with open_source(self.model) as source:
             hf_config, section = split_config(source.config, self.model)

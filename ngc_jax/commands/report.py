@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
-import platform
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +12,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.files import check_target
 
 if TYPE_CHECKING:
-    from ngc_jax.report.inputs import Inputs
-    from ngc_jax.report.page import Sample
+    from ngc_jax.reporting.inputs import Inputs
+    from ngc_jax.reporting.page import Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +61,10 @@ class ReportConfig:
         Raises:
             UsageError: If a source or the output is at fault.
         """
-        from ngc_jax.commands.console import console
+        from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive
-        from ngc_jax.report.inputs import read_inputs
-        from ngc_jax.report.page import render, write_page
-        from ngc_jax.report.sections import made_by, make_sections
+        from ngc_jax.reporting.inputs import read_inputs
+        from ngc_jax.reporting.report import report
 
         check_positive(max_new_tokens=self.max_new_tokens, texts=self.texts)
         if not self.sources:
@@ -82,15 +77,19 @@ class ReportConfig:
             raise UsageError("--tokenizer is the dense model's; add --dense MODEL or leave it out")
         if self.prompt and not inputs.models and self.dense is None:
             raise UsageError("there is no model to continue the prompts; add a model directory or --dense MODEL")
-        sections_of = partial(make_sections, inputs, dense=self.dense, most_texts=self.texts)
-        # All that can be wrong with the files is found before a model is loaded.
-        sections_of(errors={}, samples=())
-        errors, samples = self._errors(inputs), self._samples(inputs)
-        tiles, sections = sections_of(errors=errors, samples=samples)
-        sections.append(made_by(command_line(self), versions(), inputs))
-        size = write_page(render(self.title or _title(inputs), _lead(inputs), tiles, sections), file)
-        console.print(f"{file}: {size / 1e6:.2f} MB, {', '.join(section.title for section in sections)}")
-        return {"report": self.out, "bos": self.bos, "bytes": size, "sections": [section.key for section in sections]}
+        with progress_bar() as bar:
+            made = report(
+                self.sources,
+                file,
+                title=self.title,
+                dense=self.dense,
+                texts=self.texts,
+                samples=self._samples,
+                command=command_line(self),
+                progress=lambda stage, done, total: bar(done, total, stage),
+            )
+        console.print(f"{file}: {made.size / 1e6:.2f} MB, {', '.join(made.titles)}")
+        return {"report": self.out, "bos": self.bos, "bytes": made.size, "sections": list(made.sections)}
 
     def _output(self) -> Path:
         """The page's file, refused before any work is done if it must not be written."""
@@ -102,25 +101,9 @@ class ReportConfig:
         check_target(self.out, "--out")
         return file
 
-    def _errors(self, inputs: Inputs) -> dict[str, dict[str, float]]:
-        """By path of each compact model, how far its blocks are from the dense model's."""
-        from ngc_jax.commands.console import progress_bar
-        from ngc_jax.models.sources import open_source
-        from ngc_jax.report.blocks import block_errors
-
-        found: dict[str, dict[str, float]] = {}
-        compact = [model for model in inputs.models if model.data.plan is not None]
-        if self.dense is None or not compact:
-            return found
-        with open_source(self.dense) as dense, progress_bar() as bar:
-            for model in compact:
-                with open_source(model.path) as source:
-                    found[model.path] = block_errors(source, dense, progress=partial(bar, stage=model.label))
-        return found
-
     def _samples(self, inputs: Inputs) -> Sequence[Sample]:
         """What every model makes of every prompt; one model is in memory at a time."""
-        from ngc_jax.report.page import Sample
+        from ngc_jax.reporting.page import Sample
 
         if not self.prompt:
             return ()
@@ -163,41 +146,3 @@ def command_line(config: ReportConfig) -> str:
         if not isinstance(value, bool):
             words += [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return shlex.join(words)
-
-
-def versions() -> list[tuple[str, str]]:
-    """The versions that count, the machine and the time."""
-    import jax
-
-    names = ("ngc-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
-    found = []
-    for name in names:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append((name, "not installed as a package"))
-    now = datetime.datetime.now(datetime.UTC)
-    return [
-        *found,
-        ("Python", platform.python_version()),
-        ("system", f"{platform.system()} {platform.machine()}, {jax.default_backend()}"),
-        ("made", f"{now:%Y-%m-%d %H:%M} UTC"),
-    ]
-
-
-def _title(inputs: Inputs) -> str:
-    """The models' names, or those of all else where there is none."""
-    others = [one.label for kind in (inputs.comparisons, inputs.stabilities, inputs.trainings) for one in kind]
-    names = list(dict.fromkeys([model.label for model in inputs.models] or others))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _lead(inputs: Inputs) -> str:
-    counts = [
-        (len(inputs.models), "model"),
-        (len(inputs.comparisons), "comparison"),
-        (len(inputs.stabilities), "stability run"),
-        (len(inputs.trainings), "training run"),
-    ]
-    told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
-    return f"A report on {' and '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}."

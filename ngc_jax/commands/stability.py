@@ -63,7 +63,7 @@ class StabilityConfig:
         from ngc_jax.files import write_json
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
-        from ngc_jax.report.stability import draw_stability
+        from ngc_jax.reporting.stability import draw_stability
         from ngc_jax.text import read_text
         from ngc_jax.tokens import check_ids
 

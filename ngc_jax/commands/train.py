@@ -68,8 +68,8 @@ class TrainConfig(TrainingOptions):
         from ngc_jax.groups.plan import Plan
         from ngc_jax.models.config import DecoderConfig
         from ngc_jax.models.sources import open_tokenizer
-        from ngc_jax.train.fresh import fresh_model, uniform_plan
-        from ngc_jax.train.losses import Objective
+        from ngc_jax.training.fresh import fresh_model, uniform_plan
+        from ngc_jax.training.losses import Objective
 
         self.check()
         if self.topology is None and (self.keep is not None or self.rank is not None):

@@ -15,9 +15,10 @@ from ngc_jax.errors import UsageError
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
     from ngc_jax.models.tokenizer import Tokenizer
-    from ngc_jax.train.data import Pipeline
-    from ngc_jax.train.losses import Objective
-    from ngc_jax.train.trainable import Trainable
+    from ngc_jax.training.data import Pipeline
+    from ngc_jax.training.fit import TrainConfig
+    from ngc_jax.training.losses import Objective
+    from ngc_jax.training.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +108,15 @@ class TrainingOptions:
 
     def start(self) -> None:
         """Join the other processes if there are any; before anything else asks for a device."""
-        from ngc_jax.train.distributed import start_processes
+        from ngc_jax.training.distributed import start_processes
 
         start_processes(self.coordinator, self.process_count, self.process_index)
 
     def check(self) -> None:
         """Raises UsageError for what can be known before a model is loaded."""
         from ngc_jax.files import check_output
-        from ngc_jax.train import sharding
+        from ngc_jax.training import sharding
+        from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 
         if self.out is None:
             raise UsageError("no output directory is given; add --out DIR, for example --out runs/train")
@@ -125,7 +127,7 @@ class TrainingOptions:
         check_output(out / "model", overwrite=True)
         if self.profile is not None and not self.dry_run:
             Path(self.profile).mkdir(parents=True, exist_ok=True)
-        self.make_optimizer()
+        make_optimizer(self.config("all").optimizer or OptimizerConfig())
         self.loop()
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         sharding.check_rows(self.rows_of_a_step, mesh)
@@ -162,27 +164,45 @@ class TrainingOptions:
         split = self.data * self.fsdp if self.data > 0 else len(jax.devices()) // self.tensor
         return -(-4 // max(split, 1)) * max(split, 1)
 
-    def make_optimizer(self) -> Any:
-        """The optimiser."""
-        from ngc_jax.train.optimizer import OptimizerConfig, make_optimizer
+    def config(self, trainable: Trainable) -> TrainConfig:
+        """How the model is trained, for the library.
 
-        return make_optimizer(
-            OptimizerConfig(
-                self.optimizer,
-                self.learning_rate,
-                self.optimizer_options or {},
-                self.schedule,
-                min(self.warmup_steps, self.steps),
-                self.steps,
-                self.final_fraction,
-                self.clip_norm,
-                self.learning_rate_scales or {},
-            )
+        Raises:
+            UsageError: If an option of the optimiser is out of range.
+        """
+        import jax
+
+        from ngc_jax.training.fit import TrainConfig
+        from ngc_jax.training.optimizer import OptimizerConfig
+
+        optimizer = OptimizerConfig(
+            self.optimizer,
+            self.learning_rate,
+            self.optimizer_options or {},
+            self.schedule,
+            min(self.warmup_steps, self.steps),
+            self.steps,
+            self.final_fraction,
+            self.clip_norm,
+            self.learning_rate_scales or {},
+        )
+        return TrainConfig(
+            self.steps,
+            self.rows_of_a_step,
+            self.sequence_length,
+            optimizer,
+            trainable,
+            self.resolved_dtype(jax.default_backend()),
+            self.microbatches,
+            self.remat,
+            self.parallel,
+            self.save_every,
+            self.seed,
         )
 
     def loop(self) -> Any:
         """The loop's part of the options."""
-        from ngc_jax.train.loop import LoopConfig
+        from ngc_jax.training.loop import LoopConfig
 
         return LoopConfig(
             self.steps,
@@ -206,8 +226,8 @@ class TrainingOptions:
         """
         import jax
 
-        from ngc_jax.train.data import DataConfig, make_pipeline
-        from ngc_jax.train.sources import SourceConfig, sampled_source
+        from ngc_jax.training.data import DataConfig, make_pipeline
+        from ngc_jax.training.sources import SourceConfig, sampled_source
 
         options = dict(self.data_options or {})
         sources = options.pop("sources", None)
@@ -286,43 +306,38 @@ class TrainingOptions:
             UsageError: If the texts are too short, or the loss is not finite.
         """
         import jax
-        import jax.numpy as jnp
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import text_tokens
         from ngc_jax.commands.dry_run import dry_run
         from ngc_jax.models.save import save_model
         from ngc_jax.tokens import check_ids
-        from ngc_jax.train import sharding
-        from ngc_jax.train.evaluation import perplexity_on
-        from ngc_jax.train.loop import Placed, train
-        from ngc_jax.train.metrics import MetricsWriter
-        from ngc_jax.train.step import Constants, Program
-        from ngc_jax.train.trainable import cast_params, merge_params, split_params
+        from ngc_jax.training import sharding
+        from ngc_jax.training.fit import prepare
+        from ngc_jax.training.loop import train
+        from ngc_jax.training.metrics import MetricsWriter
 
         started = time.perf_counter()
-        dtype = jnp.dtype(self.resolved_dtype(jax.default_backend()))
-        mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         tokenizer = model.load_tokenizer()
         rows = self.rows(tokenizer, model.config.vocab_size, teacher)
         options = self.fitted_to(rows)
         batches = iter(rows)
-        trained, frozen = split_params(model.params, trainable)
-        decoder = model.decoder.clone(param_dtype=dtype, remat=options.remat)
-        of_teacher = (None, None) if teacher is None else (teacher.decoder, teacher.params)
-        program = Program(
-            decoder, objective, options.make_optimizer(), of_teacher[0], options.microbatches, options.seed
+        prepared = prepare(
+            model,
+            options.config(trainable),
+            objective,
+            teacher=teacher,
+            mesh=sharding.make_mesh(options.data, options.fsdp, options.tensor),
         )
-        constants = Constants(cast_params(frozen, dtype), of_teacher[1])
         if options.dry_run:
-            return dry_run(Placed(program, trained, constants, mesh, options.parallel), batches)
+            return dry_run(prepared.placed(), batches)
         evaluate = None
         if options.evaluation_tokens:
             held_out = text_tokens(
                 options.evaluation_text, tokenizer, options.evaluation_skip_tokens, options.evaluation_tokens
             )
             check_ids(held_out, model.config.vocab_size)
-            evaluate = perplexity_on(held_out, options.prefix(tokenizer), decoder, constants.frozen, mesh)
+            evaluate = prepared.perplexity_on(held_out, options.prefix(tokenizer))
         assert options.out is not None
         directory = Path(options.out)
         with MetricsWriter(directory) as writer, progress_bar("train") as bar:
@@ -337,12 +352,12 @@ class TrainingOptions:
                     console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
 
             result = train(
-                program,
-                trained,
-                constants,
+                prepared.program,
+                prepared.trained,
+                prepared.constants,
                 batches,
                 options.loop(),
-                mesh=mesh,
+                mesh=prepared.mesh,
                 directory=directory / "checkpoints",
                 settings={**options.settings(), **(made_of or {})},
                 evaluate=evaluate,
@@ -371,8 +386,7 @@ class TrainingOptions:
         if result.step < options.steps:
             console.print(f"the data ended after step {result.step} of {options.steps}; the run ends with them")
         if jax.process_index() == 0:
-            params = merge_params(jax.tree.map(jnp.asarray, result.params), frozen)
-            final = dataclasses.replace(model, params=params)
+            final = prepared.model_of(result)
             if model.plan is not None:
                 trained_on = {"text": Path(options.text).name, "tokens": summary["tokens_seen"], "trainable": trainable}
                 final = dataclasses.replace(final, conversion={**(model.conversion or {}), "training": trained_on})

@@ -19,9 +19,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 from ngc_jax import cli  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
-from ngc_jax.report.charts import signed  # noqa: E402
+from ngc_jax.reporting.charts import signed  # noqa: E402
 from tests.models.compact import compact_model, dense_equivalent  # noqa: E402
-from tests.report.setting import HOSTILE, comparison, metrics, stability  # noqa: E402
+from tests.reporting.setting import HOSTILE, comparison, metrics, stability  # noqa: E402
 
 ARGUMENTS = [
     "--no-sandbox",

@@ -230,7 +230,7 @@ def test_interrupting_leaves_nothing_behind(dense, text, tmp_path, monkeypatch, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ngc_jax.convert.fitted.fit_all", interrupt)
+    monkeypatch.setattr("ngc_jax.conversion.fitted.fit_all", interrupt)
     assert cli.main(["convert", dense, "--text", text, *SHORT, "--out", str(tmp_path / "out")]) == 130
     assert list(tmp_path.iterdir()) == []
     assert "interrupted" in capsys.readouterr().err

@@ -9,9 +9,9 @@ import yaml
 from ngc_jax import cli
 from ngc_jax.commands import compare
 from ngc_jax.commands.conversion_options import flags_of, recipe_of
-from ngc_jax.convert import Recipe
+from ngc_jax.conversion import Recipe
 from ngc_jax.models.save import save_model
-from ngc_jax.report.comparison import excess, markdown
+from ngc_jax.reporting.comparison import excess, markdown
 from tests.tiny import tiny_model
 
 VARIANTS = {

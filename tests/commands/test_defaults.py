@@ -7,7 +7,7 @@ import pytest
 from ngc_jax import cli
 from ngc_jax.commands.convert import WINDOW, model_window
 from ngc_jax.models.save import save_model
-from ngc_jax.train import sharding
+from ngc_jax.training import sharding
 from tests.tiny import HF_CONFIGS, tiny_model
 
 LENGTH = HF_CONFIGS["llama"]["max_position_embeddings"]

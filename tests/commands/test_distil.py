@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from ngc_jax import cli
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.pipeline import convert
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.pipeline import convert
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.train import sharding
+from ngc_jax.training import sharding
 from tests.tiny import random_tokens, tiny_model
 
 

@@ -21,11 +21,11 @@ from ngc_jax.commands.info import InfoConfig
 from ngc_jax.errors import UsageError
 from ngc_jax.files import check_output, check_target, write_summary
 from ngc_jax.models.save import save_model
-from ngc_jax.report.page import write_page
-from ngc_jax.report.render.figures import new_figure, save_figure
+from ngc_jax.reporting.page import write_page
+from ngc_jax.reporting.render.figures import new_figure, save_figure
 from ngc_jax.text import read_text
-from ngc_jax.train.data_config import SourceConfig
-from ngc_jax.train.sources import open_source
+from ngc_jax.training.data_config import SourceConfig
+from ngc_jax.training.sources import open_source
 from tests.tiny import tiny_model
 
 MARKUP = ["[/INST]", "[bold]x[/bold]", ":smile:", "[link=http://x]y[/link]", "[red]"]

@@ -20,8 +20,8 @@ from ngc_jax import cli
 from ngc_jax.errors import UsageError
 from ngc_jax.files import lock_directory
 from ngc_jax.models.save import save_model
-from ngc_jax.train import evaluation, loop, metrics, sharding
-from ngc_jax.train.checkpoints import Checkpoints
+from ngc_jax.training import evaluation, loop, metrics, sharding
+from ngc_jax.training.checkpoints import Checkpoints
 from tests.tiny import tiny_model
 
 ARCHITECTURE = (
@@ -94,14 +94,14 @@ def test_batches_that_end_unforeseen_end_the_run_too(place, tmp_path, monkeypatc
         return restrict(self, rows)
 
     monkeypatch.setattr(loop.Placed, "batch", batch)
-    monkeypatch.setattr("ngc_jax.train.data.PipelineIterator.__next__", _ends_after(4))
+    monkeypatch.setattr("ngc_jax.training.data.PipelineIterator.__next__", _ends_after(4))
     assert run(place, tmp_path / "run", 9, *QUIET) == 0
     assert len(taken) == 4
     assert checkpoints(tmp_path / "run") == ["4"]
 
 
 def _ends_after(count):
-    from ngc_jax.train.data import PipelineIterator
+    from ngc_jax.training.data import PipelineIterator
 
     original, left = PipelineIterator.__next__, [count]
 

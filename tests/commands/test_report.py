@@ -10,7 +10,7 @@ from ngc_jax import cli
 from ngc_jax.commands.report import ReportConfig, command_line
 from ngc_jax.models.save import save_model
 from tests.models.compact import compact_model, dense_equivalent
-from tests.report.setting import HOSTILE, comparison, metrics, stability
+from tests.reporting.setting import HOSTILE, comparison, metrics, stability
 
 
 @pytest.fixture(scope="module")

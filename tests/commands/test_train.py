@@ -9,9 +9,9 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.train import sharding
-from ngc_jax.train.fresh import uniform_plan
-from ngc_jax.train.memory import plan_memory
+from ngc_jax.training import sharding
+from ngc_jax.training.fresh import uniform_plan
+from ngc_jax.training.memory import plan_memory
 from tests.models.published import PUBLISHED
 from tests.tiny import tiny_model
 

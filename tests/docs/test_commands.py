@@ -13,6 +13,7 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,9 +21,9 @@ import yaml
 from ngc_jax import cli
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from ngc_jax.train import sharding
-from ngc_jax.train.data import DataConfig
-from ngc_jax.train.sources import SourceConfig
+from ngc_jax.training import sharding
+from ngc_jax.training.data import DataConfig
+from ngc_jax.training.sources import SourceConfig
 from tests.models.compact import compact_model
 from tests.pages import python_blocks, run_examples
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -275,8 +276,9 @@ def test_the_commands_of_a_page_run(page, tiny, folder):
 def test_the_first_pages_python_runs(folder, monkeypatch):
     monkeypatch.setattr("ngc_jax.models.load.load_model", lambda name, **_: tiny_model())
     monkeypatch.setattr("ngc_jax.text.read_text", lambda name: "Groups of neurons tell others what they see. " * 20)
-    ((line, code),) = python_blocks("../README.md")
-    exec(compile("\n" * line + code, "README.md", "exec"), {})
+    session: dict[str, Any] = {}
+    for line, code in python_blocks("../README.md"):
+        exec(compile("\n" * line + code, "README.md", "exec"), session)
     assert load_model(str(folder / "smollm2-0.8")).plan is not None
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ngc_jax.convert.methods import METHODS
+from ngc_jax.conversion.chains import REGISTERED
+from ngc_jax.conversion.factorisations import FACTORISATIONS
+from ngc_jax.conversion.methods import METHODS
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from tests.models.compact import compact_model
@@ -35,7 +37,7 @@ def test_every_package_of_the_reference_is_one():
     rows = [line for line in (DOCS / "api" / "index.md").read_text().splitlines() if line.startswith("| [`ngc_jax.")]
     linked = {line.split("](")[1].split("/")[0] for line in rows}
     hook = (DOCS / "api_pages.py").read_text()
-    assert len(linked) == 8
+    assert len(linked) == 9
     for name in linked:
         assert (DOCS.parent / "ngc_jax" / name / "__init__.py").is_file()
         assert f'"{name}"' in hook
@@ -69,7 +71,19 @@ def test_the_example_of_evaluating_runs(folder):
 
 
 def test_the_method_of_the_page_can_be_added(folder, monkeypatch):
-    monkeypatch.setitem(METHODS, "svd_llm_diagonal", None)  # taken out again after the test
+    for name in ("svd_llm_diagonal", "pruned_svd_llm"):
+        monkeypatch.setitem(METHODS, name, None)  # taken out again after the test
+    monkeypatch.setitem(FACTORISATIONS, "svd_llm_diagonal", None)
     session = run_examples("howto/add_a_method.md", least=4)
-    assert METHODS["svd_llm_diagonal"].factorise is session["svd_llm_diagonal"]
+    assert FACTORISATIONS["svd_llm_diagonal"].function is session["svd_llm_diagonal"]
     assert all(len(group.members) == 1 for group in session["compact"].plan.groups)
+
+
+def test_the_pass_of_the_page_can_be_added(folder, monkeypatch):
+    monkeypatch.setitem(REGISTERED, "scale_states", None)
+    del REGISTERED["scale_states"]
+    session = run_examples("howto/add_a_pass.md", least=2)
+    group = session["half"].params["groups"]["L0-q"]
+    whole = session["convert"](session["model"], "svd", keep=0.8).params["groups"]["L0-q"]
+    for block, states in group["output_states"].items():
+        assert (states == whole["output_states"][block] / 2).all()

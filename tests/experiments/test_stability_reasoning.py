@@ -15,8 +15,8 @@ from experiments.stability_reasoning.prompts import common_suffix, last_number, 
 from experiments.stability_reasoning.statistics import holm, paired, rank_biserial, residuals, unpaired
 from ngc_jax.errors import UsageError
 from ngc_jax.models.save import save_model
-from ngc_jax.report.render.figures import save_figure
-from ngc_jax.report.render.forest import forest
+from ngc_jax.reporting.render.figures import save_figure
+from ngc_jax.reporting.render.forest import forest
 from tests.models.compact import dense_model
 
 RNG = np.random.default_rng(0)

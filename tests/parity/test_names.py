@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
 
-from ngc_jax.convert import Recipe  # noqa: E402
-from ngc_jax.convert.pipeline import convert  # noqa: E402
+from ngc_jax.conversion import Recipe  # noqa: E402
+from ngc_jax.conversion.pipeline import convert  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
 from tests.models.compact import compact_model, dense_model  # noqa: E402
 from tests.parity import tiny  # noqa: E402

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ngc_jax.convert import Recipe
-from ngc_jax.convert.closed_form import States
-from ngc_jax.convert.spill import Fitted, Spill
+from ngc_jax.conversion import Recipe
+from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.spill import Fitted, Spill
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.planning.allocate import DENSE
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
 from ngc_jax.planning.ranks import check_budget, choose_ranks, full_rank, given_ranks, uniform_rank
-from tests.convert.helpers import rule_of
+from tests.conversion.helpers import rule_of
 from tests.tiny import HF_CONFIGS
 
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ngc_jax.convert import Recipe
+from ngc_jax.conversion import Recipe
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import GroupPlan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.planning.allocate import DENSE
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
 from ngc_jax.planning.ranks import check_budget, choose_ranks, full_rank, given_ranks
-from tests.convert.helpers import factorise_of
+from tests.conversion.helpers import factorise_of
 from tests.tiny import HF_CONFIGS
 
 SMOLLM2 = DecoderConfig.from_hf(

@@ -1,0 +1,159 @@
+"""Methods: named chains of passes, at the settings that their authors use or that were chosen here.
+
+Settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md). A new
+method is one more `register_method`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ngc_jax.conversion.chains import Chain, Pass, chain, option_names
+from ngc_jax.conversion.passes.factorise import factorise
+from ngc_jax.conversion.passes.propagate_errors import propagate_errors
+from ngc_jax.conversion.passes.prune_neurons import prune_neurons
+from ngc_jax.conversion.passes.remeasure import remeasure
+from ngc_jax.conversion.registry import all_passes
+from ngc_jax.errors import UsageError
+
+# By name: the chain of a method at a keep ratio.
+METHODS: dict[str, Callable[[float], Chain]] = {}
+
+
+def register_method(name: str, make: Callable[[float], Chain]) -> None:
+    """Make a method known by its name, to `convert`, to the command line and to comparisons.
+
+    Args:
+        name: The name; a method that has it is replaced.
+        make: From a keep ratio to the chain.
+
+    Example:
+        >>> register_method("svd_llm_gauge", lambda keep: chain(factorise("svd_llm", gauge=True)))
+        >>> method_chain("svd_llm_gauge", 0.8).find(Factorise).gauge
+        True
+        >>> del METHODS["svd_llm_gauge"]
+    """
+    METHODS[name] = make
+
+
+def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = None) -> Chain:
+    """The chain of a method, with options of its passes changed.
+
+    An option that is given also adds its pass where the method has none. Passes of the method that the given options
+    exclude are left out, unless an option of theirs is given: then it is an error.
+
+    Args:
+        name: One of `METHODS`.
+        keep: Keep ratio.
+        options: By name, as in `Chain.options`; None stands for the method's own.
+
+    Raises:
+        UsageError: If the method or an option is unknown, or options contradict each other.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    kinds = all_passes()
+    known = [option for kind in kinds for option in option_names(kind)]
+    if wrong := sorted(set(given) - set(known)):
+        raise UsageError(f"there is no option {wrong[0]!r} of a conversion; expected one of {', '.join(known)}")
+    own = {type(one): one for one in METHODS[name](keep)}
+    made: dict[type[Pass], Pass] = {}
+    asked: set[type[Pass]] = set()
+    for kind in kinds:
+        mine = {option: given[option] for option in option_names(kind) if option in given}
+        if kind in own:
+            made[kind] = own[kind].with_options(mine) if mine else own[kind]
+        elif mine:
+            made[kind] = kind.from_options(mine)
+        if mine:
+            asked.add(kind)
+    # Looked at together, without any that would refuse the others.
+    whole = object.__new__(Chain)
+    object.__setattr__(whole, "passes", tuple(one for one in made.values() if not one.is_off))
+    object.__setattr__(whole, "method", name)
+    kept = [one for one in whole.passes if type(one) in asked or one.is_default_in(whole)]
+    return Chain(tuple(kept), name)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Recipe:
+    """A method at a keep ratio, with options in flat form, as flags and YAML files give them.
+
+    Attributes:
+        method: One of `METHODS`.
+        keep: Keep ratio of the grouped blocks, above 0 and at most 1.
+        options: What the user changed, by name.
+        chain: The passes.
+
+    Raises:
+        UsageError: If a value is out of range, an option is unknown, or options contradict each other.
+
+    Example:
+        >>> Recipe("ngc", keep=0.8, propagation=0).chain.options()["gauge"]
+        True
+    """
+
+    method: str
+    keep: float
+    options: tuple[tuple[str, Any], ...]
+    chain: Chain
+
+    def __init__(
+        self,
+        method: str = "ngc",
+        topology: str | None = None,
+        keep: float = 0.8,
+        rank: int | str | None = None,
+        **options: Any,
+    ) -> None:
+        check_keep(keep)
+        given = {"topology": topology, "rank": rank, **options}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "options", tuple(sorted(chosen.items())))
+        object.__setattr__(self, "chain", method_chain(method, keep, chosen))
+
+    def replace(self, **changes: Any) -> Recipe:
+        """With other options, another method or another keep ratio; None takes the method's own again."""
+        return Recipe(**{"method": self.method, "keep": self.keep, **dict(self.options), **changes})
+
+
+def check_keep(keep: float) -> None:
+    """Raises UsageError for a keep ratio outside (0, 1]."""
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
+
+
+def _plain(factorisation: str, **options: Any) -> Callable[[float], Chain]:
+    return lambda keep: chain(factorise(factorisation, **options))
+
+
+register_method("svd", _plain("svd"))
+register_method("fwsvd", _plain("fwsvd"))
+register_method("asvd", _plain("asvd"))
+register_method("svd_llm", _plain("svd_llm"))
+# arXiv 2503.12340.
+register_method("svd_llm_v2", _plain("svd_llm", allocation="svd_llm_v2"))
+# MLPs as in MoDeGPT (arXiv 2408.09632, section 3.2), but that neurons are pruned one by one; the rest as svd_llm.
+register_method(
+    "nystrom",
+    lambda keep: chain(prune_neurons(keep, flexible=True), factorise("svd_llm", allocation="neurons")),
+)
+register_method("basis_sharing", _plain("basis_sharing", topology="qq-kk-vv-o-uu-gg-d"))
+register_method("ngc_paper", _plain("ngc_paper", topology="qkv-o-ug-d"))
+# The geometry of K-FAC (arXiv 1503.05671, section 3).
+register_method("kfac_svd", _plain("ngc"))
+register_method("ngc_one_sided", _plain("ngc_inputs", topology="qkv-o-ug-d"))
+register_method(
+    "ngc",
+    lambda keep: chain(
+        prune_neurons(min(keep + 0.1, 1.0), flexible=True),
+        factorise("ngc", allocation="loss", gauge=True, shrinkage=0.03),
+        remeasure(rounds=1),
+        propagate_errors(0.3),
+    ),
+)

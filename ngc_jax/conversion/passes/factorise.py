@@ -1,0 +1,190 @@
+"""The pass that replaces weight matrices by neuron states of a lower rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ngc_jax.conversion.chains import Chain, Pass, register_pass
+from ngc_jax.conversion.factorisations import FACTORISATIONS, Factorisation
+from ngc_jax.conversion.state import Calibration, ConversionState, Needs
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.kernel_spec import Kernel
+from ngc_jax.groups.topology import parse
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.planning.candidates import AUTO, all_candidates, candidate_cells
+from ngc_jax.planning.ranks import Allocation, RankRule, given_ranks
+
+if TYPE_CHECKING:
+    from ngc_jax.conversion.fitted import FittedGroups
+    from ngc_jax.conversion.statistics import Statistics
+
+KernelName = Literal["bilinear", "riemannian", "lifted"]
+
+
+@register_pass(after="prune_neurons")
+@dataclasses.dataclass(frozen=True)
+class Factorise(Pass):
+    """Replace the weight matrices of each group by input states that its members share and output states of their own.
+
+    Attributes:
+        factorisation: How states are found, one of `FACTORISATIONS`.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family, or auto for the sharing
+            that pays.
+        rank: Give every group this rank, or "full", instead of a keep ratio.
+        allocation: How ranks are found: uniform, neurons (MLPs lose hidden neurons only), svd_llm_v2 or loss (one
+            multiplier over all groups).
+        gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs).
+        rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
+        gradients: How much of the gradients' second moments is measured: full, or diagonal, which needs far less
+            memory.
+        shrinkage: How far the inputs' second moments are shrunk towards their diagonals, 0 to 1. More, such as 0.3,
+            makes a model that is better on text unlike the calibration text.
+        kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
+            steps, group by group, which takes much longer.
+        metric_rank: For riemannian: rank of the metric's part beside the diagonal.
+        lift: For lifted: number of lifted features, above every group's rank.
+        fit_steps: For riemannian and lifted: gradient steps for each group.
+
+    Raises:
+        UsageError: If a value is out of range or options contradict each other.
+    """
+
+    name: ClassVar[str] = "factorise"
+    factorisation: str = dataclasses.field(default="ngc", metadata={"option": False})
+    topology: str = "q-k-v-o-u-g-d"
+    rank: int | Literal["full"] | None = None
+    allocation: Allocation = "uniform"
+    gauge: bool = False
+    rank_multiple: int = 1
+    gradients: Literal["full", "diagonal"] = "full"
+    shrinkage: float = 0.0
+    kernel: KernelName = "bilinear"
+    metric_rank: int = 0
+    lift: int = 0
+    fit_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.factorisation not in FACTORISATIONS:
+            raise UsageError(
+                f"unknown factorisation {self.factorisation!r}; expected one of {', '.join(FACTORISATIONS)}"
+            )
+        if self.rank is not None and self.rank != "full" and self.rank < 1:
+            raise UsageError(f"rank {self.rank} is too small; expected at least 1, or full")
+        if self.rank is not None and self.allocation != "uniform":
+            raise UsageError(f"a given rank leaves nothing to allocate; leave out rank or allocation {self.allocation}")
+        if self.rank_multiple < 1:
+            raise UsageError(f"rank multiple {self.rank_multiple} is too small; expected at least 1")
+        if self.rank_multiple > 1 and self.allocation != "loss":
+            raise UsageError("a rank multiple needs allocation 'loss'; leave it out or change the allocation")
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
+        if not self.is_bilinear and self.gauge:
+            raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
+        if self.fit_steps < 0:
+            raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the states that fitting would start from")
+        self.interaction  # noqa: B018  (its options are checked when it is made)
+        if self.topology != AUTO:
+            parse(self.topology)
+        elif self.allocation != "loss":
+            raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
+
+    def with_options(self, options: Mapping[str, Any]) -> Factorise:
+        """The method's own allocation and gauge are given up where the user's options exclude them."""
+        own: dict[str, Any] = {}
+        if options.get("rank") is not None:
+            own["allocation"] = "uniform"
+        if options.get("kernel", self.kernel) != "bilinear":
+            own["gauge"] = False
+        return dataclasses.replace(self, **{**own, **options})
+
+    @property
+    def definition(self) -> Factorisation:
+        """How states are found."""
+        return FACTORISATIONS[self.factorisation]
+
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether the states have a closed form."""
+        return self.kernel == "bilinear"
+
+    @property
+    def interaction(self) -> Kernel:
+        """The kernel of all groups."""
+        return Kernel(self.kernel, metric_rank=self.metric_rank, lift=self.lift)
+
+    def rule(self, keep: float, method: str = "custom") -> RankRule:
+        """How ranks are found at a keep ratio; errors name the method."""
+        return RankRule(
+            keep,
+            self.allocation,
+            self.gauge,
+            self.rank,
+            self.rank_multiple,
+            self.interaction,
+            self.definition.rounding,
+            method,
+        )
+
+    def check(self, chain: Chain) -> None:
+        """Raises UsageError for a second factorisation."""
+        if sum(isinstance(one, Factorise) for one in chain.passes) > 1:
+            raise UsageError("a chain factorises once; leave out the other factorise")
+
+    def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
+        """What the factorisation looks at."""
+        measures = self.definition.measures
+        return measures if measures.gradients is None else dataclasses.replace(measures, gradients=self.gradients)
+
+    def apply(self, state: ConversionState) -> ConversionState:
+        """Fit every group as soon as its members are measured, choose ranks, and build the compact model."""
+        from ngc_jax.conversion.fitted import build_compact, fit_groups
+        from ngc_jax.conversion.fitting import shrunk_in_place
+
+        rule = self.rule(state.keep, state.chain.method)
+        groups = all_candidates(candidate_cells(state.dense.config, self.topology))
+        ranks = given_ranks(rule, groups) or None
+        factorise, statistics = self, state.statistics
+        if isinstance(statistics, list):
+            stream = iter(statistics)
+        elif state.held:
+            held: list[dict[str, Statistics]] = []
+            stream, statistics = _kept(statistics, held), held
+        elif state.fits is None:
+            # Nothing looks at them again: shrunk in their own arrays, which saves a copy of the largest.
+            stream = map(functools.partial(shrunk_in_place, shrinkage=self.shrinkage), statistics)
+            factorise = dataclasses.replace(self, shrinkage=0.0)
+        else:
+            stream = iter(statistics)
+        donate = state.donate and state.last
+
+        def fit(directory: str, ranks: Mapping[str, int] | None) -> FittedGroups:
+            return fit_groups(state.dense, factorise, stream, directory, ranks=ranks, progress=state.progress)
+
+        if state.fits is not None and state.original is None:
+            fitted = state.fits.get(self._fit_key(), lambda directory: fit(directory, None))
+            compact = build_compact(state.dense, self, rule, fitted, donate=donate, progress=state.progress)
+        else:
+            with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
+                fitted = fit(directory, ranks)
+                compact = build_compact(state.dense, factorise, rule, fitted, donate=donate, progress=state.progress)
+        return dataclasses.replace(state, compact=compact, statistics=statistics)
+
+    def _fit_key(self) -> tuple[Any, ...]:
+        """What fits at full rank depend on; they serve any allocation, gauge and keep ratio."""
+        kind = self.definition.function, self.definition.measures, self.topology, self.gradients
+        return *kind, self.shrinkage, self.is_bilinear
+
+
+def _kept(
+    stream: Iterable[dict[str, Statistics]], held: list[dict[str, Statistics]]
+) -> Iterator[dict[str, Statistics]]:
+    for statistics in stream:
+        held.append(statistics)
+        yield statistics
+
+
+factorise = Factorise

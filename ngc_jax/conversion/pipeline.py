@@ -1,0 +1,141 @@
+"""From a dense model, a chain of passes and a calibration text to a compact model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ngc_jax.conversion.chains import Chain
+from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
+from ngc_jax.conversion.passes.factorise import Factorise
+from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, Progress
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.planning.candidates import candidate_cells, planned_blocks
+from ngc_jax.planning.ranks import check_budget
+
+if TYPE_CHECKING:
+    from ngc_jax.models.load import LanguageModel
+
+
+def convert(
+    model: LanguageModel,
+    how: str | Recipe | Chain,
+    calibration: Any = None,
+    *,
+    keep: float | None = None,
+    measurements: Measurements | None = None,
+    donate: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """Convert a dense model to a compact one.
+
+    Args:
+        model: The dense model.
+        how: The name of a method, a recipe, or a chain of passes.
+        calibration: A `Calibration`; or a text or token ids (T,), of which `Calibration.of` makes one with `options`.
+            Nothing where the method measures nothing.
+        keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 if not given.
+        measurements: Where statistics come from, if they are not to be measured.
+        donate: Give up the dense model: a weight is deleted as soon as its states are made, so that both models never
+            are in memory at once.
+        progress: Called with (stage, done, in all).
+        options: Of the calibration, such as `window` and `bos`.
+
+    Returns:
+        The compact model; parameters that are not replaced are shared with the dense one.
+
+    Raises:
+        UsageError: If the model is compact already, the tokens are none of its own, options contradict each other, or
+            the keep ratio cannot be reached.
+
+    Example:
+        >>> compact = convert(model, "ngc", text, keep=0.8)  # doctest: +SKIP
+        >>> own = chain(prune_neurons(0.9), factorise("svd_llm", gauge=True))
+        >>> compact = convert(model, own, text, keep=0.8, window=512)  # doctest: +SKIP
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from ngc_jax.conversion.measure import Measured, check_dense
+
+    passes, keep = resolve(how, keep)
+    check_dense(model)
+    check_conversion(model.config, passes, keep)
+    if isinstance(calibration, Calibration):
+        if options:
+            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
+    else:
+        reads = reads_text(model.config, passes, keep)
+        if reads and calibration is None:
+            raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
+        calibration = Calibration.of(model, calibration if reads else None, **options)
+    if calibration.mesh is not None:
+        everywhere = NamedSharding(calibration.mesh, PartitionSpec())
+        model = dataclasses.replace(model, params=jax.device_put(model.params, everywhere, donate=donate))
+    source: Measurements = Measured(model, calibration, progress) if measurements is None else measurements
+    needs = passes.needs(model.config, keep, calibration)
+    state = passes.apply(
+        ConversionState(
+            model,
+            keep,
+            passes,
+            calibration,
+            statistics=source.stream(needs),
+            held=needs.held,
+            donate=donate,
+            fits=source.fits,
+            progress=progress,
+        )
+    )
+    compact = state.compact if state.compact is not None else _without_groups(state)
+    assert compact.plan is not None
+    return dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=state.removed))
+
+
+def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float]:
+    """The passes and the keep ratio of what `convert` is given.
+
+    Raises:
+        UsageError: If a recipe has another keep ratio, or it is none of these.
+    """
+    if isinstance(how, Recipe):
+        if keep not in (None, how.keep):
+            raise UsageError(f"keep ratio {keep:g} is given, and the recipe's is {how.keep:g}; give one of them")
+        return how.chain, how.keep
+    keep = 0.8 if keep is None else keep
+    check_keep(keep)
+    if isinstance(how, str):
+        return method_chain(how, keep), keep
+    if not isinstance(how, Chain):
+        raise UsageError(f"{how!r} is no conversion; expected the name of a method, a Recipe, or chain(...)")
+    return how, keep
+
+
+def reads_text(config: DecoderConfig, passes: Chain, keep: float) -> bool:
+    """Whether a chain measures anything on a calibration text."""
+    return passes.needs(config, keep, Calibration(np.zeros(0, np.int32))).anything
+
+
+def check_conversion(config: DecoderConfig, passes: Chain, keep: float) -> None:
+    """Refuse, before anything is loaded or measured, a keep ratio that a chain cannot reach.
+
+    Raises:
+        UsageError: If it is too low.
+    """
+    narrow, left = passes.plan(config, keep)
+    factorise = passes.find(Factorise)
+    if factorise is not None and factorise.rank is None:
+        check_budget(factorise.rule(left, passes.method), candidate_cells(narrow, factorise.topology))
+
+
+def _without_groups(state: ConversionState) -> LanguageModel:
+    """What a chain without a factorisation makes: a smaller dense model."""
+    for _ in state.statistics:  # neurons are pruned as statistics are read
+        pass
+    dense = tuple(planned_blocks(state.dense.config, Factorise().topology).values())
+    return dataclasses.replace(state.dense, plan=Plan((), dense))

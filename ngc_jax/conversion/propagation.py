@@ -1,0 +1,281 @@
+"""Error propagation: refit each layer on the inputs that the converted layers below it produce.
+
+A block of the converted model reads x', not the dense model's x. Its best states then approximate not W on x but
+W x on x':
+
+    E || G^(1/2) (W x - What x') ||^2 = || G^(1/2) (W R - What) C'^(1/2) ||^2 + const,
+    C' = E[x' x'^T],    R = E[x x'^T] C'^-1
+
+so that one fit with W R in place of W and C' in place of C does it. How x' comes from x, x' = B x + rest, is measured
+on some tokens, and carried over to C, which is known from more. Layers are taken from the first to the last, as in
+SVD-LLM's sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks stay as they are.
+
+Legend: K batches of a stack, B windows of a batch, L tokens, D width of the stream, T tokens in all, I inputs of a
+block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.fitting import assemble, fit_group
+from ngc_jax.conversion.input_drift import carried_over, regression
+from ngc_jax.conversion.layerwise import Compensated, each_batch, stack_batches
+from ngc_jax.conversion.remeasuring import dense_layer
+from ngc_jax.conversion.spill import Fitted
+from ngc_jax.conversion.state import ConversionState
+from ngc_jax.conversion.statistics import Statistics, layer_kind, run_layer, sown_input, token_rows
+from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
+from ngc_jax.conversion.thread_map import thread_map
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
+
+if TYPE_CHECKING:
+    from ngc_jax.conversion.passes.factorise import Factorise
+
+
+def propagate(state: ConversionState, factorise: Factorise, strength: float) -> LanguageModel:
+    """Refit all groups, layer by layer, at the ranks that they have.
+
+    Within a layer all blocks read what the layer as converted before computes from the inputs that the refitted layers
+    below produce.
+
+    Args:
+        state: With a compact model whose groups are each within one layer, and the statistics that it was converted
+            with, as a list of layers. If these have the first tokens apart, the dense inputs' second moment is theirs;
+            else it is measured here. Where neurons were pruned, the inputs x are the original model's.
+        factorise: How it was converted.
+        strength: How far targets and inputs are moved from the dense model's (0) to the converted one's (1).
+    """
+    model, compact, calibration = state.dense, state.compact, state.calibration
+    assert compact is not None
+    assert compact.plan is not None
+    statistics = list(state.statistics)
+    tokens = calibration.tokens[: calibration.propagation_tokens]
+    mesh, config = calibration.mesh, model.config
+    whole, stayed = (model, None) if state.original is None else (state.original, state.kept)
+    chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
+    stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
+    embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
+    ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
+    theirs = list(ours)
+    found: dict[str, Fitted] = {}
+    for layer in range(config.num_layers):
+        dense, once = whole.params["layers"][str(layer)], dense_layer(model, compact, layer)
+        kept = None if stayed is None else jnp.asarray(stayed[layer])
+        kind = layer_kind(config, layer)
+        own = _own_moments(layer, statistics[layer], len(tokens))
+        sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
+        for index, (_, positions, mask) in enumerate(stacks):
+            theirs[index], sums = _add_both(
+                (dense, once, kept),
+                theirs[index],
+                ours[index],
+                positions,
+                mask,
+                sums,
+                configs=(whole.config, config),
+                kind=kind,
+                mesh=mesh,
+            )
+        moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
+        here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
+        anew = [(chosen[plan.name], plan.rank) for plan in here]
+        found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, anew)
+        new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
+        for index, (_, positions, _) in enumerate(stacks):
+            ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
+        state.report("propagate", layer + 1, config.num_layers)
+    groups = [chosen[plan.name] for plan in compact.plan.groups]
+    ranks = {plan.name: plan.rank for plan in compact.plan.groups}
+    made = assemble(model, groups, ranks, found.__getitem__, gauge=factorise.gauge, donate=state.donate and state.last)
+    assert made.plan is not None
+    return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
+
+
+def _refit(
+    model: LanguageModel,
+    how: tuple[Factorise, float],
+    layer: int,
+    statistics: Mapping[str, Statistics],
+    moments: Mapping[str, Sequence[np.ndarray]],
+    groups: Sequence[tuple[Candidate, int]],
+) -> dict[str, Fitted]:
+    """Fit the groups of a layer to what its blocks are to approximate now; those of different inputs side by side.
+
+    Args:
+        model: The dense model.
+        how: The factorisation, and the strength.
+        layer: The layer's number.
+        statistics: Of its blocks, by name.
+        moments: By site: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
+        groups: With their ranks.
+    """
+    factorise, strength = how
+
+    def fit(unit: tuple[set[str], list[tuple[Candidate, int]]]) -> dict[str, Fitted]:
+        sites, members = unit
+        targets: dict[tuple[str, ...], np.ndarray] = {}
+        moved: dict[str, Statistics] = {}
+        for site in sites:
+            for name, (target, entry) in _moved(model, layer, site, statistics, moments[site], strength).items():
+                targets[(*name.split("."), "kernel")], moved[name] = target, entry
+        params = traverse_util.unflatten_dict(targets)
+        return {
+            group.name: fit_group(group, factorise, params, [moved[member.name] for member in group.members], rank)
+            for group, rank in members
+        }
+
+    units = _by_input(groups)
+    widest = [max(len(moments[site][0]) for site in sites) for sites, _ in units]
+    outputs = [max(member.d_out for group, _ in some for member in group.members) for _, some in units]
+    fitted = thread_map(
+        fit,
+        units,
+        costs=[float(width) ** 3 for width in widest],
+        widths=[max(both) for both in zip(widest, outputs, strict=True)],
+    )
+    return {name: states for unit in fitted for name, states in unit.items()}
+
+
+def _by_input(groups: Sequence[tuple[Candidate, int]]) -> list[tuple[set[str], list[tuple[Candidate, int]]]]:
+    """Sites and the groups that read them, apart where no group reads both."""
+    units: list[tuple[set[str], list[tuple[Candidate, int]]]] = []
+    for group, rank in groups:
+        sites = {INPUT_SITE[member.name.split(".")[-1]] for member in group.members}
+        joined, some = set(sites), [(group, rank)]
+        for unit in [unit for unit in units if unit[0] & sites]:
+            units.remove(unit)
+            joined, some = joined | unit[0], unit[1] + some
+        units.append((joined, some))
+    return units
+
+
+def _moved(
+    model: LanguageModel,
+    layer: int,
+    site: str,
+    statistics: Mapping[str, Statistics],
+    moments: Sequence[np.ndarray],
+    share: float,
+) -> dict[str, tuple[np.ndarray, Statistics]]:
+    """The weights that the blocks of a site are to approximate, and the statistics to do it by, by block name.
+
+    Args:
+        model: The dense model.
+        layer: The layer's number.
+        site: Where the blocks read.
+        statistics: Of the layer's blocks.
+        moments: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
+        share: How far to go from the dense model's (0) to the converted one's (1).
+    """
+    names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
+    weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
+    dense_moment = statistics[names[0]].second_moment
+    total, cross = carried_over(dense_moment, *moments)
+    # Blocks of one input share one array, by which they are known.
+    moment = (1 - share) * dense_moment + share * total
+    towards = None
+    if sum(len(weight) for weight in weights) > len(total):
+        towards = share * regression(total, cross)
+        towards[np.diag_indices_from(towards)] += 1 - share
+    found = {}
+    for name, weight in zip(names, weights, strict=True):
+        gradients = statistics[name].gradients
+        metric = None if gradients is None else gradients.second_moment
+        if towards is None:
+            target = (1 - share) * weight + share * regression(total, cross, weight)
+        else:
+            target = weight @ towards
+            if gradients is not None and metric is not None and len(metric) != len(weight):
+                # W^T G W was measured; (W R)^T G (W R) is wanted.
+                gradients = dataclasses.replace(gradients, second_moment=towards.T @ metric @ towards)
+        found[name] = target, dataclasses.replace(statistics[name], second_moment=moment, gradients=gradients)
+    return found
+
+
+# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens; nothing for the first if it is known.
+_Sums = tuple[tuple[Compensated, ...], Compensated, tuple[Compensated, ...]]
+
+
+def _own_moments(layer: int, statistics: Mapping[str, Statistics], count: int) -> dict[str, np.ndarray]:
+    """E[x x^T] of the first `count` tokens by site, where it was measured."""
+    entries = {site: statistics[block_name(layer, role)].first for role, site in INPUT_SITE.items()}
+    return {site: first.second_moment for site, first in entries.items() if first is not None and first.count == count}
+
+
+def _no_sums(width: int, own_known: bool) -> _Sums:
+    return (
+        () if own_known else no_products(width),
+        Compensated.zeros_like(jnp.zeros((width, width))),
+        no_products(width),
+    )
+
+
+def _moments(sums: _Sums, count: int, known: np.ndarray | None) -> list[np.ndarray]:
+    own, cross, converted = sums
+    mean = mean_product(own, count) if known is None else known.astype(np.float64)
+    return [mean, cross.value() / count, mean_product(converted, count)]
+
+
+@partial(jax.jit, static_argnames=("configs", "kind", "mesh"), donate_argnames=("sums",))
+def _add_both(
+    params: tuple[Params, Params, Int[Array, " S"] | None],
+    theirs: Float[Array, "K B L D"],
+    ours: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    mask: Float[Array, "K B L"] | None,
+    sums: dict[str, _Sums],
+    *,
+    configs: tuple[DecoderConfig, DecoderConfig],
+    kind: int,
+    mesh: Mesh | None,
+) -> tuple[Array, dict[str, _Sums]]:
+    """Run a layer of both models on a stack; returns the dense streams after it and the sums.
+
+    `params` are those of both, and the dense model's hidden neurons that the other has; None for all.
+    """
+    dense_one, compact_one = (DecoderLayer(config, Plan(), kind, theirs.dtype) for config in configs)
+
+    def step(
+        params: tuple[Params, Params, Array | None], data: Mapping[str, Any], theirs: Array, sums: dict[str, _Sums]
+    ) -> tuple[Array, dict[str, _Sums]]:
+        dense, compact, kept = params
+        (after, _), at_theirs = dense_one.apply({"params": dense}, theirs, data["positions"], mutable=[BLOCK_INPUTS])
+        _, at_ours = compact_one.apply({"params": compact}, data["ours"], data["positions"], mutable=[BLOCK_INPUTS])
+        new: dict[str, _Sums] = {}
+        for role, site in INPUT_SITE.items():
+            x, y = (sown_input(sown[BLOCK_INPUTS], role) for sown in (at_theirs, at_ours))
+            x = x if kept is None or role != "d" else x[..., kept]
+            x, y = (token_rows(inputs, data["mask"]) for inputs in (x, y))
+            own, cross, converted = sums[site]
+            both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
+            own = add_products(own, x) if own else own
+            new[site] = (own, cross.add(both), add_products(converted, y))
+        return after, new
+
+    data = {"positions": positions, "mask": mask, "ours": ours}
+    return each_batch(step, params, data, theirs, sums, mesh=mesh)
+
+
+def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:
+    """A layer whose grouped kernels are formed from these states."""
+    flat = traverse_util.flatten_dict(dict(layer))
+    for members, states in groups.values():
+        for member, weight in zip(members, states.weights(), strict=True):
+            flat[(*member.name.split(".")[2:], "kernel")] = jnp.asarray(weight[:, : member.d_in].astype(dtype))
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,44 @@
+"""All passes that there are, and their options: what the command line and named methods are made from."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import typing
+from typing import Any
+
+from docstring_parser import parse as parse_docstring
+
+from ngc_jax.conversion import passes
+from ngc_jax.conversion.chains import REGISTERED, Pass, option_names
+
+
+def all_passes() -> list[type[Pass]]:
+    """The classes of all passes, in the order in which a chain that is made from options has them."""
+    for module in pkgutil.iter_modules(passes.__path__):
+        importlib.import_module(f"{passes.__name__}.{module.name}")
+    order: list[type[Pass]] = []
+
+    def add_followers(of: str | None) -> None:
+        for kind, after in REGISTERED.values():
+            if after == of:
+                order.append(kind)
+                add_followers(kind.name)
+
+    add_followers(None)
+    return order
+
+
+def option_types() -> dict[str, Any]:
+    """The type of every option of every pass."""
+    return {name: typing.get_type_hints(kind)[name] for kind in all_passes() for name in option_names(kind)}
+
+
+def option_docs() -> dict[str, str]:
+    """What every option of every pass is, from the docstrings."""
+    return {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for kind in all_passes()
+        for parameter in parse_docstring(kind.__doc__ or "").params
+        if parameter.arg_name in option_names(kind)
+    }

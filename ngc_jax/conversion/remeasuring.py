@@ -1,0 +1,204 @@
+"""Measuring again: what the converted model says about the statistics that it was converted with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from flax import traverse_util
+
+from ngc_jax.conversion.closed_form import RIDGE, mean_diagonal
+from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion.state import ConversionState
+from ngc_jax.conversion.statistics import OutputGradients, Statistics
+from ngc_jax.conversion.thread_map import thread_map
+from ngc_jax.groups.gauge import free_gauge
+from ngc_jax.models.config import ROLES
+from ngc_jax.models.load import LanguageModel, Params, kernel_of
+
+if TYPE_CHECKING:
+    from ngc_jax.conversion.passes.factorise import Factorise
+
+# Gradients of the converted model are taken on this share of a token for one that the dense model's are taken on,
+REMEASURED = 1 / 2
+# and on no more than these.
+_ENOUGH = 8192
+# The power of a correction that is applied: halfway, on a logarithmic scale.
+_POWER = 0.5
+# What a correction is held to 1 by, as a slope in nats per token times tokens; see `sensitivity_corrections`.
+_PRIOR = 12.0
+# No layer's and no role's share in a correction goes beyond this factor, up or down.
+_MOST = 10.0
+
+
+def tokens_again(tokens: np.ndarray, gradient_tokens: int, multiple: int = 1) -> np.ndarray:
+    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on.
+
+    Args:
+        tokens: (T,) calibration tokens.
+        gradient_tokens: How many of them, from the first, the dense model's gradients were taken on.
+        multiple: Begin at a multiple of this: of the window, where every window begins with BOS.
+    """
+    count = max(min(round(gradient_tokens * REMEASURED), _ENOUGH), 2)
+    start = max(min(gradient_tokens, len(tokens) - count), 0) // multiple * multiple
+    return tokens[start : start + count]
+
+
+def mixed_share(keep_ratio: float) -> float:
+    """The converted model's share in mixed gradient statistics; the longer the way from the dense model, the more.
+
+    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
+    """
+    return 0.2 + 0.4 * (1 - keep_ratio)
+
+
+def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: bool) -> list[dict[str, Statistics]]:
+    """Correct the gradients' second moments by gradients measured on the converted model.
+
+    The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
+    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With sensitivities
+    every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a logarithmic
+    scale, from the prediction to a measurement that was taken at one end of the way.
+
+    Args:
+        state: With a compact model, and the statistics that it was converted with, as a list of layers.
+        factorise: How it was converted.
+        sensitivities: Whether to correct expected losses.
+    """
+    model, compact, calibration = state.dense, state.compact, state.calibration
+    assert compact is not None
+    statistics = list(state.statistics)
+    multiple = calibration.window if calibration.prefix else 1
+    tokens = tokens_again(calibration.tokens, calibration.gradient_tokens, multiple)
+
+    layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
+    again, _ = measure_output_gradients(
+        model.config,
+        model.params,
+        tokens,
+        layer_params=layers.__getitem__,
+        slopes=sensitivities,
+        geometry=factorise.gradients,
+        window=calibration.window,
+        batch_size=2,
+        mesh=calibration.mesh,
+        progress=lambda *a: state.report("again", *a),
+    )
+
+    assert compact.plan is not None
+    share = mixed_share(compact.plan.keep_ratio())
+    factors = {name: 1.0 for layer in statistics for name in layer}
+    if sensitivities:
+
+        def slope(block: tuple[int, str, Statistics]) -> float:
+            number, name, entry = block
+            weight = np.asarray(kernel_of(model.params, name), np.float64)
+            now = kernel_of(layers[number], ".".join(name.split(".")[2:]))
+            return predicted_slope(weight, np.asarray(now, np.float64) - weight, entry)
+
+        blocks = [(number, name, entry) for number, layer in enumerate(statistics) for name, entry in layer.items()]
+        inputs = [len(entry.second_moment) for _, _, entry in blocks]
+        slopes = thread_map(slope, blocks, costs=inputs, widths=inputs)
+        predicted = {name: found for (_, name, _), found in zip(blocks, slopes, strict=True)}
+        measured = {name: again[name].slope or 0.0 for name in predicted}
+        factors = sensitivity_corrections(predicted, measured, len(tokens))
+
+    def mixed(before: OutputGradients | None, now: OutputGradients, factor: float) -> OutputGradients:
+        assert before is not None
+        second = None
+        if before.second_moment is not None and now.second_moment is not None:
+            second = factor * ((1 - share) * before.second_moment + share * now.second_moment)
+        mean_square = factor * ((1 - share) * before.mean_square + share * now.mean_square)
+        return OutputGradients(before.count + now.count, mean_square, second)
+
+    return [
+        {
+            name: dataclasses.replace(s, gradients=mixed(s.gradients, again[name], factors[name] ** _POWER))
+            for name, s in layer.items()
+        }
+        for layer in statistics
+    ]
+
+
+def predicted_slope(weight: np.ndarray, change: np.ndarray, statistics: Statistics) -> float:
+    """How fast the loss should rise at the end of a way, if it rises by tr(G D C D^T) / 2 along all of it.
+
+    Args:
+        weight: (M, I), the dense W.
+        change: (M, I), D: that of the compact model minus W. Where only W^T G W was measured, what of it is not W
+            times a matrix does not count.
+        statistics: With gradients.
+
+    Returns:
+        tr(G D C D^T): of a second-order increase, the slope at the end is twice the increase.
+    """
+    gradients, moment = statistics.gradients, statistics.second_moment
+    assert gradients is not None
+    metric = gradients.second_moment
+    if metric is None:
+        return float(gradients.mean_square @ np.einsum("mi,ij,mj->m", change, moment, change, optimize=True))
+    if len(metric) != len(weight):
+        gram = weight.T @ weight
+        gram += RIDGE * mean_diagonal(gram) * np.eye(len(gram))
+        change = scipy.linalg.solve(gram, weight.T @ change, assume_a="pos")
+    return float(np.vdot(metric @ change, change @ moment))
+
+
+def sensitivity_corrections(
+    predicted: Mapping[str, float], measured: Mapping[str, float], tokens: int
+) -> dict[str, float]:
+    """Factors that make predicted slopes of the loss agree with measured ones, layer by layer and role by role.
+
+    One block's measured slope is mostly noise. A factor is a layer's times a role's, such that the sums over every
+    layer and over every role agree (iterative proportional fitting: the Poisson likelihood's maximum).
+
+    So far as they can be trusted. A slope p is the mean over N tokens of g^T D x, whose mean square the same
+    approximation (K-FAC) says is p: the error of its measurement has the variance c p / N, c above 1 since tokens are
+    not independent. If factors themselves scatter about 1 with the variance v, the best guess of one is
+    (measured + a) / (predicted + a) with a = c / (v N); c / v is `_PRIOR`.
+
+    Args:
+        predicted: By block name, 0 where nothing changed.
+        measured: By block name.
+        tokens: N.
+
+    Returns:
+        By block name; 1 for all if nothing changed.
+    """
+    places = {name: (name.split(".")[1], name.split(".")[-1]) for name in predicted}
+    prior = _PRIOR / tokens
+    factors: list[dict[str, float]] = [
+        dict.fromkeys((place[axis] for place in places.values()), 1.0) for axis in (0, 1)
+    ]
+    for _ in range(100):
+        for axis in (0, 1):
+            for key in factors[axis]:
+                names = [name for name, place in places.items() if place[axis] == key]
+                expected = sum(predicted[name] * factors[1 - axis][places[name][1 - axis]] for name in names)
+                if expected > 0:
+                    found = (sum(measured[name] for name in names) + prior) / (expected + prior)
+                    factors[axis][key] = min(max(found, 1 / _MOST), _MOST)
+    return {name: factors[0][layer] * factors[1][role] for name, (layer, role) in places.items()}
+
+
+def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Params:
+    """A layer of a compact model with its weights formed: it runs as the dense model's layers do."""
+    assert compact.plan is not None
+    flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
+    for role in ROLES:
+        block = model.config.block(layer, role)
+        group = compact.plan.group_of.get(block.name)
+        if group is not None:
+            # On the host: every rank is another shape, which a device would compile anew.
+            states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
+            inputs = states["input_states"]
+            if group.pivots is not None:
+                inputs = free_gauge(group.pivots, inputs, group.d_in)
+            formed = states["output_states"][block.name] @ inputs[: block.d_in].T
+            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,182 @@
+"""What a conversion carries from pass to pass: the models, the statistics, the calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from ngc_jax.conversion.chains import Chain
+    from ngc_jax.conversion.fitted import FitCache
+    from ngc_jax.conversion.statistics import Statistics
+    from ngc_jax.models.load import LanguageModel
+
+GRADIENT_TOKENS = 16_384
+PROPAGATION_TOKENS = 16_384
+# Called with (stage, done, in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The text that a conversion measures on, and how it is read.
+
+    Attributes:
+        tokens: (T,) one stream of token ids, with `prefix` before every window; from `Calibration.of`.
+        window: Tokens in a window, the prefix included.
+        batch_size: Windows that run at once, on each device.
+        prefix: What begins every window, such as BOS.
+        gradient_tokens: How many tokens, from the first, gradients are taken on.
+        propagation_tokens: How many tokens, from the first, the converted layers' inputs are measured on.
+        layers_per_pass: Layers whose gradient statistics are held at once; all if None.
+        mesh: Its axis "data" shares out the windows of a batch over the devices of this process. None for one device.
+
+    Raises:
+        UsageError: If a number is below 1.
+    """
+
+    tokens: np.ndarray
+    window: int = 1024
+    batch_size: int = 4
+    prefix: tuple[int, ...] = ()
+    gradient_tokens: int = GRADIENT_TOKENS
+    propagation_tokens: int = PROPAGATION_TOKENS
+    layers_per_pass: int | None = None
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_size", "gradient_tokens", "propagation_tokens", "layers_per_pass"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
+
+    @classmethod
+    def of(cls, model: LanguageModel, tokens: Any, *, bos: Bos = "auto", **options: Any) -> Calibration:
+        """Calibration on tokens or a text.
+
+        Args:
+            model: Whose text it is.
+            tokens: A text, or token ids (T,) or (1, T): an array or a list; see `as_tokens`. None where nothing is
+                measured.
+            bos: What begins each window, as `Tokenizer.prefix` says. It is measured with the rest, as it is read with
+                every text.
+            options: The other attributes, but prefix. Numbers of tokens are rounded to whole windows where windows
+                have a prefix.
+
+        Raises:
+            UsageError: If the tokens are none of the model's, or an option is unknown or out of range.
+
+        Example:
+            >>> Calibration.of(model, "A long text ...", window=512)  # doctest: +SKIP
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"tokens", "prefix"}
+        if wrong := sorted(set(options) - known):
+            raise UsageError(f"calibration has no option {wrong[0]!r}; expected {', '.join(sorted(known | {'bos'}))}")
+        if tokens is None:
+            return cls(np.zeros(0, np.int32), **options)
+        read_ids = bos == "never" and not isinstance(tokens, str)
+        tokenizer = None if read_ids else model.load_tokenizer()
+        ids = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
+        prefix = () if tokenizer is None else tokenizer.prefix(bos)
+        made = cls(ids, prefix=prefix, **options)
+        return dataclasses.replace(
+            made,
+            tokens=begin_windows(ids, made.window, prefix),
+            gradient_tokens=whole_windows(made.gradient_tokens, made.window, prefix),
+            propagation_tokens=whole_windows(made.propagation_tokens, made.window, prefix),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a conversion must measure; `|` gives what two need together.
+
+    Attributes:
+        inputs: Second moments of every block's inputs.
+        fisher: Fisher information of every block's inputs, on the tokens that gradients are taken on.
+        gradients: Second moments of the loss's gradients by every block's outputs, full or their diagonals.
+        whole: G of u and g itself, also where W^T G W is smaller.
+        held: The statistics of all layers are needed at once, and again.
+        first: Also second moments of the tokens that gradients are taken on alone.
+    """
+
+    inputs: bool = False
+    fisher: bool = False
+    gradients: Literal["full", "diagonal"] | None = None
+    whole: bool = False
+    held: bool = False
+    first: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        flags = {
+            name: getattr(self, name) or getattr(other, name) for name in ("inputs", "fisher", "whole", "held", "first")
+        }
+        both = {self.gradients, other.gradients}
+        return Needs(gradients="full" if "full" in both else self.gradients or other.gradients, **flags)
+
+    @property
+    def anything(self) -> bool:
+        """Whether a calibration text is read at all."""
+        return self.inputs or self.fisher or self.gradients is not None
+
+
+class Measurements(Protocol):
+    """Where statistics come from: measured now (`measure.Measured`), or kept for many conversions."""
+
+    @property
+    def fits(self) -> FitCache | None:
+        """Fits that conversions of the same dense model share; None for none."""
+
+    def stream(self, needs: Needs) -> Iterable[dict[str, Statistics]]:
+        """Statistics by block name, layer by layer; each layer is dropped when the next is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionState:
+    """A conversion between two passes.
+
+    Attributes:
+        dense: The dense model whose blocks are converted: the original, or that without its pruned neurons.
+        keep: Keep ratio of the grouped blocks of `dense`.
+        chain: All passes.
+        calibration: The text.
+        statistics: Of the blocks of `dense`: a list of layers if a later pass needs them, else a stream that is read
+            once.
+        compact: The converted model, once there is one.
+        original: The dense model before pruning, if neurons were pruned.
+        kept: By layer, which hidden neurons of the original are kept, ascending.
+        removed: Parameters of the grouped blocks that were pruned.
+        held: Whether a later pass needs the statistics.
+        last: Whether this is the last pass, after which nobody needs the dense weights.
+        donate: Delete dense weights that are replaced, once nobody needs them.
+        fits: Fits that are shared with other conversions.
+        progress: Called with (stage, done, in all).
+    """
+
+    dense: LanguageModel
+    keep: float
+    chain: Chain
+    calibration: Calibration
+    statistics: Iterable[dict[str, Statistics]] = ()
+    compact: LanguageModel | None = None
+    original: LanguageModel | None = None
+    kept: Mapping[int, np.ndarray] | None = None
+    removed: int = 0
+    held: bool = False
+    last: bool = False
+    donate: bool = False
+    fits: FitCache | None = None
+    progress: Progress | None = None
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Say how far a stage is."""
+        if self.progress is not None:
+            self.progress(stage, done, total)

@@ -1,1 +1,0 @@
-"""The passes of a conversion, one lever a module; `ngc_jax.convert` exports them."""

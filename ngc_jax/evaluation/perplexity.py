@@ -1,0 +1,141 @@
+"""Perplexity and bits per byte over a stream of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.evaluation.likelihood import token_log_likelihoods
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.text import split_windows
+from ngc_jax.tokens import Bos, as_tokens, begin_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """What an evaluation found.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of a scored token.
+        bits_per_byte: Negative log-likelihood in bits over the UTF-8 bytes of the scored tokens.
+        tokens: Scored tokens.
+        tokens_per_second: Tokens read per second, compilation left out.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_second: float
+
+
+@partial(jax.jit, static_argnames=("decoder", "context"))
+def _score(
+    params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder, context: int
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-likelihood of each row after its first `context` tokens, and how many they are."""
+    likelihoods, mask = token_log_likelihoods(decoder, params, tokens, positions)
+    return likelihoods[:, context - 1 :].sum(axis=1), mask[:, context - 1 :].sum(axis=1)
+
+
+def measure_perplexity(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    tokenizer: Tokenizer,
+    window: int = 1024,
+    batch_size: int = 4,
+    bos: Bos = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Score non-overlapping windows.
+
+    Where the tokenizer puts BOS before a text, each window begins with it, and all tokens of the text are scored. Where
+    it puts nothing there, the first token of each window is context only.
+
+    Args:
+        model: Dense or compact.
+        tokens: (T,), one stream without special tokens, or a text; the last window may be short. See `as_tokens`.
+        tokenizer: The model's, to count bytes.
+        window: Tokens in a window.
+        batch_size: Windows that run at once.
+        bos: What comes before each window; see `Tokenizer.prefix`.
+        progress: Called with (batches done, in all).
+
+    Raises:
+        UsageError: If fewer than two tokens are left, one is not of the model's vocabulary, the window is below 2, or
+            the model gives no finite number.
+    """
+    check_window(window)
+    tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
+    prefix = tokenizer.prefix(bos)
+    stream = begin_windows(tokens, window, prefix)
+    batches = split_windows(stream, window, batch_size)
+    decoder, totals = model.decoder, []
+    first = map(jnp.asarray, batches[0])
+    score = _score.lower(model.params, *first, decoder=decoder, context=max(len(prefix), 1)).compile()
+    start = time.perf_counter()
+    for done, (batch, positions) in enumerate(batches, start=1):
+        totals.append(jax.block_until_ready(score(model.params, batch, positions)))
+        if progress is not None:
+            progress(done, len(batches))
+    seconds = time.perf_counter() - start
+    nats = -float(sum(np.asarray(likelihood, np.float64).sum() for likelihood, _ in totals))
+    scored = int(sum(np.asarray(count, np.float64).sum() for _, count in totals))
+    if not math.isfinite(nats):
+        raise UsageError(
+            f"{model.name} gives log-likelihoods that are not finite; load it in float32 (--dtype float32)"
+        )
+    mean = nats / scored
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / scored_bytes(stream, window, tokenizer, len(prefix)),
+        tokens=scored,
+        tokens_per_second=len(tokens) / seconds,
+    )
+
+
+def evaluate(model: LanguageModel, text: Any, **options: Any) -> Perplexity:
+    """The perplexity of a model on a text, with its own tokenizer.
+
+    Args:
+        model: Dense or compact.
+        text: A text, or token ids (T,).
+        options: As of `measure_perplexity`: window, batch_size, bos, progress.
+
+    Raises:
+        UsageError: As `measure_perplexity`.
+
+    Example:
+        >>> evaluate(model, read_text("pydoc:second-half"), window=512).perplexity  # doctest: +SKIP
+    """
+    return measure_perplexity(model, text, tokenizer=model.load_tokenizer(), **options)
+
+
+def check_window(window: int) -> None:
+    """Raises UsageError unless a window has a token to score."""
+    if window < 2:
+        raise UsageError(f"window {window} has no token to score; expected at least 2")
+
+
+def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: int = 0) -> int:
+    """UTF-8 bytes of a stream's scored tokens: all but the prefix of every window, or its first token without one."""
+
+    def size(ids: np.ndarray) -> int:
+        # A token can be a part of a character, which decodes to U+FFFD: count it as the one byte that it mostly is.
+        text = tokenizer.decode(ids)
+        return len(text.replace("\ufffd", "?").encode("utf-8"))
+
+    if prefix:
+        return max(size(tokens[np.arange(len(tokens)) % window >= prefix]), 1)
+    return max(size(tokens) - sum(size(tokens[start : start + 1]) for start in range(0, len(tokens), window)), 1)

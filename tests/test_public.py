@@ -1,0 +1,110 @@
+"""What `import ngc_jax` gives: names that are imported when they are used, and functions that a person would try."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import ngc_jax
+from ngc_jax import Objective, OptimizerConfig, TrainConfig, UsageError
+from tests.models.compact import compact_model
+from tests.tiny import forward, random_tokens, tiny_model
+
+TEXT = "Groups exchange signals; a weight is what two states make of each other. " * 40
+
+
+def test_importing_takes_no_jax_and_no_time():
+    program = (
+        "import sys, time; start = time.perf_counter(); import ngc_jax; took = time.perf_counter() - start; "
+        "heavy = [name for name in ('jax', 'numpy', 'transformers', 'scipy') if name in sys.modules]; "
+        "print(took < 0.3, heavy, sorted(ngc_jax.__all__) == dir(ngc_jax))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True", "[]", "True"]
+
+
+@pytest.mark.parametrize("name", ngc_jax.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    found = getattr(ngc_jax, name)
+    assert len(found.__doc__ or "") > 20
+
+
+def test_a_name_that_is_none_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'ngc_jax' has no attribute 'magic'"):
+        _ = ngc_jax.magic
+
+
+def test_packages_do_not_hide_functions():
+    """Whatever was imported before: `ngc_jax.convert` is the function, `ngc_jax.conversion` the package."""
+    import ngc_jax.conversion.pipeline
+
+    assert ngc_jax.convert is ngc_jax.conversion.pipeline.convert
+    assert callable(ngc_jax.train)
+    assert callable(ngc_jax.report)
+
+
+def test_from_a_model_to_a_converted_evaluated_and_saved_one(tmp_path):
+    model = tiny_model("llama_untied")
+    compact = ngc_jax.convert(model, "svd_llm", TEXT, keep=0.6, window=32)
+    assert ngc_jax.evaluate(compact, TEXT, window=32).perplexity > 1
+    assert ngc_jax.evaluate(compact, random_tokens(64)[None], window=32).tokens == 62
+    ngc_jax.save_model(compact, tmp_path / "compact")
+    back = ngc_jax.load_model(str(tmp_path / "compact"))
+    tokens = random_tokens(20)[None]
+    ours, theirs = (forward(m.params, tokens, decoder=m.decoder)[0] for m in (compact, back))
+    np.testing.assert_array_equal(ours, theirs)
+    page = ngc_jax.report([str(tmp_path / "compact")], tmp_path / "report.html")
+    assert page.file.read_text().startswith("<!doctype html>")
+    assert page.size == len(page.file.read_bytes())
+
+
+CONFIG = TrainConfig(steps=8, batch_size=8, sequence_length=16, optimizer=OptimizerConfig(learning_rate=3e-3, steps=8))
+
+
+def test_training_lowers_the_loss_and_changes_no_array_of_the_model():
+    model = tiny_model()
+    before = np.asarray(model.params["embed"]["embedding"]).copy()
+    seen = []
+    trained = ngc_jax.train(model, TEXT, config=CONFIG, on_metrics=seen.append)
+    assert (trained.step, trained.interrupted, len(trained.history)) == (8, False, 8)
+    assert seen == trained.history
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
+    np.testing.assert_array_equal(model.params["embed"]["embedding"], before)
+    assert not np.array_equal(trained.model.params["embed"]["embedding"], before)
+
+
+def test_distilling_moves_a_student_towards_its_teacher(tmp_path):
+    teacher = tiny_model("llama_untied")
+    student = ngc_jax.convert(teacher, "svd", keep=0.5)
+    config = TrainConfig(**{**vars(CONFIG), "trainable": "states"})
+    fitted = ngc_jax.distil(student, teacher, TEXT, config=config, directory=tmp_path / "checkpoints")
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+    np.testing.assert_array_equal(fitted.model.params["embed"]["embedding"], student.params["embed"]["embedding"])
+    # The same call finds that all is done.
+    again = ngc_jax.distil(student, teacher, TEXT, config=config, directory=tmp_path / "checkpoints")
+    assert (again.step, again.history) == (8, [])
+    group = student.plan.groups[0].name
+    ours, theirs = (np.asarray(m.params["groups"][group]["input_states"]) for m in (fitted.model, again.model))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ngc_jax.distil(compact_model(), tiny_model(), [[1, 2], [3]], config=CONFIG),
+            "rows of different lengths",
+        ),
+        (
+            lambda: ngc_jax.train(tiny_model(), TEXT, config=TrainConfig(trainable="states")),
+            "no neuron states to train",
+        ),
+        (lambda: ngc_jax.train(tiny_model(), [1, 2, 999_999], config=CONFIG), "outside the model's vocabulary"),
+        (lambda: ngc_jax.train(tiny_model(), TEXT, config=CONFIG, objective=Objective(divergence=1.0)), "a teacher"),
+        (lambda: ngc_jax.evaluate(tiny_model(), 3.5), "expected"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
