@@ -33,11 +33,14 @@ from ngc_jax.commands import (
     train,
 )
 from ngc_jax.commands.config_file import read_config_file, typed_values
+from ngc_jax.commands.conversion_options import ConversionOptions
 from ngc_jax.commands.escapes import escape_controls
+from ngc_jax.commands.help_format import PlainHelp, examples_of, group_of, group_order, type_in_words
 from ngc_jax.commands.interrupts import Terminated, interruptible
 from ngc_jax.errors import UsageError
 from ngc_jax.files import check_target, explain, quoted_errno, write_summary
 from ngc_jax.groups.topology_text import TopologyError
+from ngc_jax.lazy import missing_extra
 
 COMMANDS = {
     "convert": convert.ConvertConfig,
@@ -96,6 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if advice is None:
             raise
         return _refuse(advice)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        return _refuse(f"{arguments[0]} {missing}")
     except _DEFECTS:
         raise
     except Exception as error:
@@ -218,6 +226,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
     return parsed.command, COMMANDS[parsed.command](**named)
 
 
+_POSITIONAL = ("model", "sources")
 # Options that hold paths: ~ in them is the home directory, wherever the value comes from.
 _PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
 _PATHS |= {"json"}
@@ -259,6 +268,7 @@ def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
     parser = ArgumentParser(
         allow_abbrev=False,
         prog="ngc-jax",
+        formatter_class=PlainHelp,
         description="See, shrink and study large language models as societies of neuronal groups.",
         version=__version__,
         exit_on_error=False,
@@ -266,16 +276,17 @@ def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
     # The others are needed for the list of commands only, and each takes a few hundredths of a second.
     for name in [chosen] if chosen else COMMANDS:
-        commands.add_subcommand(name, _command_parser(COMMANDS[name], given), help=_summary(COMMANDS[name]))
+        commands.add_subcommand(name, _command_parser(COMMANDS[name], given, name), help=_summary(COMMANDS[name]))
     return parser
 
 
-def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> ArgumentParser:
+def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: str = "") -> ArgumentParser:
     """Options from a config's fields, their help from its docstring. Fields `model` and `sources` are positional.
 
     Args:
         config: A command's dataclass.
         given: Values that take the place of the fields' defaults.
+        name: The command's, for its examples.
     """
     docstring = parse_docstring(config.__doc__ or "")
     helps = {
@@ -283,28 +294,41 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None) -> Arg
         for base in reversed(config.__mro__)
         for parameter in parse_docstring(base.__doc__ or "").params
     }
-    parser = ArgumentParser(description=docstring.description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        description=docstring.description,
+        epilog=examples_of(name),
+        formatter_class=PlainHelp,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file that fills the options below; flags override it"
     )
     types = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    conversion = frozenset(field.name for field in dataclasses.fields(ConversionOptions))
+    conversion = conversion if issubclass(config, ConversionOptions) else frozenset()
+    titles = {name: group_of(name, conversion) for name in fields if name not in _POSITIONAL}
+    groups = {title: parser.add_argument_group(title) for title in group_order(set(titles.values()))}
+    for field in fields.values():
         default = None if field.default is dataclasses.MISSING else field.default
         common: dict[str, Any] = {"help": helps[field.name], "default": (given or {}).get(field.name, default)}
         flag = f"--{field.name.replace('_', '-')}"
         if field.name == "model":
-            parser.add_argument("model", nargs="?", type=str, **common)
+            action = parser.add_argument("model", nargs="?", type=str, **common)
         elif field.name == "sources":
-            parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
+            action = parser.add_argument("sources", nargs="*", type=str, action=_KeepUnlessGiven, **common)
         elif types[field.name] is bool:
-            parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
+            action = groups[titles[field.name]].add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
         elif types[field.name] == str | None:
             # Words as they are: of the optional type, "# Be brief" and "null" would be read as YAML, and be nothing.
-            parser.add_argument(flag, type=str, **common)
+            action = groups[titles[field.name]].add_argument(flag, type=str, **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
-            parser.add_argument(flag, nargs="+", type=str if types[field.name] == list[str] | None else float, **common)
+            kind = str if types[field.name] == list[str] | None else float
+            action = groups[titles[field.name]].add_argument(flag, nargs="+", type=kind, **common)
         else:
-            parser.add_argument(flag, type=types[field.name], **common)
+            action = groups[titles[field.name]].add_argument(flag, type=types[field.name], **common)
+        action.plain_type = type_in_words(types[field.name])
     return parser
 
 

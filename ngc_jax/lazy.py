@@ -1,10 +1,41 @@
-"""Public names that are imported when they are first used (PEP 562): `import ngc_jax` takes no JAX."""
+"""Public names that are imported when they are first used (PEP 562), and what to install where that fails."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+# Packages that only some of the library needs, and the extra that brings them.
+_EXTRAS = {
+    "datasets": "train",
+    "grain": "train",
+    "orbax": "train",
+    "tensorboardX": "train",
+    "matplotlib": "report",
+}
+
+
+def missing_extra(error: ImportError) -> str | None:
+    """What to install where a package of an extra is missing; None if it is another package.
+
+    Example:
+        >>> missing_extra(ModuleNotFoundError(name="matplotlib.figure"))
+        "needs matplotlib, which is not installed; pip install 'ngc-jax[report]'"
+    """
+    package = (error.name or "").split(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return f"needs {package}, which is not installed; pip install 'ngc-jax[{_EXTRAS[package]}]'"
+
+
+def require(package: str) -> None:
+    """Import a package of an extra now, so that what needs it does not fail when the work is done.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; `missing_extra` says what to do.
+    """
+    importlib.import_module(package)
 
 
 def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -23,6 +54,12 @@ def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str],
     def get(name: str) -> Any:
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(places[name]), name)
+        try:
+            return getattr(importlib.import_module(places[name]), name)
+        except ModuleNotFoundError as error:
+            advice = missing_extra(error)
+            if advice is None:
+                raise
+            raise ModuleNotFoundError(f"{package}.{name} {advice}", name=error.name) from None
 
     return get, lambda: sorted(places)

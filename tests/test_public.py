@@ -108,3 +108,23 @@ def test_distilling_moves_a_student_towards_its_teacher(tmp_path):
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(UsageError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("package", "name", "extra"), [("grain", "train", "train")])
+def test_what_is_missing_says_which_extra_brings_it(package, name, extra):
+    program = f"import sys; sys.modules[{package!r}] = None; import ngc_jax; ngc_jax.{name}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    expected = f"ngc_jax.{name} needs {package}, which is not installed; pip install 'ngc-jax[{extra}]'"
+    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {expected}"
+
+
+@pytest.mark.parametrize("command", ["stability", "compare"])
+def test_a_command_without_its_extra_is_refused_in_a_line(command, tmp_path):
+    ngc_jax.save_model(tiny_model(), tmp_path / "model")
+    program = "import sys; sys.modules['matplotlib'] = None; from ngc_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [command, str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    expected = f"{command} needs matplotlib, which is not installed; pip install 'ngc-jax[report]'"
+    assert done.stderr == f"ngc-jax: error: {expected}\n"
+    assert not (tmp_path / "out").exists()

@@ -113,7 +113,9 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """Run the entries that the directory does not have, then write the tables and the pictures."""
         from ngc_jax.files import lock_directory
+        from ngc_jax.lazy import require
 
+        require("matplotlib")  # for the pictures at the end
         with lock_directory(self.directory):
             return self._run()
 

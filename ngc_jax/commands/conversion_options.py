@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ngc_jax.conversion.methods import METHODS, Recipe
 from ngc_jax.conversion.registry import option_docs, option_types
 
-_METHODS_OWN = "the method's own if not given"
+_METHODS_OWN = "The method's own if not given."
 
 
 def _make() -> type:
@@ -16,7 +16,7 @@ def _make() -> type:
         "method": "Conversion method.",
         "keep": "Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1.",
     }
-    docs |= {name: f"{text.rstrip('.')}; {_METHODS_OWN}." for name, text in option_docs().items()}
+    docs |= {name: f"{text} {_METHODS_OWN}" for name, text in option_docs().items()}
     fields: list[Any] = [("method", Literal[tuple(METHODS)], "ngc"), ("keep", float, 0.8)]
     fields += [(name, kind | None, None) for name, kind in option_types().items()]
     made = dataclasses.make_dataclass("ConversionOptions", fields, frozen=True, namespace={"__module__": __name__})

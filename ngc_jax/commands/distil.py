@@ -17,8 +17,7 @@ class DistilConfig(TrainingOptions):
     """Train a compact model to predict what the dense model it was made from predicts.
 
     The run's directory has checkpoints, metrics.jsonl, TensorBoard files and, at the end, the model. The same command
-    goes on where it was stopped. For example:
-    ngc-jax distil smollm2-0.6 --text book.txt --steps 50 --out runs/distil
+    goes on where it was stopped.
 
     Args:
         model: The compact model: a directory.

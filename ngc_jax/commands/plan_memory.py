@@ -12,8 +12,7 @@ from ngc_jax.errors import UsageError
 class PlanMemoryConfig:
     """Tell what training a model of any size would take on every device of a mesh, without making it.
 
-    Shapes alone are looked at: a 70B model on 256 devices is planned on a laptop. For example:
-    ngc-jax plan-memory meta-llama/Llama-3.1-8B --topology qkv-o-ug-d --keep 0.5 --fsdp 64 --tensor 4
+    Shapes alone are looked at: a 70B model on 256 devices is planned on a laptop.
 
     Args:
         model: A model whose config.json is read, and no weight: a hub id, a directory, a .gguf file.

@@ -21,8 +21,7 @@ class ReportConfig:
     """Show models and results on one page that a browser opens without a network.
 
     Takes any mix of model directories and the output directories of compare, stability, distil and train; each is
-    recognised by what is in it. For example:
-    ngc-jax report smollm2-0.6 runs/stability runs/compare --out report.html
+    recognised by what is in it.
 
     Args:
         sources: Directories to report on.

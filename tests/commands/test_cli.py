@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from ngc_jax import cli
+from ngc_jax.commands.help_format import EXAMPLES
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from tests.tiny import forward, random_tokens, tiny_model
@@ -249,6 +251,25 @@ def test_help_answers_at_once_and_describes_every_option(command):
     if command:
         for field in dataclasses.fields(cli.COMMANDS[command[0]]):
             assert field.name in ("model", "sources") or f"--{field.name.replace('_', '-')}" in run.stdout
+
+
+def test_help_has_two_examples_that_are_commands():
+    assert set(EXAMPLES) == set(cli.COMMANDS)
+    for command, lines in EXAMPLES.items():
+        assert len(lines) == 2
+        for line in lines:
+            program, *arguments = shlex.split(line)
+            assert (program, cli.parse_arguments(arguments)[0]) == ("ngc-jax", command)
+
+
+def test_help_has_groups_and_types_in_words(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    shown = capsys.readouterr().out
+    for heading in ("conversion:", "text:", "machine:", "output:", "examples:"):
+        assert f"\n{heading}\n" in shown
+    for code in ("Literal", "Optional", "Union", "null, ", "None", "type: "):
+        assert code not in shown.replace("{true,false,null}", "")
 
 
 def test_every_file_in_configs_is_valid():

@@ -140,7 +140,7 @@ def test_every_command_is_one(page, line, monkeypatch):
     elif given[0] == "bash":
         assert (ROOT / given[1]).is_file()
     elif given[0] == "pip":
-        extras = re.findall(r"\[(\w+)\]", line)
+        extras = [extra for found in re.findall(r"\[([\w,]+)\]", line) for extra in found.split(",")]
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert set(extras) <= set(project["optional-dependencies"])
     elif given[0] == "python":
