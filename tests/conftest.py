@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from jaxtyping import install_import_hook
 
 # A job in the background of a shell script is started with Ctrl-C ignored, and so would be what the tests start.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +34,11 @@ os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, valu
 # entry is the whole program, the flags and jax's version. `make clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# The shapes and types that the pure functions of groups declare are checked whenever a test calls one.
+install_import_hook(
+    [f"ngc_jax.groups.{name}" for name in ("kernels", "states", "gauge", "dynamics")], "beartype.beartype"
+)
 
 # No test may reach the network by accident, or pass only because of what its author once downloaded: the
 # Hugging Face libraries work offline, with an empty cache that goes away with the run. (real_model tests get
