@@ -1,4 +1,4 @@
-"""Public names that are imported when they are first used (PEP 562): `import ngc_jax` takes no JAX."""
+"""Public names that are imported on first use (PEP 562), so that `import ngc_jax` does not import JAX."""
 
 from __future__ import annotations
 

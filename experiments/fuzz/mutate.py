@@ -115,7 +115,7 @@ def _nested(rng: random.Random, value: Any) -> bytes:
 
 
 def _doubled(rng: random.Random, value: Any) -> bytes:
-    """JSON text in which a key stands twice, the second time with another value."""
+    """JSON text with a duplicate key, whose second value differs."""
     text = json.dumps(value)
     if not isinstance(value, dict) or not value:
         return text.encode()

@@ -167,7 +167,7 @@ def extend(
         positions_BxL: Their positions; -1 for padding.
 
     Returns:
-        The keys and values to attend to, as a `LayerCache` of any number of slots; and the new cache (None without one).
+        The keys and values to attend to (a `LayerCache` of any number of slots), and the new cache (None without one).
     """
     fresh = LayerCache(k_BxLxKxH.transpose(0, 2, 3, 1), v_BxLxKxH.swapaxes(1, 2), positions_BxL)
     if cache is None:

@@ -127,7 +127,7 @@ def test_unknown_dtypes_matter_only_when_read(tmp_path: Path) -> None:
         (lambda path: None, ["config.json"]),
         (lambda path: (path / "m.gguf").touch(), ["config.json", "m.gguf"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json", "JSON"]),
-        (lambda path: (path / "config.json").write_text("[1]"), ["config.json", "no JSON object"]),
+        (lambda path: (path / "config.json").write_text("[1]"), ["config.json", "not hold a JSON object"]),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "JSON"]),
         (lambda path: (path / "config.json").mkdir(), ["config.json"]),
     ],
