@@ -1,6 +1,6 @@
 """Stability over the text itself: prompts with a number for each token or segment.
 
-As `views.py`, of the JSON that `ngc-jax stability` writes.
+From the JSON that `ngc-jax stability` writes, as in `views.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def texts(results: Mapping[str, Any], limits: tuple[float, float]) -> list[Text]
 
 
 def colour_limits(many: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """One scale for the rates, and one for the potential's shares, of several results: their colours compare."""
+    """One scale for the rates, and one for the potential's shares, of several results, to make colours comparable."""
     prompts = [prompt for results in many for prompt in results["prompts"]]
     rates = [rate for prompt in prompts for rate in _rates(prompt)]
     shares = [share for prompt in prompts for share in prompt.get("tokens_potential_share", [0.0, 1.0])[1:]]
@@ -33,7 +33,7 @@ def colour_limits(many: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def _rates(prompt: Mapping[str, Any]) -> Sequence[float]:
-    """The first token has nothing before it and is not counted."""
+    """The rates without the first token's, which has no context."""
     return prompt["tokens_metric"][1:] if "tokens_metric" in prompt else prompt["segments"]
 
 
@@ -46,10 +46,10 @@ def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], l
     for index, (piece, rate, error, share) in enumerate(zip(pieces, rates, errors, shares, strict=True)):
         spread = "" if error is None else f" ± {number(error, 2)}"
         parts = [f"token {index} “{visible(piece)}”", f"stability {signed(rate)}{spread} {unit}"]
-        parts += [f"{'grows' if rate is not None and rate > 0 else 'fades'}", f"potential {percent(share)}"]
+        parts += [f"{'grows' if rate is not None and rate > 0 else 'decays'}", f"potential {percent(share)}"]
         told.append("; ".join([*parts, *(["first token, not counted"] if index == 0 else [])]))
         rows.append((visible(piece), str(index), signed(rate), number(error, 2), percent(share)))
-    # The first token's numbers are in the table, but it gets no colour: it is not like the others.
+    # The first token's numbers are in the table, but it gets no colour, since it differs from all others.
     measures = (
         Measure("stability", "stability", unit, (None, *rates[1:]), -limits[0], limits[0]),
         Measure("potential", "share of the potential", "", (None, *shares[1:]), 0.0, limits[1]),
@@ -62,7 +62,7 @@ def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], l
 def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limits: tuple[float, float]) -> Text:
     tokens, memory = prompt["tokens"], int(results["memory"])
     unit = results["unit"].replace("1 / ", "per ")
-    # What comes before the first segment is perturbed only, and what is left after the last is not read.
+    # The tokens before the first segment are only perturbed, and those after the last segment are not read.
     pieces, told = ["".join(tokens[:memory])], [f"tokens 0 to {memory - 1}; perturbed first, nothing is measured here"]
     rates: list[Number] = [None]
     rows = []
@@ -91,7 +91,7 @@ def _mean(prompt: Mapping[str, Any]) -> str:
 
 
 def visible(piece: str) -> str:
-    """A token as it can be said and shown: white space gets a sign of its own."""
+    """A token as it is read out and shown: white space is replaced by symbols."""
     signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
     shown = "".join(signs.get(letter, letter) for letter in piece)
     return "␣" * len(shown) if not shown.strip() else shown.strip()

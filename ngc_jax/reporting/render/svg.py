@@ -50,7 +50,7 @@ def lines(chart: Lines, key: str) -> Markup:
         parts.append(_line(_LEFT, place_y(y), _WIDTH - _RIGHT, place_y(y), "zero" if not label else "mark"))
         if label:
             parts.append(text(_WIDTH - _RIGHT, place_y(y) - 5, label, "label", "end"))
-    # The strongest, and the one that is set off, come last and lie on top.
+    # The strongest and the highlighted line are drawn last, on top.
     for one in sorted(chart.series, key=lambda one: (one.style == -1, one.strength)):
         points = [(place_x(x), place_y(y)) for x, y in zip(one.x, one.y, strict=True) if _drawable(y)]
         parts.append(_band(one, place_x, place_y))
@@ -62,7 +62,7 @@ def lines(chart: Lines, key: str) -> Markup:
 
 
 def swatch(one: Series) -> Markup:
-    """A line's sign in the legend."""
+    """A line's symbol in the legend."""
     parts = [_path([(1, 7), (27, 7)], one)]
     if one.markers:
         parts.append(marker(14, 7, one.style))
@@ -72,7 +72,7 @@ def swatch(one: Series) -> Markup:
 
 
 def bars(chart: Bars, key: str) -> Markup:
-    """Horizontal bars in panels side by side."""
+    """Horizontal bars in adjacent panels."""
     step, top, left = 24, 26, 150
     width = max(220, 420 // len(chart.panels))
     height = top + step * len(chart.names) + 34
@@ -102,7 +102,7 @@ def bars(chart: Bars, key: str) -> Markup:
 
 
 def token_bars(measure: Measure, key: str, title: str) -> Markup:
-    """One bar for each token, up or down from 0; stretches to the width it is given."""
+    """One bar for each token, up or down from 0; stretches to the available width."""
     count = len(measure.values)
     height, zero = 60, 30 if measure.diverges else 58
     reach = zero - 2
@@ -126,7 +126,7 @@ def token_bars(measure: Measure, key: str, title: str) -> Markup:
 
 
 def marker(x: float, y: float, style: int) -> Markup:
-    """A point; the shape tells lines apart as well as the colour."""
+    """A point; its shape distinguishes lines in addition to the colour."""
     shapes = (
         f"M{x - 4} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         f"M{x - 4} {y - 4}h8v8h-8z",
@@ -177,7 +177,7 @@ def _axes(chart: Lines, x_ticks: list[tuple[float, float]], y_ticks: list[tuple[
 
 
 def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
-    """Invisible columns that tell a pointer all values at an x."""
+    """Invisible columns that show a pointer all values at an x."""
     places = sorted({x for one in chart.series for x in one.x})
     if len(places) > 400 or not places:
         return Markup("")
@@ -222,7 +222,7 @@ def _path(points: Sequence[tuple[float, float]], one: Series, *, dashed: bool = 
 
 
 def _drawable(y: Number) -> TypeGuard[float]:
-    """Whether there is a number at all, and not an infinite one (a direction that was lost)."""
+    """Whether there is a number, and it is finite (an infinite one is a lost direction)."""
     return y is not None and math.isfinite(y)
 
 
