@@ -93,9 +93,7 @@ def measure_perplexity(
     nats = -float(sum(np.asarray(likelihood, np.float64).sum() for likelihood, _ in totals))
     scored = int(sum(np.asarray(count, np.float64).sum() for _, count in totals))
     if not math.isfinite(nats):
-        raise UsageError(
-            f"{model.name} has log-likelihoods that are not finite; load it in float32 (--dtype float32)"
-        )
+        raise UsageError(f"{model.name} has log-likelihoods that are not finite; load it in float32 (--dtype float32)")
     mean = nats / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,

@@ -193,10 +193,10 @@ def _places(config: DecoderConfig, plan: Plan) -> list[_Place]:
     return found
 
 
-def _cell(place: _Place, value: Number, short: str, told: str, head: tuple[str, ...]) -> Cell:
+def _cell(place: _Place, value: Number, short: str, result: str, head: tuple[str, ...]) -> Cell:
     block, group = place.block, place.group
     where = f"layer {place.layer}, {ROLE_NAMES[place.role]}"
-    parts = [where, told]
+    parts = [where, result]
     if group is not None:
         others = [_short(member.name) for member in group.members if member.name != block.name]
         sharing = f"shares with {', '.join(others)}" if others else "shares with no other block"

@@ -89,9 +89,9 @@ def _errors(
         return found
     with open_source(dense) as source:
         for model in compact:
-            told = None if progress is None else partial(progress, model.label)
+            named = None if progress is None else partial(progress, model.label)
             with open_source(model.path) as own:
-                found[model.path] = block_errors(own, source, progress=told)
+                found[model.path] = block_errors(own, source, progress=named)
     return found
 
 
@@ -129,5 +129,5 @@ def _lead(inputs: Inputs) -> str:
         (len(inputs.stabilities), "stability run"),
         (len(inputs.trainings), "training run"),
     ]
-    told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
-    return f"A report on {' and '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}."
+    named = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
+    return f"A report on {' and '.join([', '.join(named[:-1]), named[-1]] if len(named) > 1 else named)}."

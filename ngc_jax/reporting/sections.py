@@ -149,7 +149,7 @@ def _stability_parts(
     prompts = data["prompts"]
     mean = sum(prompt["metric"] for prompt in prompts) / len(prompts)
     unit = data["unit"].replace("1 / ", "per ")
-    way = "fade" if mean < 0 else "grow"
+    way = "decay" if mean < 0 else "grow"
     tiles.append(Tile(signed(mean), f"{unit}: small perturbations {way} along {along}", _subject(one)))
     lead = f"{data['model']}, {data['exponents']} directions, mean over {len(prompts)} prompts {signed(mean)} {unit}."
     left_out = len(prompts) - most

@@ -136,7 +136,7 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
         name = f"L{layer}-{role}"
         rank, most = found.get(name, (None, None))
         share = 1.0 if rank is None or most is None else rank / most
-        told = f"{name}: " + ("left dense" if rank is None else f"rank {rank} of {most}")
+        label = f"{name}: " + ("left dense" if rank is None else f"rank {rank} of {most}")
         cells.append(
             Cell(
                 layer,
@@ -145,7 +145,7 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
                 shared=1,
                 value=share,
                 short=f"{100 * share:.0f}",
-                told=told,
+                told=label,
                 row=(name, number(rank), number(most), percent(share)),
             )
         )

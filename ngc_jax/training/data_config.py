@@ -70,9 +70,7 @@ class DataConfig:
                 raise UsageError(f"{name} is {value}; expected at least {smallest}")
         opened = self.opened
         if self.epochs is not None and (len(opened) > 1 or opened[0].streaming):
-            raise UsageError(
-                "epochs need one source that is read whole; leave out epochs, and give the steps to train"
-            )
+            raise UsageError("epochs need one source that is read whole; leave out epochs, and give the steps to train")
 
     @property
     def opened(self) -> tuple[SourceConfig, ...]:

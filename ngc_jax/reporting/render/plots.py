@@ -106,8 +106,8 @@ def _(chart: Bars) -> Figure:
                 continue
             length = min(value, chart.highest)
             axes.barh(row, length, color=_colour(chart.styles[row]), height=0.7)
-            told = f"{value:.3g}" if value <= chart.highest else "broken"
-            axes.annotate(told, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            label = f"{value:.3g}" if value <= chart.highest else "broken"
+            axes.annotate(label, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_title(as_text(title), fontsize=9, loc="left")
         axes.set_xlabel(chart.x_label, fontsize=8)
         axes.margins(x=0.2)

@@ -118,7 +118,7 @@ def token_bars(measure: Measure, key: str, title: str) -> Markup:
                 measure.key, place, index, index * 10 + 0.5, round(y, 1), size
             )
         )
-    what = f"{title}, token by token" + (": up grows, down fades" if measure.diverges else "")
+    what = f"{title}, token by token" + (": up grows, down decays" if measure.diverges else "")
     return Markup(
         '<svg class="tokenbars" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-labelledby="{}">'
         '<title id="{}">{}</title>{}</svg>'
@@ -144,7 +144,7 @@ def document(
     height: float,
     key: str,
     title: str,
-    told: str,
+    description: str,
     parts: Iterable[Markup],
     role: str = "img",
     kind: str = "",
@@ -154,7 +154,7 @@ def document(
         '<svg class="chart {}" viewBox="0 0 {} {}" width="{}" height="{}" role="{}" aria-labelledby="{}" '
         'aria-describedby="{}"><title id="{}">{}</title><desc id="{}">{}</desc>{}</svg>'
     ).format(
-        kind, width, height, width, height, role, f"{key}-t", f"{key}-d", f"{key}-t", title, f"{key}-d", told,
+        kind, width, height, width, height, role, f"{key}-t", f"{key}-d", f"{key}-t", title, f"{key}-d", description,
         Markup("").join(parts),
     )  # fmt: skip
 
@@ -186,14 +186,14 @@ def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
     for index, x in enumerate(places):
         begin = _LEFT if index == 0 else (spots[index - 1] + spots[index]) / 2
         end = _WIDTH - _RIGHT if index == len(places) - 1 else (spots[index] + spots[index + 1]) / 2
-        told = [f"{chart.x_label}: {number(x)}"]
+        values = [f"{chart.x_label}: {number(x)}"]
         for one in chart.series:
-            told += [
+            values += [
                 f"{one.name}: {number(y)}" for at, y in zip(one.x, one.y, strict=True) if at == x and y is not None
             ]
         parts.append(
             Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}" data-tip="{}"/>').format(
-                round(begin, 1), _TOP, round(max(end - begin, 1), 1), _HEIGHT - _TOP - _BOTTOM, "; ".join(told)
+                round(begin, 1), _TOP, round(max(end - begin, 1), 1), _HEIGHT - _TOP - _BOTTOM, "; ".join(values)
             )
         )
     return Markup("").join(parts)
