@@ -40,7 +40,7 @@ class ConvertConfig(ConversionOptions):
         gradient_tokens: Number of tokens, from the first, on which gradients are measured; each costs three times
             as much as another token.
         propagation_tokens: Number of tokens, from the first, on which errors are propagated; each costs three times
-            as much too.
+            as much as another token, too.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
             text that the model generates itself.

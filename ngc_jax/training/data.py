@@ -37,7 +37,7 @@ _FREE = ("epochs", "prefetch")  # may change in a continued run
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of a source that was read whole; unknown for a stream.
+    """Counts of documents, tokens and rows of a source that was read whole; unknown for a stream.
 
     Attributes:
         name: The source's.
@@ -146,7 +146,7 @@ class Pipeline(grain.IterDataset):
     """Batches of one process; its `iter` has `get_state` and `set_state`.
 
     Attributes:
-        reports: What became of the sources that were read whole.
+        reports: Counts of the sources that were read whole.
         steps_per_epoch: Batches of an epoch, the same on every process; None with several sources or a stream.
         steps: Total number of batches; None if they do not end.
     """

@@ -27,7 +27,7 @@ def directory(tmp_path):
 
 
 def rewrite(directory, change, config):
-    """Replace every projection by what `change` makes of it: a dict of suffixes and tensors."""
+    """Replace every projection by the result of `change`: a dict of suffixes and tensors."""
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         tensors |= {name + suffix: value for suffix, value in change(tensors.pop(name)).items()}

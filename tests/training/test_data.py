@@ -192,7 +192,7 @@ def test_the_batches_of_all_processes_make_up_that_of_one(tmp_path, name, proces
     assert_equal_batches(together(5), expected[:5])
     states = [part.get_state() for part in parts]
     assert all(state == states[0] for state in states)
-    again = start(**options)  # one process goes on where several were
+    again = start(**options)  # one process continues where several stopped
     again.set_state(json.loads(json.dumps(states[0])))
     assert_equal_batches(take(again, 4), expected[5:])
     back = start(**options)
