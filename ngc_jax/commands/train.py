@@ -38,7 +38,7 @@ class TrainConfig(TrainingOptions):
         keep: Keep ratio of every group.
         rank: Every group's rank instead of a keep ratio.
         kernel: How two states make a weight: bilinear, riemannian or lifted.
-        metric_rank: For riemannian: rank of the metric's off-diagonal part.
+        metric_rank: For riemannian: rank of the metric's low-rank part, added to its diagonal.
         lift: For lifted: number of lifted features.
         iterations: How often all layers are applied: above 1 the depth is unrolled communication of the same groups.
         rank_multiple: Ranks are multiples of this, for example 128 for a TPU's tiles.

@@ -37,7 +37,8 @@ class TrainingOptions:
         evaluation_tokens: Number of tokens to score, fewer if the text is shorter; 0 for no evaluation.
         evaluate_every: Steps between evaluations; 0 for only before and after.
         steps: Total number of steps.
-        batch_size: Rows of a step, over all devices; by default 4, or the next number that the devices divide.
+        batch_size: Rows of a step, over all devices; by default 4, rounded up to a multiple of the devices that
+            the batch is sharded over.
         sequence_length: Tokens of a row.
         microbatches: Number of parts that a step's rows are split into to save memory; the result is the same.
         learning_rate: Peak learning rate.

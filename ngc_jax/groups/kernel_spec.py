@@ -38,7 +38,7 @@ class Kernel:
 
     Attributes:
         name: `bilinear`, `riemannian` or `lifted`.
-        metric_rank: riemannian: rank k of the metric's off-diagonal part; 0 is a diagonal metric. At a group rank
+        metric_rank: riemannian: rank k of the metric's low-rank part; 0 is a diagonal metric. At a group rank
             below k the group's rank is used, which already gives the most general metric.
         lift: lifted: number of lifted features R, above the group's rank.
         seed: lifted: the seed that fixes P (or initialises it, if learned).

@@ -209,7 +209,7 @@ def _inputs(kernel: Kernel, states: States, pivots: Sequence[int]) -> int:
     if kernel.name != "bilinear" or len(pivots) != rank or (rank and pivots[-1] >= rows + rank):
         raise UsageError(
             f"{len(pivots)} pivots for a group of kernel {kernel.name!r}, rank {rank} and {rows} stored input states;"
-            " expected kernel 'bilinear' and one pivot for each rank, out of stored states and pivots together"
+            " expected kernel 'bilinear' and one pivot for each latent dimension, out of stored states and pivots"
         )
     return rows + rank
 

@@ -25,7 +25,7 @@ from ngc_jax.groups.families import HYBRIDS
 ROLES = "qkvougd"
 """The roles of a decoder layer: attention q, k, v, o; MLP u(p), g(ate), d(own)."""
 
-# So few digits that int() and Decimal are exact and fast.
+# Few enough digits that int() and Decimal are exact and fast.
 _BOUND = re.compile(r"(?P<layer>-?[0-9]{1,6})|(?P<percent>[0-9]{1,6}(\.[0-9]{1,6})?)\s*%")
 
 

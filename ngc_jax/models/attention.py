@@ -257,7 +257,7 @@ def attend(
         seen_LxS, *slots = where
         q_QxH = q_GxLxH.reshape(-1, head_dim)
         logits = jnp.einsum("qh,hs->qs", q_QxH, k_HxS, preferred_element_type=jnp.float32) * scale
-        if own_kv:  # adds 0 to the value, but a derivative
+        if own_kv:  # adds 0 to the value, and a derivative
             (slot_L,) = slots
             own_LxS = jax.nn.one_hot(slot_L, k_HxS.shape[1])
             live_LxH = (own_kv[0] - k_HxS[:, slot_L]).T

@@ -148,7 +148,7 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
 
 def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
     """Cast a tensor, check its numbers and put it on the device."""
-    # On a CPU JAX reuses a buffer with the alignment of its own; it copies any other twice at once.
+    # On a CPU JAX reuses a buffer with its own alignment; of any other it holds two copies at the same time.
     n_bytes, alignment = tensor.size * dtype.itemsize, 64
     buffer = np.empty(n_bytes + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment

@@ -218,5 +218,5 @@ def _called(settings: Mapping[str, Any] | None) -> str | None:
 def _refusal(where: str, kind: str, why: str) -> UsageError:
     return UsageError(
         f"{where}: this is a quantised checkpoint ({kind}), which cannot be read: {why}; use the unquantised model, or "
-        "as a GGUF file"
+        "a GGUF file"
     )

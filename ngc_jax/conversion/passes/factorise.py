@@ -45,7 +45,7 @@ class Factorise(Pass):
             as 0.3, gives a model that generalises better to text unlike the calibration text.
         kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
             steps, group by group, which takes much longer.
-        metric_rank: For riemannian: rank of the metric's off-diagonal part.
+        metric_rank: For riemannian: rank of the metric's low-rank part, added to its diagonal.
         lift: For lifted: number of lifted features, above every group's rank.
         fit_steps: For riemannian and lifted: gradient steps for each group.
 

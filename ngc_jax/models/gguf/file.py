@@ -131,7 +131,7 @@ class GgufFile:
 
 @lru_cache
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:
-    # The gguf package shows what it supports only by trying.
+    # The gguf package has no list of supported types: try one.
     _, block_bytes = GGML_QUANT_SIZES[kind]
     try:
         dequantize(np.zeros((1, block_bytes), np.uint8), kind)
