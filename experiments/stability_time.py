@@ -1,9 +1,9 @@
-"""Time of 8 exponents along depth and along the sequence, over that of the passes they follow.
+"""Time of 8 exponents along depth and along the sequence, relative to the passes that they follow.
 
     python -m experiments.stability_time --text book.txt
 
-Depth is compared with one forward pass over the text, the sequence with one cached pass token by token, in turn in one
-process; medians.
+Depth is compared with one forward pass over the text, the sequence with one cached pass token by token, alternately in
+one process; medians.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Seconds of a training step: a dense model against the same model made of groups, by the same loop, in turns.
+"""Seconds of a training step: a dense model against the same model made of groups, by the same loop, alternately.
 
     python -m experiments.step_time --keep 0.5 --length 512
 
-Parameters are random, which changes no time. Steps of the two take turns, so that what else the machine does falls on
-both; the ratio of each pair is taken, and the median of the ratios printed.
+Parameters are random, which does not affect the time. Steps of the two models alternate, so that other load on the
+machine affects both; the median of the ratios of all pairs is printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ngc_jax.training.trainable import split_params
 
 
 def grouped_plan(config: DecoderConfig, topology: str, keep: float, gauge: bool) -> Plan:
-    """Every group at the same keep ratio; in the fixed gauge the pivots are spread evenly."""
+    """The same keep ratio for every group; in the fixed gauge the pivots are spread evenly."""
     plans = []
     for group in all_candidates(candidate_cells(config, topology)):
         rank = uniform_rank(group.members, keep, gauge=gauge)
@@ -42,7 +42,7 @@ def grouped_plan(config: DecoderConfig, topology: str, keep: float, gauge: bool)
 
 
 def stepper(config: DecoderConfig, plan: Plan | None, batch: Any, trainable: Any) -> Callable[[], float]:
-    """A function that makes one step and tells its seconds."""
+    """A function that makes one step and returns its seconds."""
     decoder = Decoder(config, plan, jnp.dtype("float32"))
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     trained, frozen = split_params(params, trainable)

@@ -1,6 +1,6 @@
 """ngc-jax: compress, train and study language models as societies of neuronal groups.
 
-The public names are here, and are imported when they are first used:
+The public names are here, and are imported on first use:
 
     from ngc_jax import convert, evaluate, load_model, save_model
 

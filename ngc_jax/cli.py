@@ -1,4 +1,4 @@
-"""The command line: typed configs in, one call, one summary out."""
+"""The command line: typed configs in, one library call, one summary out."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ COMMANDS = {
 }
 
 
-# --print_completion shtab-bash prints what a shell needs to complete commands and options.
+# --print_completion shtab-bash prints the shell code that completes commands and options.
 set_parsing_settings(add_print_completion_argument=True)
 
 
-# Errors that only a defect of ours raises, whatever else went wrong before.
+# Errors that only a bug in ngc-jax raises, whatever failed before.
 _DEFECTS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 2 for input or a machine that a person can put right, 130 when interrupted and 143 when
-        terminated by a signal.
+        The exit code: 0; 2 for invalid input or a machine problem that the user can fix; 130 when interrupted and 143
+        when terminated by a signal.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
@@ -85,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _refuse(error)
     except Terminated:
-        print("ngc-jax: terminated; nothing half written was left behind", file=sys.stderr)
+        print("ngc-jax: terminated; no partial output was left", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("ngc-jax: interrupted; nothing half written was left behind", file=sys.stderr)
+        print("ngc-jax: interrupted; no partial output was left", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does; Python would complain again at exit.
+        # The reader of our output has closed it, as `head` does; Python would complain again at exit.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = " ".join(str(error).split())[:160]
         return _refuse(
-            f"the device is out of memory ({reason}); take smaller batches, shorter windows or a smaller type"
+            f"the device is out of memory ({reason}); use smaller batches, shorter windows or a smaller dtype"
         )
     return 0
 
@@ -126,7 +126,7 @@ def _run(arguments: Sequence[str]) -> None:
         config.run()
         return
     check_target(config.json)
-    # Where the summary goes to standard output, nothing else does.
+    # If the summary goes to standard output, everything else goes to standard error.
     with redirect_stdout(sys.stderr) if config.json == "-" else nullcontext():
         summary = config.run()
     write_summary(config.json, {"command": command, **summary})
@@ -134,16 +134,16 @@ def _run(arguments: Sequence[str]) -> None:
 
 def _refuse(reason: object) -> int:
     text = str(reason)
-    if not isinstance(reason, TopologyError):  # which shows the text and a mark below it
-        # A name from a damaged file may hold anything, and the terminal obeys control characters.
+    if not isinstance(reason, TopologyError):  # which shows the text with a caret below it
+        # A name from a damaged file may contain anything, and the terminal obeys control characters.
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     print(f"ngc-jax: error: {text}", file=sys.stderr)
     return 2
 
 
 def _quiet_late_callbacks() -> None:
-    """After a write has failed, tensorstore reports to event loops that are closed by then, a traceback each time."""
-    # What is logged when a write in the background fails is also raised.
+    """After a failed write tensorstore reports to event loops that are already closed, with a traceback each time."""
+    # A failed write in the background is logged and also raised.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -153,7 +153,7 @@ def _quiet_late_callbacks() -> None:
 
 
 def _report_background(failed: threading.ExceptHookArgs) -> None:
-    """What a thread could not write, such as TensorBoard's events on a full disk, in one line."""
+    """Report in one line what a thread could not write, such as TensorBoard's events on a full disk."""
     advice = explain(failed.exc_value) if isinstance(failed.exc_value, OSError) else None
     if advice is None:
         threading.__excepthook__(failed)
@@ -167,33 +167,33 @@ def _report_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
 
 
 def _open_streams() -> None:
-    """Standard output and standard error may be closed (`>&-`): what is printed then goes nowhere."""
+    """Standard output and standard error may be closed (`>&-`): output is then discarded."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
 def _print_any_text() -> None:
-    """A path or a text may hold what the terminal's encoding does not."""
+    """A path or a text may contain characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class _ToStderr(logging.StreamHandler):
-    """Writes to what is standard error when something is logged, which a caller may have redirected since."""
+    """Writes to the current standard error, which a caller may have redirected since the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message; names of files and of what is in them are shown without control characters."""
+        """The message, with control characters of file names and file contents escaped."""
         return escape_controls(super().format(record))
 
 
 def _show_log() -> None:
-    """Show what the library logs (such as that it fetches a model) on stderr."""
+    """Show the library's log, for example of a download, on stderr."""
     logger = logging.getLogger("ngc_jax")
     if not logger.handlers:
         logger.addHandler(_ToStderr())
@@ -204,7 +204,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
     """The command and its config, from flags and from the YAML file of --config, which flags override.
 
     Raises:
-        UsageError: If the arguments do not fit.
+        UsageError: If the arguments are invalid.
         SystemExit: After --help and --version.
     """
     rest, files = _take_config_files(arguments)
@@ -230,13 +230,13 @@ _POSITIONAL = ("model", "sources")
 # Options that hold paths: ~ in them is the home directory, wherever the value comes from.
 _PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
 _PATHS |= {"json"}
-# Of these, the ones that are read as a text: - is standard input.
+# Of these, the options that name a text: - is standard input.
 _TEXTS = {"text", "evaluation_text", "prompts"}
 
 
 def _expanded(name: str, value: Any) -> Any:
     if name in _PATHS and isinstance(value, str) and "\0" in value:
-        raise UsageError(f"--{name} holds a null character; give a path")
+        raise UsageError(f"--{name} contains a null character; give a path")
     if name in _TEXTS and value == "-":
         return "/dev/stdin"
     if name in _PATHS and isinstance(value, list):
@@ -263,8 +263,8 @@ def _take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
-    """The whole parser; the options of the chosen command have what its files give as defaults."""
-    # No abbreviations: --conf would be read by another way than --config is.
+    """The whole parser; values from the files are the defaults of the chosen command's options."""
+    # No abbreviations, since --config is read separately and --conf would not be.
     parser = ArgumentParser(
         allow_abbrev=False,
         prog="ngc-jax",
@@ -285,7 +285,7 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
 
     Args:
         config: A command's dataclass.
-        given: Values that take the place of the fields' defaults.
+        given: Values that replace the fields' defaults.
         name: The command's, for its examples.
     """
     docstring = parse_docstring(config.__doc__ or "")
@@ -302,7 +302,7 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file that fills the options below; flags override it"
+        "--config", action=ActionConfigFile, help="YAML file with values of the options below; flags override it"
     )
     types = typing.get_type_hints(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
@@ -321,7 +321,7 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
         elif types[field.name] is bool:
             action = groups[titles[field.name]].add_argument(flag, action=ActionYesNo(no_prefix="no-"), **common)
         elif types[field.name] == str | None:
-            # Words as they are: of the optional type, "# Be brief" and "null" would be read as YAML, and be nothing.
+            # Plain strings: for an optional type, "# Be brief" and "null" would be parsed as YAML and become None.
             action = groups[titles[field.name]].add_argument(flag, type=str, **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
             kind = str if types[field.name] == list[str] | None else float

@@ -1,9 +1,9 @@
-"""The one error type that means "the input is at fault, and here is what to do"."""
+"""The one error type for invalid input, with advice."""
 
 
 class UsageError(ValueError):
-    """Input that a person can put right.
+    """Invalid input that the user can correct.
 
     The message is one line: what was wrong, what was expected, what to do. The command line prints it without
-    a traceback and exits with code 2; library callers catch it as the ValueError that it is.
+    a traceback and exits with code 2; library callers can catch it as a ValueError.
     """

@@ -1,4 +1,4 @@
-"""Writing to disk: whole or not at all, and by one process at a time."""
+"""Atomic writing to disk, by one process at a time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LOCK = ".lock"
 def write_text(file: Path, text: str) -> None:
     """Write UTF-8 text to a file, a device or a pipe.
 
-    A file is written whole or not at all, and keeps its mode. A link is kept: what it points to is written.
+    A file is written atomically, and keeps its mode. A link is kept: its target is written.
 
     Raises:
-        OSError: If it cannot be written; a file that was there is unchanged.
+        OSError: If it cannot be written; an existing file is unchanged.
     """
     place = _follow(file)
     if isinstance(place, int):
-        # Not opened by its name: that would begin a regular file again, and a socket has none.
+        # Not opened by name: that would truncate a regular file, and a socket has no name.
         with os.fdopen(os.dup(place), "w", encoding="utf-8") as descriptor:
             descriptor.write(text)
     elif place.exists() and not place.is_file():
@@ -43,10 +43,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, for files that anybody may have written.
+    """`json.loads`, for files from any source.
 
     Raises:
-        ValueError: If it is no JSON, or nested deeper than Python can read.
+        ValueError: If it is not JSON, or nested deeper than Python can read.
     """
     try:
         return json.loads(text)
@@ -61,13 +61,13 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def atomic_file(file: str | Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `file` on success and vanishes on failure.
+    """A temporary file that replaces `file` on success and is removed on failure.
 
-    The place of a link is that of the file it points to, so that the link is kept. The mode is kept too. What a process
-    that was killed left beside it is removed first.
+    For a link, its target is replaced and the link is kept. The mode is kept too. Temporary files of killed processes
+    are removed first.
 
     Raises:
-        OSError: If there is something else than a file, or nothing can be written there.
+        OSError: If the place is not a regular file, or cannot be written.
     """
     place = _follow(file)
     if isinstance(place, int) or (place.exists() and not place.is_file()):
@@ -90,25 +90,25 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
 
 
 def _remove_unlocked(file: Path) -> None:
-    """Remove a temporary file whose process is no more."""
+    """Remove a temporary file whose process no longer exists."""
     try:
         with file.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
-    except OSError:  # a directory, or its process is at work
+    except OSError:  # a directory, or its process is running
         return
 
 
 def check_target(target: str, option: str = "--json") -> None:
-    """Refuse a place for a text that cannot be written, before any work is done; see `write_text`.
+    """Refuse an output for text that cannot be written, before any work is done; see `write_text`.
 
     Args:
         target: A path, or - for standard output.
-        option: That it was given by, for the message.
+        option: The option that it was given by, for the message.
 
     Raises:
-        UsageError: If it is a directory, is in none, or must not be written.
-        OSError: If the path cannot be followed.
+        UsageError: If it is a directory, has no existing parent, or is not writable.
+        OSError: If the path cannot be resolved.
     """
     if target == "-":
         return
@@ -122,7 +122,7 @@ def check_target(target: str, option: str = "--json") -> None:
             writable = False
     else:
         if not place.parent.is_dir():
-            raise UsageError(f"{option} {target} is in a directory that does not exist; make it first")
+            raise UsageError(f"{option} {target} is in a directory that does not exist; create it first")
         special = place.exists() and not place.is_file()
         writable = os.access(place if special else place.parent, os.W_OK)
     if not writable:
@@ -130,7 +130,7 @@ def check_target(target: str, option: str = "--json") -> None:
 
 
 def write_summary(target: str, summary: Mapping[str, Any]) -> None:
-    """Write a JSON object to a place that `check_target` allows; `-` is standard output."""
+    """Write a JSON object to a target that `check_target` accepts; `-` is standard output."""
     if target == "-":
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return
@@ -142,7 +142,7 @@ _MOST_LINKS = 40  # as Linux allows
 
 
 def _follow(path: str | Path) -> Path | int:
-    """The file that a path names once all links are followed, or the number of this process's open file."""
+    """The file that a path names after all links are resolved, or the number of this process's open file."""
     place = os.path.abspath(os.path.expanduser(path))
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
@@ -171,14 +171,14 @@ _ADVICE = {
     errno.EEXIST: "choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "check the disk",
-    errno.ENOMEM: "take smaller batches or a smaller type, or a machine with more memory",
+    errno.ENOMEM: "use smaller batches, a smaller dtype or a machine with more memory",
 }
 
 
 def explain(error: OSError | MemoryError) -> str | None:
-    """An error of the operating system's in one line, with what to do; None if a person cannot put it right."""
+    """An error of the operating system in one line, with advice; None if the user cannot fix it."""
     if isinstance(error, MemoryError):
-        return "out of memory; take smaller batches or a smaller type, or a machine with more memory"
+        return "out of memory; use smaller batches, a smaller dtype or a machine with more memory"
     advice = _ADVICE.get(error.errno or 0)
     if advice is None:
         return None
@@ -188,7 +188,7 @@ def explain(error: OSError | MemoryError) -> str | None:
 
 @contextmanager
 def os_errors(place: Path) -> Iterator[None]:
-    """Turn what libraries in other languages make of a full disk into the operating system's own error."""
+    """Convert other libraries' errors for a full disk to the operating system's own error."""
     try:
         yield
     except OSError:
@@ -201,7 +201,7 @@ def os_errors(place: Path) -> Iterator[None]:
 
 
 def quoted_errno(error: BaseException) -> int | None:
-    """The number of an error of the operating system's that an exception, or what caused it, quotes in its message."""
+    """The operating system's error number that an exception, or its cause, quotes in its message."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:
@@ -218,7 +218,7 @@ def check_output(directory: str | Path, overwrite: bool) -> Path:
     """Refuse an output directory that must not be written, before any work is done.
 
     Returns:
-        The directory. With `overwrite` a link is kept: it is what the link points to that is replaced.
+        The directory. With `overwrite` a link is kept, and its target is replaced.
 
     Raises:
         UsageError: If it exists and `overwrite` is false, or is not a directory of a model, or has no parent.
@@ -233,21 +233,21 @@ def check_output(directory: str | Path, overwrite: bool) -> Path:
             raise UsageError(f"{directory} is not a model directory and will not be overwritten; choose another --out")
     ancestor = next(parent for parent in directory.parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise UsageError(f"{directory} cannot be made in {ancestor}; choose an --out that can be written")
+        raise UsageError(f"{directory} cannot be created in {ancestor}; choose an --out that can be written")
     return directory
 
 
 def _is_model(directory: Path) -> bool:
-    # Many things have a config.json, and what is replaced is gone.
+    # Many directories have a config.json, and a replaced directory is lost.
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
 @contextmanager
 def atomic_directory(directory: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its place on success and vanishes on failure.
+    """A temporary directory beside `directory` that replaces it on success and is removed on failure.
 
-    What a process that was killed left beside it is removed first; if that process was killed between moving the old
-    directory aside and the new one into its place, the old one is put back.
+    Temporary directories of killed processes are removed first. If such a process was killed between moving the old
+    directory aside and the new one into its place, the old one is restored.
 
     Raises:
         UsageError: See `check_output`.
@@ -263,7 +263,7 @@ def atomic_directory(directory: str | Path, overwrite: bool) -> Iterator[Path]:
             temporary.chmod(0o755)
             _replace(directory, temporary)
     except BaseException:
-        with suppress(OSError):  # another program may have put something there
+        with suppress(OSError):  # another program may have written there
             for parent in new_parents:
                 parent.rmdir()
         raise
@@ -271,7 +271,7 @@ def atomic_directory(directory: str | Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_directory(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory`, locked while this process is at work; removed if it is still there."""
+    """A new directory beside `directory`, locked while this process runs; removed at the end if it still exists."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-new-", dir=directory.parent))
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
@@ -283,7 +283,7 @@ def _temporary_directory(directory: Path) -> Iterator[Path]:
 
 
 def _replace(directory: Path, new: Path) -> None:
-    """Rename `new` to `directory`; what was there is deleted, or put back if that fails."""
+    """Rename `new` to `directory`; the old content is deleted, or restored if that fails."""
     if not directory.exists():
         new.rename(directory)
         return
@@ -310,7 +310,7 @@ def _clean_up(directory: Path) -> None:
             if (left / "old").is_dir() and not directory.exists():
                 (left / "old").rename(directory)
             shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # its process is at work
+        except OSError:  # its process is running
             continue
         finally:
             os.close(descriptor)
@@ -318,12 +318,12 @@ def _clean_up(directory: Path) -> None:
 
 @contextmanager
 def lock_directory(directory: str | Path) -> Iterator[Path]:
-    """Keep a directory for this process; it is made if it is missing, and removed if nothing was put there.
+    """Lock a directory for this process; it is created if it is missing, and removed if it remains empty.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The lock is the operating system's: it ends with the process, however the process ends.
 
     Raises:
-        UsageError: If another process has it, with that process's number.
+        UsageError: If another process holds the lock, with that process's number.
     """
     directory = Path(directory)
     new = [place for place in (directory, *directory.parents) if not place.exists()]
@@ -344,7 +344,7 @@ def lock_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def _lock_file(directory: Path) -> TextIO | None:
-    """The directory's lock file, open and locked; None if it is the directory's no longer."""
+    """The directory's lock file, open and locked; None if it no longer belongs to the directory."""
     path = directory / _LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)

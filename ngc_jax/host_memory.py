@@ -1,4 +1,4 @@
-"""How much of the host's memory this process has used, and giving back what it no longer needs."""
+"""Measure this process's use of host memory, and release freed memory to the system."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 def peak_bytes() -> int:
     """Largest resident size of this process so far.
 
-    On Linux from /proc: what `getrusage` says there begins with the size of the process that started this one.
+    On Linux from /proc: `getrusage` starts there with the size of the parent process.
     """
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="utf-8").splitlines():
@@ -29,9 +29,9 @@ def peak_bytes() -> int:
 
 
 def give_back_freed() -> None:
-    """Let the system have the memory that this process has freed; where it is not known how, do nothing.
+    """Release memory that this process has freed to the system; does nothing where that is not supported.
 
-    glibc keeps a pool for every thread and hands no page of it back by itself. For XLA's threads that comes to half a
+    glibc keeps a pool for every thread and never releases its pages. For XLA's threads the pools grow to half a
     gigabyte, which other threads cannot use.
     """
     if not sys.platform.startswith("linux"):
@@ -42,7 +42,7 @@ def give_back_freed() -> None:
 
 
 def handed_over(mapping: MutableMapping[Key, Value]) -> dict[Key, Value]:
-    """All entries, taken out of a mapping: a generator that yields them so does not hold them while they are used."""
+    """Move all entries out of a mapping, so that a generator that yields them does not hold them in memory."""
     taken = dict(mapping)
     mapping.clear()
     return taken

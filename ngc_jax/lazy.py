@@ -1,4 +1,4 @@
-"""Public names that are imported when they are first used (PEP 562), and what to install where that fails."""
+"""Public names that are imported on first use (PEP 562), and the extra to install where that fails."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A text is named by
 - a path to a UTF-8 file or pipe (on the command line, - is standard input); a byte order mark is dropped;
-- `pydoc`, the Python documentation that every Python carries (`pydoc_data.topics`), or `pydoc:first-half` and
+- `pydoc`, the documentation that is part of every Python (`pydoc_data.topics`), or `pydoc:first-half` and
   `pydoc:second-half`, two parts with no sentence in common: no network needed;
 - `hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a dataset of the Hugging Face hub.
 """
@@ -39,7 +39,7 @@ def read_text(text: str) -> str:
 def _file(path: Path) -> str:
     path = path.expanduser()
     try:
-        # A pipe has no size and is read once: not asked beforehand whether it is a file.
+        # A pipe has no size and is read once, so it is not checked beforehand.
         return path.read_text(encoding="utf-8-sig")
     except IsADirectoryError:
         raise UsageError(f"there is no text file {path}: it is a directory; give a file, pydoc, or hub:NAME") from None
@@ -55,7 +55,7 @@ def _file(path: Path) -> str:
 def _pydoc(text: str) -> str:
     from pydoc_data.topics import topics
 
-    # Topics are in alphabetical order; taking every other one gives halves alike in subject and different in content.
+    # Topics are in alphabetical order; taking every other one gives halves with the same subjects and other content.
     names = sorted(topics)
     parts = {"pydoc": names, "pydoc:first-half": names[::2], "pydoc:second-half": names[1::2]}
     if text not in parts:

@@ -1,4 +1,4 @@
-"""Streams of token ids: what people give as one, and what a model must see before each window of it."""
+"""Streams of token ids: conversion of user input to a stream, and the prefix of each window."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ Bos = Literal["auto", "always", "never"]
 
 
 class Encoder(Protocol):
-    """What makes token ids of a text: `models.tokenizer.Tokenizer` is one."""
+    """Encodes a text to token ids, such as `models.tokenizer.Tokenizer`."""
 
     def encode(self, text: str) -> np.ndarray:
         """(L,) int32 ids."""
 
 
 def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Encoder | None = None, least: int = 1) -> np.ndarray:
-    """One stream of token ids, from what a person may give for it.
+    """Convert any accepted form of input to one stream of token ids.
 
     Args:
-        tokens: (T,) whole numbers: an array of NumPy's or JAX's, or a list; or (1, T); or, with a tokenizer, a text.
+        tokens: (T,) whole numbers, a NumPy or JAX array or a list; or (1, T); or, with a tokenizer, a text.
         vocab_size: Of the model; ids are below it.
         tokenizer: The model's.
-        least: How many are needed.
+        least: Minimum number of tokens.
 
     Returns:
         (T,) int32.
 
     Raises:
-        UsageError: If it is something else, is too short, or has an id that the model does not know.
+        UsageError: If it has another form, is too short, or has an id outside the model's vocabulary.
 
     Example:
         >>> as_tokens([[3, 1, 4]], 10)
@@ -57,14 +57,14 @@ def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Encoder | None = None,
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuse token ids that a model has no embedding for, before they read another token's.
+    """Refuse token ids that a model has no embedding for, before they index another token's.
 
     Args:
         tokens: Whole numbers of any shape.
         vocab_size: Of the model.
 
     Raises:
-        UsageError: If one is below 0, or not below `vocab_size`; the first is named.
+        UsageError: If an id is below 0 or not below `vocab_size`; the first is named.
     """
     flat = np.asarray(tokens).reshape(-1)
     if not flat.size or 0 <= flat.min() <= flat.max() < vocab_size:
@@ -77,22 +77,22 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def begin_windows(tokens: np.ndarray, window: int, prefix: Sequence[int]) -> np.ndarray:
-    """Put a model's first tokens, such as BOS, before each window of a stream.
+    """Insert a model's prefix, such as BOS, before each window of a stream.
 
-    Cut into windows of `window` tokens, the result has `prefix` at the beginning of each, and all of `tokens` after it.
-    Where the stream itself has the prefix at the beginning of a window, as a text with BOS written in it, it is not
-    repeated.
+    Cut into windows of `window` tokens, the result has `prefix` at the start of each, followed by the tokens of the
+    stream. Where the stream itself has the prefix at the start of a window, as a text with BOS written in it does, it
+    is not repeated.
 
     Args:
         tokens: (T,), one stream.
         window: Tokens of a window, the prefix included.
-        prefix: What the tokenizer puts before a text; if empty, the stream is returned unchanged.
+        prefix: The tokenizer's prefix of a text; if empty, the stream is returned unchanged.
 
     Returns:
-        (T + windows * P,) int32, less the prefixes that the stream had itself.
+        (T + windows * P,) int32, less the prefixes that the stream already had.
 
     Raises:
-        UsageError: If a window has no room for the prefix and two tokens more, or nothing follows the prefix.
+        UsageError: If a window has no room for the prefix and two more tokens, or nothing follows the prefix.
     """
     if not prefix:
         return tokens
@@ -107,10 +107,10 @@ def begin_windows(tokens: np.ndarray, window: int, prefix: Sequence[int]) -> np.
             parts += [first, tokens[start : start + step]]
         start += step
     if not parts:
-        raise UsageError("the text has nothing after what comes before every text (BOS); give a longer text")
+        raise UsageError("the text has nothing after its prefix (BOS); give a longer text")
     return np.concatenate(parts).astype(np.int32)
 
 
 def whole_windows(count: int, window: int, prefix: Sequence[int]) -> int:
-    """`count` tokens, in whole windows where each begins with a prefix: a part of a stream must end with a window."""
+    """Round `count` tokens to whole windows if each begins with a prefix: part of a stream must end with a window."""
     return count if not prefix else max(count // window, 1) * window

@@ -15,7 +15,7 @@ def python_blocks(page: str) -> list[tuple[int, str]]:
 
 
 def run_examples(page: str, *, least: int) -> dict[str, Any]:
-    """Run all blocks, of which there are so many at least; returns the session."""
+    """Run all blocks, at least the given number of them; returns the session."""
     blocks = python_blocks(page)
     assert len(blocks) >= least
     session: dict[str, Any] = {}

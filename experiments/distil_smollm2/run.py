@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct recovered by distillation, from the starts of several methods, on the same tokens.
+"""Distillation of SmolLM2-135M-Instruct from the starts of several methods, on the same tokens.
 
     python -m experiments.distil_smollm2.run --text wikitext2-valid.txt --out runs/distil_smollm2
 
-The text is one file: its first 65,536 tokens calibrate, the next 32,768 are scored, those after them are trained on.
-Conversion and distillation are what `ngc-jax convert` and `ngc-jax distil` do; interrupted, the same command goes on.
-About 10 minutes for each method and keep ratio on 2 cores, and up to 7 for its conversion. Each method has the learning
-rate of its kind of start, because a model in the fixed gauge diverges at rates that the others bear; `--rates`
-gives other ones, each into a directory of its own.
+The text is one file: its first 65,536 tokens calibrate, the next 32,768 are scored, the rest is trained on. Conversion
+and distillation are those of `ngc-jax convert` and `ngc-jax distil`; the same command continues an interrupted run.
+Takes about 10 minutes for each method and keep ratio on 2 cores, and up to 7 for its conversion. Each method has the
+learning rate of its kind of start, because a model in the fixed gauge diverges at rates that work for the others;
+`--rates` gives other rates, each with its own directory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALIBRATION, SCORED = 65_536, 32_768
 
 
 def run_one(method: str, keep: float, text: str, steps: int, out: Path, rate: float) -> dict[str, Any]:
-    """Convert and distil once; what is there already is not done again."""
+    """Convert and distil once; finished parts are not repeated."""
     start = out / f"{method}-{keep:g}"
     run, result = (out / f"{method}-{keep:g}-{rate:g}{end}" for end in ("-distilled", ".json"))
     if not result.exists():
@@ -46,7 +46,7 @@ def run_one(method: str, keep: float, text: str, steps: int, out: Path, rate: fl
             evaluation_skip_tokens=CALIBRATION,
             evaluation_tokens=SCORED,
             steps=steps,
-            # For memory alone: gradients of both halves are added.
+            # To save memory only: the gradients of both halves are added.
             microbatches=2,
             learning_rate=rate,
             warmup_steps=4,

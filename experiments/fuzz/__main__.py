@@ -1,9 +1,9 @@
-"""Give ngc-jax mutated inputs, and count what it makes of them.
+"""Run ngc-jax on mutated inputs, and count the outcomes.
 
     python -m experiments.fuzz --count 10000 --seed 0 --out runs/fuzz
 
-Every input is read by a command, in a process whose memory is limited. Right is: exit code 0, or exit code 2 with one
-line that says what is wrong (of a topology three: the text and a mark below it), and nothing half written. Everything
+Every input is read by a command, in a process with limited memory. Correct is: exit code 0, or exit code 2 with one
+line that says what is wrong (three for a topology: the text with a caret below it), and no partial output. Everything
 else is a fault; its input is kept in OUT/faults. The process can write below a
 temporary directory and OUT only.
 """
@@ -29,7 +29,7 @@ from ngc_jax.commands.console import Report, console, progress_bar
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 200
-PATIENCE = 300  # seconds for one input; a worker ends its own after fewer, unless they wait or are not in Python
+PATIENCE = 300  # seconds for one input; a worker stops earlier by itself, unless it waits or runs code outside Python
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
             if not done:
                 raise RuntimeError(f"the worker did not start: {(place / 'worker.log').read_text()[-500:]}")
-            # The worker writes a line before an input and another after it: one without the other ended the worker.
+            # The worker writes a line before an input and another after it: one without the other means that it died.
             if done[-1]["outcome"] == "begun":
                 done[-1]["outcome"] = "fault: the process died" if alive else f"fault: no end within {PATIENCE} s"
                 _keep(done[-1]["number"], options.seed, place / "seeds", kept)
@@ -85,7 +85,7 @@ def _advance(bar: Report, before: int, total: int, finished: int) -> None:
 
 
 def _keep(number: int, seed: int, seeds: Path, faults: Path) -> None:
-    """Make an input again where it is kept; the worker had no time to."""
+    """Make an input again where it is kept; the worker had no time for it."""
     place = faults / str(number)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -96,10 +96,10 @@ def _keep(number: int, seed: int, seeds: Path, faults: Path) -> None:
 def _worker(
     place: Path, words: list[str], log: Path | None = None, progress: Callable[[int], None] | None = None
 ) -> bool:
-    """Run a worker to its end; False if it wrote nothing into its log for so long that it was killed."""
+    """Run a worker to its end; False if it was killed because its log did not change for too long."""
     (place / "tmp").mkdir(exist_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf"), "JAX_PLATFORMS": "cpu"}
-    # All that a command writes is below one directory, to which the worker confines itself.
+    # Commands write below one directory only, to which the worker confines itself.
     environment |= {"TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),

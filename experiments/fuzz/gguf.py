@@ -23,7 +23,7 @@ class _Entry(NamedTuple):
 
 
 def mutate_gguf(rng: random.Random, data: bytes) -> bytes:
-    """One to three changes of the metadata or of the tensor table of a valid file; its weights are kept."""
+    """One to three changes of the metadata or of the tensor table of a valid file; its weights do not change."""
     version, tensors, keys = struct.unpack_from("<IQQ", data, 4)
     position, entries = 24, []
     for _ in range(keys):
@@ -59,7 +59,7 @@ def _read(data: bytes, position: int) -> tuple[_Entry, int]:
 
 
 def _end(data: bytes, position: int, kind: int) -> int:
-    """Where a value that begins at a position ends."""
+    """The end of a value that begins at a position."""
     if kind == _STRING:
         return position + 8 + int(struct.unpack_from("<Q", data, position)[0])
     if kind != _ARRAY:

@@ -26,8 +26,8 @@ class Case:
     """An input.
 
     Attributes:
-        kind: What was mutated.
-        command: The command line that reads it; what it may write is called `out`.
+        kind: Which input was mutated.
+        command: The command line that reads it; its output is called `out`.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Case:
 
 
 def make_case(number: int, seed: int, seeds: Path, place: Path) -> Case:
-    """Write the input of a number into an empty directory; the same for the same numbers."""
+    """Write the input of a number into an empty directory; deterministic in the numbers."""
     rng = random.Random(f"{seed}-{number}")
     kind = _ORDER[number % len(_ORDER)]
     return Case(kind, KINDS[kind](rng, seeds, place))
@@ -131,7 +131,7 @@ def _yaml(rng: random.Random, seeds: Path, place: Path) -> list[str]:
 
 
 def _training(rng: random.Random, seeds: Path, place: Path) -> list[str]:
-    """Options of `train` and `distil`; most of the mutations are in those that hold others."""
+    """Options of `train` and `distil`; most of the mutations are in nested options."""
     source = {"name": str(seeds / "rows.jsonl"), "weight": 1.0, "column": "text", "streaming": False, "max_tokens": 400}
     source |= {"prompt_column": "prompt", "skip_tokens": 0, "joined": False, "seed": 0, "arguments": {}}
     nested = {
@@ -209,7 +209,7 @@ def _conversion(rng: random.Random, seeds: Path, place: Path) -> list[str]:
 
 
 def _chat(rng: random.Random, seeds: Path, place: Path) -> list[str]:
-    """A prompt, and the chat template or the stop tokens that answer it."""
+    """A prompt, with a chat template or stop tokens."""
     model = _model(seeds, place)
     text = mutate_text(rng, rng.choice(("The capital of France is", "[/INST] hi <eos>"))).replace("\0", "")
     file = model / rng.choice(("tokenizer_config.json", "generation_config.json", "chat_template.jinja"))
@@ -258,5 +258,5 @@ KINDS: dict[str, Make] = {
     "text": _text,
     "JSONL rows": _rows,
 }
-# A training run takes a hundred times as long as reading a file does.
+# A training run takes a hundred times as long as reading a file.
 _ORDER = ([kind for kind in KINDS if kind != "training options"] * 4) + ["training options"]

@@ -18,7 +18,7 @@ WEIRD: tuple[Any, ...] = (
 def mutate_bytes(rng: random.Random, data: bytes, upto: int | None = None, *, same_length: bool = False) -> bytes:
     """One to four changes: bits flipped, bytes replaced, cut out, repeated, or cut off; in the first `upto` bytes.
 
-    With `same_length` what comes after stays where it is, so that a reader gets further.
+    With `same_length` the rest keeps its position, so that a reader gets further.
     """
     found = bytearray(data)
     for _ in range(rng.randint(1, 4)):
@@ -108,14 +108,14 @@ def dump(rng: random.Random, value: Any) -> bytes:
 
 
 def _nested(rng: random.Random, value: Any) -> bytes:
-    """JSON text with a value that is nested deeper than any reader's stack, and is valid."""
+    """Valid JSON text with a value that is nested deeper than any reader's stack."""
     depth = rng.choice((60, 2_000, 100_000))
     opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
     return _spliced(rng, value, opening * depth + "1" + closing * depth)
 
 
 def _doubled(rng: random.Random, value: Any) -> bytes:
-    """JSON text in which a key stands twice, the second time with another value."""
+    """JSON text with a duplicate key, whose second value differs."""
     text = json.dumps(value)
     if not isinstance(value, dict) or not value:
         return text.encode()
@@ -124,7 +124,7 @@ def _doubled(rng: random.Random, value: Any) -> bytes:
 
 
 def _spliced(rng: random.Random, value: Any, text: str) -> bytes:
-    """JSON text of a value with a text in the place of one part."""
+    """JSON text of a value in which one part is replaced by a text."""
     found = copy.deepcopy(value)
     places = list(_places(found))
     if not places:
@@ -145,7 +145,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     while waiting:
         holder = waiting.pop()
         keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
-        # Of a long list, such as a vocabulary, a few are enough.
+        # A few places of a long list, such as a vocabulary, are enough.
         for key in list(keys)[:40]:
             found.append((holder, key))
             waiting.append(holder[key])

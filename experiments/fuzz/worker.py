@@ -25,7 +25,7 @@ from ngc_jax import cli
 from ngc_jax.errors import UsageError
 
 MEMORY = 12 << 30
-# What changes the file system, by the names of Python's audit events; each with the places of its paths.
+# Python's audit events that change the file system; each with the positions of its paths.
 _WRITES = {
     "os.mkdir": (0,),
     "os.rename": (0, 1),
@@ -37,21 +37,21 @@ _WRITES = {
     "os.chmod": (0,),
     "os.chown": (0,),
 }
-# Of processor time, which a busy machine does not change; what waits for ever is ended by the parent.
+# Of processor time, which does not depend on other load; the parent ends a process that waits forever.
 SECONDS = 60
-# What other packages write to standard error: warnings of Python's, panics of Rust, the logs of C++.
+# Output of other packages on standard error: Python's warnings, Rust's panics, C++'s logs.
 _NOISE = re.compile(r"^(.*:\d+: \w*Warning: .*|thread .* panicked at .*|[WEF]\d{4} \d\d:\d\d:\d\d.*)$", re.MULTILINE)
 
 
 class TooLong(BaseException):
-    """An input that takes longer than any should."""
+    """An input that exceeds the time limit."""
 
 
 def confine(*roots: Path) -> None:
     """Let this process change files below these directories only, until it ends.
 
-    A mutated option can name any path of the machine, and the fuzzer may run as root. What tries to write elsewhere
-    gets the error that the operating system has for it.
+    A mutated option can name any path of the machine, and the fuzzer may run as root. A write elsewhere gets the
+    operating system's error for it.
     """
     allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in roots)
 
@@ -85,7 +85,7 @@ def outcome_of(case: Case, place: Path) -> str:
         return f"fault: SystemExit {error.code}"
     except TooLong:
         return f"fault: longer than {SECONDS} s"
-    except BaseException as error:  # Rust's panics are no Exceptions
+    except BaseException as error:  # Rust's panics are not Exceptions
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "ngc_jax" in frame.filename][-1:]
         where = f"{Path((ours or [last])[0].filename).name}:{(ours or [last])[0].lineno}"
@@ -97,7 +97,7 @@ def outcome_of(case: Case, place: Path) -> str:
 
 @contextlib.contextmanager
 def _native_stderr(texts: list[str]) -> Iterator[None]:
-    """Append what code that is not Python's writes to standard error, such as the message of a panic in Rust."""
+    """Append the output of code outside Python on standard error, such as the message of a panic in Rust."""
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -111,7 +111,7 @@ def _native_stderr(texts: list[str]) -> Iterator[None]:
 
 
 def judge(code: int, stderr: str, written: set[str]) -> str:
-    """What an exit code, what is on standard error and new files say together."""
+    """The outcome from an exit code, standard error and new files."""
     noise = _NOISE.search(stderr)
     if noise:
         return f"fault: noise: {noise.group().strip()[:200]}"
@@ -132,7 +132,7 @@ def judge(code: int, stderr: str, written: set[str]) -> str:
 
 
 def read_rows(command: list[str]) -> int:
-    """Make training rows of a file, as `train` and `distil` do; the exit code that they would end with."""
+    """Make training rows from a file, as `train` and `distil` do; returns their exit code."""
     from ngc_jax.models.sources import open_source
     from ngc_jax.training.data import DataConfig, make_pipeline
 
@@ -150,7 +150,7 @@ def read_rows(command: list[str]) -> int:
 
 
 def run(seeds: Path, log: Path, seed: int, first: int, last: int, faults: Path) -> None:
-    """Run inputs `first` to before `last`; one line into the log before each, one after it."""
+    """Run inputs `first` to before `last`; writes one line into the log before each and one after it."""
     with log.open("a", encoding="utf-8") as lines:
         for number in range(first, last):
             with tempfile.TemporaryDirectory(prefix="ngc-jax-fuzz-case-") as directory:

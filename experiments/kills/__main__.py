@@ -1,11 +1,11 @@
-"""Kill commands at random moments, run them again, and compare what comes out with an undisturbed run.
+"""Kill commands at random moments, run them again, and compare the results with an undisturbed run.
 
     python -m experiments.kills --count 50 --out runs/kills
 
-Each command of `convert`, `distil`, `train`, `compare` and `evaluate` runs on a tiny model in a process group of its
-own, which gets kill -9 (SIGKILL) at a moment drawn evenly from the time that an undisturbed run takes; then the same
-command runs to its end. Right is: exit code 0, the same tensors bit for bit and the same numbers but for times, and
-nothing left beside the results.
+Each command of `convert`, `distil`, `train`, `compare` and `evaluate` runs on a tiny model in its own process group,
+which gets kill -9 (SIGKILL) at a moment drawn uniformly from the duration of an undisturbed run; then the same command
+runs to its end. Correct is: exit code 0, the same tensors bit for bit, the same numbers except for times, and no
+temporary files beside the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.fuzz.seeds import make_seeds
 from ngc_jax.commands.console import console, progress_bar
 
 COMMANDS = ("convert", "distil", "train", "compare", "evaluate")
-# Of a summary, what differs from run to run.
+# Entries of a summary that differ from run to run.
 _VARYING = {"seconds", "tokens_per_second", "peak_bytes", "decode_tokens_per_second", "step_seconds", "cost", "out"}
 
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number in range(options.count):
             name = options.only[number % len(options.only)]
             if name not in expected:
-                _run(name, place, place / f"{name}-warm")  # compiles what all later runs take from the cache
+                _run(name, place, place / f"{name}-warm")  # compiles the programs that later runs take from the cache
                 began = time.perf_counter()
                 result = _run(name, place, place / f"{name}-whole")
                 expected[name] = (result, time.perf_counter() - began)
@@ -96,7 +96,7 @@ _SMALL = (
 def _start(name: str, place: Path, out: Path) -> subprocess.Popen[bytes]:
     out.mkdir(exist_ok=True)
     quiet = subprocess.DEVNULL
-    # One device, whatever the caller has been given.
+    # One device, whatever the caller's environment says.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(place / "cache")
     command = _command(name, place, out)
@@ -111,7 +111,7 @@ def _run(name: str, place: Path, out: Path) -> Any:
 
 
 def _kill(name: str, place: Path, moment: float, expected: Any) -> dict[str, Any]:
-    """Kill a run at a moment, run it again, and say what is wrong with what comes out."""
+    """Kill a run at a moment, run it again, and report differences in its result."""
     out = place / "killed"
     shutil.rmtree(out, ignore_errors=True)
     process = _start(name, place, out)
@@ -131,7 +131,7 @@ def _kill(name: str, place: Path, moment: float, expected: Any) -> dict[str, Any
 
 
 def _result(name: str, out: Path) -> Any:
-    """What a run made, in a form that can be compared."""
+    """The result of a run, in a form that can be compared."""
     if name == "evaluate":
         return _lasting(json.loads((out / "result.json").read_text(encoding="utf-8")))
     if name == "compare":

@@ -1,4 +1,4 @@
-"""Multi-step arithmetic with its working written out: problems, a tokenizer for them, and endless batches.
+"""Multi-step arithmetic with written working: problems, a tokenizer for them, and endless batches.
 
 A problem is one line, for example `58+67-9+40=58+67=25;25-9=16;16+40=56;#56`: a chain of additions and subtractions
 modulo 100, then one step of working after the other, then the answer.
@@ -42,7 +42,7 @@ def make_problem(rng: np.random.Generator, steps: int, operands: int = 100) -> P
     Args:
         rng: Randomness.
         steps: Operations in the chain.
-        operands: What is added or subtracted is below this.
+        operands: Upper limit of the added or subtracted numbers, exclusive.
     """
     start = int(rng.integers(100))
     return solve(start, [("+-"[rng.integers(2)], int(rng.integers(operands))) for _ in range(steps)])
@@ -81,14 +81,14 @@ def make_tokenizer() -> Tokenizer:
 def make_rows(
     rng: np.random.Generator, rows: int, length: int, steps: int, operands: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of problems one after the other, the last of a row cut short.
+    """Rows of concatenated problems, the last of a row cut short.
 
     Args:
         rng: Randomness.
         rows: B.
         length: L.
         steps: Operations in a problem.
-        operands: What is added or subtracted is below this.
+        operands: Upper limit of the added or subtracted numbers, exclusive.
 
     Returns:
         Tokens (B, L) int32, and weights (B, L) float32: 1 for working and answers, which can be predicted.
@@ -106,10 +106,10 @@ def make_rows(
 
 
 class ProblemBatches:
-    """Fresh problems without end; the position is the number of batches taken."""
+    """An endless stream of new problems; the position is the number of batches taken."""
 
     def __init__(self, seed: int, *, rows: int, length: int, steps: int, operands: int = 100) -> None:
-        """Settings as for `make_rows`; every batch has randomness of its own, from the seed and its number."""
+        """Settings as for `make_rows`; every batch has its own randomness, from the seed and its number."""
         self._seed, self._shape, self._taken = seed, (rows, length, steps, operands), 0
 
     def __iter__(self) -> Self:

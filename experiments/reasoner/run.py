@@ -1,12 +1,12 @@
-"""How much reasoning survives: a small transformer that does sums with its working, converted and distilled.
+"""Preservation of reasoning: a small transformer that does sums with written working, converted and distilled.
 
-Trains a dense model until it answers most held-out problems right, converts it by every method at every keep ratio,
-distils each on the same fresh problems, and writes exact-match accuracy and perplexity as a table and a picture.
+Trains a dense model until it answers most held-out problems correctly, converts it by every method at every keep ratio,
+distils each on the same new problems, and writes exact-match accuracy and perplexity as a table and a picture.
 
     python -m experiments.reasoner.run --out runs/reasoner             # about an hour on 2 cores
     python -m experiments.reasoner.run --quick --out runs/reasoner     # minutes; the dense model is far from done
 
-Interrupted, the same command goes on: what is done is in OUT/full-seed-*/ or OUT/quick-seed-*/.
+The same command continues an interrupted run: finished parts are in OUT/full-seed-*/ or OUT/quick-seed-*/.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class Settings:
     """Sizes of the experiment.
 
     Attributes:
-        width: Of the residual stream; the MLP has 8/3 as many neurons.
+        width: Of the residual stream; the MLP has 8/3 of that.
         layers: Of the model.
         chain: Operations in a problem.
-        operands: What is added or subtracted is below this.
+        operands: Upper limit of the added or subtracted numbers, exclusive.
         length: Tokens of a row.
         rows: Of a step.
-        steps: Of training the dense model.
-        learning_rate: Of that.
-        distil_steps: Of every distillation.
-        distil_rate: Learning rate of those; the same for all methods.
+        steps: Training steps of the dense model.
+        learning_rate: Of the dense model's training.
+        distil_steps: Steps of every distillation.
+        distil_rate: Learning rate of every distillation; the same for all methods.
         problems: Held-out problems to answer.
-        calibration_rows: Rows that conversion is calibrated on.
+        calibration_rows: Number of rows for calibration.
     """
 
     width: int = 192
@@ -90,7 +90,7 @@ QUICK = Settings(width=96, layers=2, chain=2, steps=300, distil_steps=15, proble
 
 
 def architecture(settings: Settings) -> dict[str, Any]:
-    """As a config.json."""
+    """The architecture as a config.json."""
     return {
         "model_type": "llama",
         "vocab_size": 16,
@@ -117,7 +117,7 @@ def fit(
     teacher: LanguageModel | None = None,
     stability: float = 0.0,
 ) -> LanguageModel:
-    """Train a model on fresh problems: on the text, or to predict what a teacher predicts and be as stable."""
+    """Train a model on new problems: on the text, or to match a teacher's predictions and stability."""
     trained, frozen = split_params(model.params, "all" if teacher is None else "states")
     objective = Objective()
     if teacher is not None:
@@ -145,7 +145,7 @@ def fit(
 
 
 def answered_right(model: LanguageModel, problems: Sequence[Problem]) -> list[bool]:
-    """Whether the answer to each problem, with its working written greedily, is exactly the right one."""
+    """Whether the answer to each problem, decoded greedily with its working, is exactly right."""
     answers = generate(
         model,
         [np.asarray(encode(problem.prompt), np.int32) for problem in problems],
@@ -157,7 +157,7 @@ def answered_right(model: LanguageModel, problems: Sequence[Problem]) -> list[bo
 
 
 def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, float]:
-    """Answers that are right, greedily, and perplexity of working and answers, on problems never trained on."""
+    """Correct answers with greedy decoding, and perplexity of working and answers, on held-out problems."""
     rng = np.random.default_rng([seed, 10**6])
     problems = [make_problem(rng, settings.chain, settings.operands) for _ in range(settings.problems)]
     right = sum(answered_right(model, problems))
@@ -169,7 +169,7 @@ def evaluate(model: LanguageModel, settings: Settings, seed: int) -> dict[str, f
 
 
 def run_seed(settings: Settings, seed: int, directory: Path) -> list[dict[str, Any]]:
-    """One dense model and all that is made of it; what a file has already is not done again."""
+    """One dense model and all models made from it; finished results in files are not repeated."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     if not (directory / "dense" / "config.json").exists():
@@ -221,7 +221,7 @@ def _row(
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds: accuracy with a 95 % interval (Wilson) over all problems, and the mean log-perplexity's exp."""
+    """Over seeds: accuracy with a 95 % interval (Wilson) over all problems, and perplexity from the mean logarithm."""
     kinds = dict.fromkeys((row["method"], row["keep"], row["stage"]) for row in rows)
     found = []
     for method, keep, stage in kinds:

@@ -1,4 +1,4 @@
-"""From measurements to a table of tests: which are made, and which are primary, stands here and not in the data."""
+"""From measurements to a table of tests; which tests are made, and which are primary, is fixed here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.stability_reasoning.statistics import Difference, holm, paired, residuals, unpaired
 
-# Primary: the two numbers that `ngc-jax stability --along depth` gives for a prompt. Said before any was measured.
+# Primary: the two numbers that `ngc-jax stability --along depth` gives for a prompt. Fixed before any measurement.
 PRIMARY = {"metric": "metric along depth", "share": "potential's share"}
 # Secondary: the same over the tokens that both prompts of a pair share, and the metric along the sequence.
 SECONDARY = {
@@ -18,7 +18,7 @@ SECONDARY = {
     "common_share": "share, common tokens only",
     "sequence": "metric along the sequence",
 }
-LEAST_COMMON = 8  # tokens; the small model's prompts share little but an equals sign
+LEAST_COMMON = 8  # tokens; the small model's prompts share little more than an equals sign
 Measured = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
 
 
@@ -29,8 +29,8 @@ def compare(family: str, measured: Measured, right: Sequence[bool], *, seed: int
         family: Name of the family.
         measured: For every model (`dense`, `random`, and compact ones by name) and for `sequence` (of the dense model),
             the rows of each pair: the prompt that needs steps, and the one that does not. For `answers`, single rows of
-            the dense model, of prompts some of which it answers.
-        right: Whether it does; of the prompts that need steps if there are no `answers`.
+            the dense model, for prompts of which it answers some.
+        right: Whether it answers correctly; the prompts that need steps if there are no `answers`.
         seed: Of the bootstrap.
 
     Returns:
@@ -50,7 +50,7 @@ def compare(family: str, measured: Measured, right: Sequence[bool], *, seed: int
             add("needs steps - does not", name, paired(_of(easy, name), _of(hard, name), seed=seed))
     asked = [rows_of[0] for rows_of in measured["answers"]] if "answers" in measured else hard
     for name in PRIMARY:
-        # A longer prompt is another prompt: what its length explains is taken out first.
+        # Prompts of different length differ in other ways too: the effect of the length is removed first.
         values = residuals(_of(asked, name), _of(asked, "tokens"))
         add("right - wrong", name, _by_answer(values, right, seed))
     if "sequence" in measured:
@@ -64,7 +64,7 @@ def compare(family: str, measured: Measured, right: Sequence[bool], *, seed: int
         for name in PRIMARY:
             theirs = [pair[side][name] for pair in measured[model] for side in (0, 1)]
             ours = [pair[side][name] for pair in measured["dense"][:count] for side in (0, 1)]
-            # The mean of both prompts of a pair: two prompts about one story are not two observations.
+            # The mean of both prompts of a pair: two prompts about one story are not independent.
             theirs, ours = (np.reshape(both, (count, 2)).mean(axis=1).tolist() for both in (theirs, ours))
             if model == "random":
                 add("trained - random weights", name, paired(theirs, ours, seed=seed))
@@ -79,7 +79,7 @@ def corrected(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, and what it is about."""
+    """The table with notes on the prompts."""
     lines = [f"{results['family_notes'][family]}\n" for family in results["family_notes"]]
     lines += [
         "| model | comparison | quantity | n | difference [95 % CI] | effect [95 % CI] | p | Holm |",
@@ -100,7 +100,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def note(family: str, measured: Measured, *answers: tuple[str, Sequence[bool]]) -> str:
-    """What has to be known of the prompts: lengths, how much the pairs share, how many are answered."""
+    """A note on the prompts: lengths, shared tokens of the pairs, correct answers."""
     pairs = measured["dense"]
     gaps = np.array([pair[0]["tokens"] - pair[1]["tokens"] for pair in pairs])
     tokens = np.mean([row["tokens"] for pair in pairs for row in pair])

@@ -1,4 +1,4 @@
-"""What is measured of a model for each prompt."""
+"""Measurements of a model for each prompt."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def along_depth(
 
     Args:
         model: Dense or compact.
-        pairs: Token ids of both, or of one.
-        directions: Of the metric.
-        progress: Called with pairs done and all.
+        pairs: Token ids of both prompts, or of one.
+        directions: Number of directions of the metric.
+        progress: Called with (pairs done, total).
 
     Returns:
-        For every pair as many rows: tokens; metric and share, means over all tokens but the first; and the same over
+        One row for each prompt: tokens; metric and share, means over all tokens but the first; and the same over
         the tokens that the prompts have in common at their ends, `common_metric` and `common_share`.
     """
     width = max(len(tokens) for pair in pairs for tokens in pair)

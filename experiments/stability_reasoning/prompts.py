@@ -32,7 +32,7 @@ class Pair:
     Attributes:
         steps: The one that needs two additions.
         stated: The one whose answer the story states.
-        answers: Of both.
+        answers: The answers of both.
     """
 
     steps: str
@@ -41,11 +41,11 @@ class Pair:
 
 
 def make_pairs(seed: int, count: int) -> list[Pair]:
-    """Stories with two questions each, from a seed. The question comes first, so that the story is read for it.
+    """Stories with two questions each, from a seed. The question comes first, so that the story is read in its light.
 
     Args:
-        seed: Of all that is drawn.
-        count: How many pairs, all different.
+        seed: Of all random draws.
+        count: Number of pairs, all different.
     """
     rng = np.random.default_rng(seed)
     pairs: dict[str, Pair] = {}
@@ -62,7 +62,7 @@ def make_pairs(seed: int, count: int) -> list[Pair]:
 
 
 def make_sums() -> list[tuple[str, int]]:
-    """All sums of two digits from 2 to 9 as questions, with their answers: what a very small model can half do."""
+    """All sums of two digits from 2 to 9 as questions, with their answers: a very small model solves about half."""
     return [(f"What is {a} + {b}?", a + b) for a in range(2, 10) for b in range(2, 10)]
 
 
@@ -73,11 +73,11 @@ def last_number(text: str) -> int | None:
 
 
 def make_chains(seed: int, count: int, steps: int) -> list[tuple[Problem, Problem]]:
-    """Pairs of sums for the small model, of equal length: with operands of one digit, and with zeros in their place.
+    """Pairs of sums of equal length for the small model: with one-digit operands, and with zeros in their place.
 
     Args:
-        seed: Of all that is drawn.
-        count: How many pairs, all different.
+        seed: Of all random draws.
+        count: Number of pairs, all different.
         steps: Operations in a chain.
     """
     rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def make_chains(seed: int, count: int, steps: int) -> list[tuple[Problem, Proble
 
 
 def common_suffix(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two prompts have in common at their ends."""
+    """Number of tokens that two prompts have in common at their ends."""
     length = min(len(one), len(other))
     same = one[len(one) - length :][::-1] == other[len(other) - length :][::-1]
     return length if same.all() else int(np.argmin(same))

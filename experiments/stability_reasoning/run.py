@@ -1,13 +1,13 @@
-"""Does the stability metric know of reasoning? Matched prompts, right and wrong answers, dense and compact, random.
+"""Relation of the stability metric to reasoning: matched prompts, right and wrong answers, dense, compact and random.
 
 Two families: SmolLM2-135M-Instruct on stories with a question, and a small model that is trained here to do sums. Each
-is measured on pairs of prompts, one of which needs steps and the other states its answer; see `prompts.py`. Which tests
-are made, and which are primary, stands in `comparisons.py`; all of a run are corrected together.
+is measured on pairs of prompts, one of which needs steps while the other states its answer; see `prompts.py`. The
+tests, and which of them are primary, are fixed in `comparisons.py`; all tests of a run are corrected together.
 
     python -m experiments.stability_reasoning.run --out runs/stability_reasoning            # 42 minutes on 2 cores
     python -m experiments.stability_reasoning.run --quick --out runs/stability_reasoning    # minutes
 
-Interrupted, the same command goes on: every stage's measurements are in OUT/full/ or OUT/quick/.
+The same command continues an interrupted run: every stage's measurements are in OUT/full/ or OUT/quick/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ngc_jax.reporting.render.forest import forest
 from ngc_jax.text import read_text
 from ngc_jax.training.fresh import fresh_model
 
-# Operands of one digit, as in the prompts; stopped while some answers are still wrong.
+# One-digit operands, as in the prompts; training stops while some answers are still wrong.
 _REASONER = Reasoner(width=96, layers=4, chain=3, operands=10, steps=700, rows=32, length=64, calibration_rows=128)
 
 
@@ -56,16 +56,16 @@ class Settings:
         pairs: Of stories for the dense one.
         model_pairs: Of those, for compact and random ones.
         sequence_pairs: Of those, along the sequence (dense only).
-        directions: Perturbations that are followed.
+        directions: Number of perturbations that are followed.
         memory: Along the sequence.
-        new_tokens: Of a reply.
-        every_sum: One in so many of the 64 sums of two digits is asked, for right and wrong answers.
+        new_tokens: Maximum length of a reply.
+        every_sum: Every k-th of the 64 sums of two digits is asked, for right and wrong answers.
         calibration_text: For compact models.
         calibration_tokens: Of that.
         methods: Of conversion.
         keeps: Keep ratios.
         chains: Pairs of sums for the small model.
-        reasoner: How that is trained.
+        reasoner: Settings of its training.
         seed: Of prompts, training and bootstrap.
     """
 
@@ -102,7 +102,7 @@ QUICK = Settings(
 
 
 class Stages:
-    """Results by name, kept in a directory: what is there already is not made again."""
+    """Results by name, stored in a directory; finished ones are not made again."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         """Refuses a directory whose results were made with other settings."""
@@ -114,7 +114,7 @@ class Stages:
         self.directory = directory
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of that name, made if it is not there."""
+        """The result of that name, made if it is missing."""
         file = self.directory / f"{name}.json"
         if not file.exists():
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tests of differences with effect sizes and intervals, and their correction for being many."""
+"""Tests of differences with effect sizes and intervals, and their correction for multiple testing."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 9999
-LEAST = 8  # values in a sample; of fewer nothing is said, and a resample could be all of one value
+LEAST = 8  # values in a sample; fewer give no result, since a resample could consist of one value
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much two samples differ: of the second over the first.
+    """The difference of two samples: of the second over the first.
 
     Attributes:
         pairs: Whether the samples are matched.
         n: Size of each sample; equal for pairs.
         mean: Difference of the means.
-        low: Of the bootstrap's 95 % interval of that (BCa, Efron 1987).
-        high: The other end.
+        low: Lower end of its 95 % bootstrap interval (BCa, Efron 1987).
+        high: Upper end.
         effect: Cohen's d_z of pairs (mean difference over its standard deviation); else the rank-biserial correlation,
             P(second > first) - P(second < first) (Cureton 1956).
-        effect_low: Of the bootstrap's 95 % interval of the effect (percentiles).
-        effect_high: The other end.
+        effect_low: Lower end of the effect's 95 % bootstrap interval (percentiles).
+        effect_high: Upper end.
         p: Two-sided: of Wilcoxon's signed-rank test for pairs, else of Mann and Whitney's.
     """
 
@@ -42,7 +42,7 @@ class Difference:
 
 
 def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Difference | None:
-    """The difference second - first of matched samples; None if there are too few to say anything.
+    """The difference second - first of matched samples; None if there are too few.
 
     Args:
         first: (n,).
@@ -62,7 +62,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
 
 
 def unpaired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Difference | None:
-    """The difference second - first of independent samples; None if one of them is too small to say anything.
+    """The difference second - first of independent samples; None if one of them is too small.
 
     Args:
         first: (n,).
@@ -97,7 +97,7 @@ def rank_biserial(first: np.ndarray, second: np.ndarray, axis: int = -1) -> Any:
 
 
 def residuals(values: Sequence[float], covariate: Sequence[float]) -> np.ndarray:
-    """Values without what a straight line in the covariate explains; their mean stays."""
+    """Values without their linear dependence on the covariate; their mean does not change."""
     y, x = np.asarray(values, float), np.asarray(covariate, float)
     if np.ptp(x) == 0:
         return y
@@ -106,9 +106,9 @@ def residuals(values: Sequence[float], covariate: Sequence[float]) -> np.ndarray
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for the number of tests (Holm 1979, Scand. J. Statist. 6:65): any below a level are findings.
+    """p-values adjusted for the number of tests (Holm 1979, Scand. J. Statist. 6:65), valid at any significance level.
 
-    The smallest is multiplied by the number of tests, the next by one less, and so on; none is below one before it.
+    The smallest is multiplied by the number of tests, the next by one less, and so on; none is below its predecessor.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p, kind="stable")
@@ -124,7 +124,7 @@ def _mean(values: np.ndarray, axis: int = -1) -> Any:
 def _interval(
     samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int, method: str
 ) -> tuple[float, float]:
-    """95 % of the bootstrap; the value itself where nothing varies."""
+    """The 95 % bootstrap interval; the value itself if there is no variation."""
     if all(np.ptp(sample) == 0 for sample in samples):
         value = float(statistic(*samples))
         return value, value

@@ -30,33 +30,32 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """Convert one model in many ways, and compare what they kept: size, perplexity, time, speed.
+    """Convert one model in many ways, and compare size, perplexity, time and speed.
 
-    Every variant is converted at every keep ratio from one set of statistics, saved, counted in its file, read back
-    and evaluated. Finished entries are kept in the output directory: run the same command again to go on.
+    Every variant is converted at every keep ratio from one set of statistics, saved, counted in its file, loaded again
+    and evaluated. Finished entries are kept in the output directory: run the same command again to continue.
 
     Args:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
-        variants: By name, what to do: method and the other options of a conversion, as for convert, but rank; keep, a
-            list of keep ratios if not those of --keep; text, a calibration text if not that of --text; section, one of
-            methods, levers, topologies and texts; cost, true to measure its decoding speed, and to time its first
-            conversion in a process of its own.
+        variants: Options of each variant, by name: method and the other options of a conversion, as for convert, except
+            rank; keep, a list of keep ratios instead of --keep; text, a calibration text instead of --text; section,
+            one of methods, levers, topologies and texts; cost, true to measure its decoding speed and to time its first
+            conversion in a separate process.
         keep: Keep ratios.
         text: Calibration text.
-        calibration_tokens: Tokens to measure; if not given 65,536, or what the text has.
-        gradient_tokens: Tokens, from the first, that gradients are taken on.
-        propagation_tokens: Tokens, from the first, that errors are propagated on.
+        calibration_tokens: Tokens to measure; 65,536 by default, or all of a shorter text.
+        gradient_tokens: Number of tokens, from the first, on which gradients are measured.
+        propagation_tokens: Number of tokens, from the first, on which errors are propagated.
         evaluation_text: Text to evaluate on; may be the calibration text with --skip-tokens.
-        skip_tokens: Tokens of it to drop at its beginning.
-        max_tokens: Tokens of it to evaluate.
-        window: Tokens in a window; if not given 1,024, or what the model was trained on.
+        skip_tokens: Number of its first tokens to skip.
+        max_tokens: Number of its tokens to evaluate.
+        window: Tokens in a window; 1,024 by default, or the length that the model was trained on if that is shorter.
         decode: Measure decoding speed, of the dense model and of the variants with cost.
         only: Run these variants only.
-        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
-            never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters; float32 on CPU if not given.
+        bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters; float32 on CPU by default.
         json: Also write the summary to this file.
     """
 
@@ -80,12 +79,12 @@ class CompareConfig:
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
-        """Run what is missing; returns all results."""
+        """Run the missing entries; returns all results."""
         return Comparison(self).run()
 
 
 class Comparison:
-    """A comparison's entries, and the directory that remembers them."""
+    """A comparison's entries, and the directory that stores them."""
 
     def __init__(self, config: CompareConfig) -> None:
         from ngc_jax.commands.convert import check_positive
@@ -102,7 +101,7 @@ class Comparison:
 
     @cached_property
     def _inputs(self) -> dict[str, str | None]:
-        """Digests of the model and of the texts that are files: an entry made from others is run again."""
+        """Digests of the model and of the texts that are files; an entry made from other inputs is run again."""
         return input_digests(self.config, self.entries)
 
     @cached_property
@@ -174,7 +173,7 @@ class Comparison:
             (entry.variant, entry.recipe.keep): entry.recipe.chain.needs(dense.config, entry.recipe.keep, calibration)
             for entry in entries
         }
-        # What was measured is kept beside the entries until all that the text serves are done.
+        # Measurements are kept beside the entries until all entries of the text are done.
         place = self.directory / "statistics" / hashlib.sha256(f"{self._key(None)}{text}".encode()).hexdigest()[:16]
         with FitCache() as fits:
             with progress_bar() as bar:
@@ -190,7 +189,7 @@ class Comparison:
                         measurements=cache,
                         progress=lambda stage, *a, bar=bar: bar(*a, stage),
                     )
-                # As if it had been alone: with the fit that it shares.
+                # The time of a separate run: includes the fit that it shares.
                 seconds = time.perf_counter() - started + fits.saved_seconds - saved
                 row = self._evaluate_saved(entry, compact, tokenizer)
                 measured = cache.seconds_for(needs[entry.variant, entry.recipe.keep])
@@ -200,14 +199,14 @@ class Comparison:
                     f"{entry.variant} at {entry.recipe.keep:g} ({text}): perplexity {row['perplexity']:.3f}, "
                     f"{row['stored_parameters']:,} parameters, {seconds:.0f} s"
                 )
-                # Programs for its ranks serve no other, and Linux limits how many pieces of memory a process maps.
+                # Programs are compiled for its ranks alone, and Linux limits the memory mappings of a process.
                 jax.clear_caches()
         whole = entries_of(dataclasses.replace(self.config, only=None))
         if all(self._read(entry) is not None for entry in whole if entry.text == text):
             cache.drop()
 
     def _evaluate_saved(self, entry: Entry, compact: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Save the model, count its file, read it back and evaluate that."""
+        """Save the model, count its file, load it again and evaluate that."""
         from ngc_jax.models.decoder import input_site
         from ngc_jax.models.inspect import inspect_model
         from ngc_jax.models.load import load_model
@@ -283,7 +282,7 @@ class Comparison:
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
         settings = {name: getattr(self.config, name) for name in (*names, "dtype")}
         settings["window"] = self.window
-        # At their defaults they are left out, so that what was measured before there were such options counts.
+        # Options at their defaults are left out, so that results from before these options existed remain valid.
         settings |= {"bos": self.config.bos} if self.config.bos != "auto" else {}
         settings |= {"tokenizer": self.config.tokenizer} if self.config.tokenizer is not None else {}
         return {
@@ -293,7 +292,7 @@ class Comparison:
         }
 
     def _key(self, entry: Entry | None) -> str:
-        """Digest of all that an entry's numbers depend on; an entry with another key is run again."""
+        """Digest of everything that an entry's numbers depend on; an entry with another key is run again."""
         from ngc_jax.conversion.passes.propagate_errors import PropagateErrors
 
         texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}

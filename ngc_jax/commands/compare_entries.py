@@ -1,4 +1,4 @@
-"""The entries of a comparison: what its variants ask for, and which of them one fit serves."""
+"""The entries of a comparison: the conversions that its variants ask for, and which of them share a fit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Entry:
 
     Attributes:
         variant: Its name.
-        recipe: What is done.
-        text: What it is calibrated on.
-        section: Where it is shown.
+        recipe: The conversion.
+        text: Its calibration text.
+        section: Section of the results that shows it.
         cost: Whether its decoding speed is measured.
-        own_process: Whether a conversion is timed in a process of its own.
+        own_process: Whether a conversion is timed in a separate process.
     """
 
     variant: str
@@ -80,7 +80,7 @@ def entries_of(config: CompareConfig) -> list[Entry]:
 
 
 def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, str | None]:
-    """Digests of the model that is compared and, by name, of the texts that are files."""
+    """Digests of the compared model and, by name, of the texts that are files."""
     from ngc_jax.models.fingerprint import fingerprint
     from ngc_jax.models.sources import open_source
 
@@ -93,7 +93,7 @@ def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, 
 
 
 def window_of(config: CompareConfig) -> int:
-    """Tokens in a window: what is given, or what suits the model."""
+    """Tokens in a window: the given number, or one that suits the model."""
     from ngc_jax.commands.convert import model_window
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.saved_config import split_config
@@ -117,7 +117,7 @@ def check_budgets(config: DecoderConfig, entries: Iterable[Entry]) -> None:
 
 
 def measure_cost(config: CompareConfig, entry: Entry, window: int) -> dict[str, float]:
-    """Convert in a fresh process; its seconds and peak memory."""
+    """Convert in a new process; its seconds and peak memory."""
     from ngc_jax.commands.conversion_options import flags_of
 
     recipe, c = entry.recipe, config

@@ -1,4 +1,4 @@
-"""The YAML file of --config: plain data, checked before a command sees it."""
+"""The YAML file of --config: plain data, checked before a command uses it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ngc_jax.errors import UsageError
 
-# The repository's configs/, which is part of an installed package.
+# The repository's configs/, which an installed package includes.
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 class _Loader(yaml.SafeLoader):
-    """Data only: no tags of Python's, no key twice, no aliases (a few of which can stand for gigabytes)."""
+    """Data only: no Python tags, no duplicate keys, no aliases (a few of which can expand to gigabytes)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -31,12 +31,12 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "an option's name must be a word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-4 for a text: it wants a point and a sign. Everybody means the number.
+# YAML 1.1 reads 1e-4 as a string, since it requires a point and a sign. The number is meant.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -46,11 +46,11 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
     """The options that a YAML file gives; null means not given.
 
     Args:
-        path: Of the file, or the name of one that comes with the package, such as compare_quick.
-        names: Of the options that there are.
+        path: The file, or the name of one that is part of the package, such as compare_quick.
+        names: Of the available options.
 
     Raises:
-        UsageError: If it cannot be read, is no mapping, or names another option.
+        UsageError: If it cannot be read, is not a mapping, or has another option.
     """
     file = _find(path)
     try:
@@ -58,7 +58,7 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
     except FileNotFoundError:
         names = ", ".join(sorted(shipped.stem for shipped in SHIPPED.glob("*.yaml")))
         raise UsageError(
-            f"--config {path}: there is no such file, and none of that name comes along ({names})"
+            f"--config {path}: there is no such file, nor a shipped config of that name ({names})"
         ) from None
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); check the path") from None
@@ -66,12 +66,12 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not UTF-8 text (byte {error.start}); write it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path} is not valid YAML: {_reason(error)}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a date that is none
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an invalid date
         raise UsageError(f"--config {path} is not valid YAML: {_short(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise UsageError(f"--config {path} holds no options; expected lines such as 'keep: 0.8'")
+        raise UsageError(f"--config {path} has no options; expected lines such as 'keep: 0.8'")
     given = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
     for name in given:
         if name not in names:
@@ -82,7 +82,7 @@ def read_config_file(path: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _find(path: str) -> Path:
-    """The file, or, where there is none, the one of that name that comes with the package; - is standard input."""
+    """The file or, if there is none, the one of that name in the package; - is standard input."""
     file = Path("/dev/stdin" if path == "-" else path).expanduser()
     shipped = SHIPPED / Path(path).name
     shipped = shipped if shipped.suffix == ".yaml" else shipped.with_name(f"{shipped.name}.yaml")
@@ -106,11 +106,11 @@ def typed_values(parser: ArgumentParser, path: str, values: Mapping[str, Any]) -
 
 
 def repr_of(value: Any) -> str:
-    """A value as text, also where it is nested too deep to be shown."""
+    """A value as text, even if it is nested too deeply to be shown."""
     try:
         return repr(value)
     except RecursionError:
-        return "nested too deep"
+        return "nested too deeply"
 
 
 def _reason(error: yaml.YAMLError) -> str:

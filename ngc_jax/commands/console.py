@@ -23,9 +23,9 @@ from ngc_jax.commands.escapes import escape_controls
 
 
 class _Console(Console):
-    """Prints texts as they are: a prompt may hold [/INST] or :smile:, which rich would take for its own.
+    """Prints strings literally: a prompt may contain [/INST] or :smile:, which rich would interpret.
 
-    To a file or a pipe every character is written; on a terminal, which obeys control characters, they are shown as
+    A file or a pipe gets every character; on a terminal, which obeys control characters, they are shown as
     escapes (`escape_controls`).
     """
 
@@ -33,7 +33,7 @@ class _Console(Console):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, sep: str = " ", end: str = "\n", style: Any = None, **options: Any) -> None:
-        """Print texts as they are, anything else as rich draws it."""
+        """Print strings literally, anything else as rich renders it."""
         if not all(isinstance(one, str) for one in objects):
             super().print(*objects, sep=sep, end=end, style=style, **options)
             return
@@ -47,7 +47,7 @@ class _Console(Console):
         self.file.flush()
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone: that is no error, and the command line ends quietly."""
+        """The reader has closed the pipe: that is not an error, and the command line ends quietly."""
         raise BrokenPipeError
 
 
@@ -70,9 +70,9 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(stage: str = "") -> Iterator[Report]:
-    """Bars with rate and time left; yields report(done, total, stage), one bar for every stage.
+    """Bars with rate and remaining time; yields report(done, total, stage), one bar for every stage.
 
-    Drawn on stderr when that is a terminal; otherwise each stage is one line when it ends.
+    Drawn on stderr if that is a terminal; otherwise each stage is one line when it ends.
     """
     progress = Progress(
         TextColumn("{task.description:<10}", markup=False),

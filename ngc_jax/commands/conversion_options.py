@@ -1,4 +1,4 @@
-"""The options of a conversion, as fields that commands inherit; derived from the passes and the methods."""
+"""The options of a conversion as fields that commands inherit, derived from the passes and the methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ngc_jax.conversion.methods import METHODS, Recipe
 from ngc_jax.conversion.registry import option_docs, option_types
 
-_METHODS_OWN = "The method's own if not given."
+_METHODS_OWN = "The method's own by default."
 
 
 def _make() -> type:
@@ -29,7 +29,7 @@ ConversionOptions: Any = _make()
 
 
 def recipe_of(options: Any) -> Recipe:
-    """The recipe that a command's options ask for.
+    """The recipe for a command's options.
 
     Raises:
         UsageError: If they contradict each other.
@@ -38,7 +38,7 @@ def recipe_of(options: Any) -> Recipe:
 
 
 def flags_of(recipe: Recipe) -> list[str]:
-    """The options of `ngc-jax convert` that ask for a recipe."""
+    """The options of `ngc-jax convert` for a recipe."""
     flags = ["--method", recipe.method, "--keep", str(recipe.keep)]
     for name, value in recipe.options:
         flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]

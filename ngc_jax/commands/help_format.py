@@ -167,7 +167,7 @@ class PlainHelp(DefaultHelpFormatter):
         hint = getattr(action, "plain_type", None)
         if hint is None:
             return str(super()._get_help_string(action))
-        default = "" if action.default is None else f"; {_shown(action.default)} by default"
+        default = "" if action.default is None else f", default: {_shown(action.default)}"
         return f"{action.help} ({hint}{default})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class InfoConfig:
-    """Print what is in a model: groups, ranks, parameters, keep ratio, bytes.
+    """Print the contents of a model: groups, ranks, parameters, keep ratio, bytes.
 
     Reads config.json and the headers of the tensors only.
 

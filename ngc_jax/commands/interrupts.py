@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as exceptions that unwind what is under way, so that what is half written is removed."""
+"""SIGTERM and Ctrl-C as exceptions that unwind the stack, so that partial output is removed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Terminated(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise `Terminated` for SIGTERM and KeyboardInterrupt for Ctrl-C, where that is safe. In the main thread only.
 
-    An exception of a signal handler comes between any two steps of the program. In the middle of an import it can end
-    the process, because C++ that is being initialised calls Python and expects no error; in a callback of the garbage
+    A signal handler's exception occurs between any two steps of the program. During an import it can end the process,
+    because C++ code that is being initialised calls Python and expects no error; in a callback of the garbage
     collector it is reported and lost. In both cases it is raised a moment later.
 
     While the stack unwinds, another SIGTERM is ignored, and another Ctrl-C ends the process at once.
@@ -40,14 +40,14 @@ class _Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        # Who started the program may want it to ignore a signal, as a shell does for Ctrl-C of jobs in the background.
+        # The parent process may want the program to ignore a signal, as a shell does for Ctrl-C of background jobs.
         numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
         before = {number: signal.signal(number, self._handle) for number in (*numbers, signal.SIGALRM)}
         self._report, sys.unraisablehook = sys.unraisablehook, self._raise_what_was_lost
         try:
             yield
         except Exception as error:
-            if self._received is not None:  # C++ makes errors of its own of exceptions in its callbacks
+            if self._received is not None:  # C++ turns exceptions in its callbacks into its own errors
                 raise self._exception() from error
             raise
         finally:

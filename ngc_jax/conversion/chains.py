@@ -1,6 +1,6 @@
 """A conversion is a chain of passes, as an optimiser of optax is a chain of transforms.
 
-A pass is a frozen dataclass. Its fields are the options of one lever; its docstring describes them; from both come the
+A pass is a frozen dataclass. Its fields are the options of one lever and its docstring describes them. Both define the
 flags of the command line, the keys of YAML files, what a comparison distinguishes conversions by, and what is saved
 with a model. A new lever is a new module in `ngc_jax.conversion.passes` with one such class, registered by
 `register_pass`:
@@ -35,27 +35,27 @@ P = TypeVar("P", bound="Pass")
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One step of a conversion. Subclasses override what differs.
+    """One step of a conversion. Subclasses override the methods that differ.
 
-    Fields are options, unless their metadata say {"option": False}. Names of options are unique over all passes.
+    Fields are options, unless their metadata contain {"option": False}. Option names are unique across all passes.
     """
 
     name: ClassVar[str]
 
     @property
     def is_off(self) -> bool:
-        """Whether it does nothing; then a chain that is made from options leaves it out."""
+        """Whether the pass does nothing; a chain made from options leaves it out."""
         return False
 
     def check(self, chain: Chain) -> None:
-        """Refuse a chain that it does not go with.
+        """Refuse a chain that this pass is incompatible with.
 
         Raises:
             UsageError: With what to change.
         """
 
     def is_default_in(self, chain: Chain) -> bool:
-        """Whether a method's own chain keeps it when the user changes options of other passes."""
+        """Whether a method's own chain keeps this pass when the user changes options of other passes."""
         try:
             self.check(chain)
         except UsageError:
@@ -63,34 +63,34 @@ class Pass:
         return True
 
     def with_options(self: P, options: Mapping[str, Any]) -> P:
-        """With these options of its own, which the user gave, in place of a method's."""
+        """A copy with the options that the user gave in place of the method's."""
         return dataclasses.replace(self, **options)
 
     @classmethod
     def from_options(cls: type[P], options: Mapping[str, Any]) -> P:
-        """A pass that the method does not have, from options that the user gave."""
+        """A pass that the method does not contain, from options that the user gave."""
         return cls(**options)
 
     def plan(self, config: DecoderConfig, keep: float, chain: Chain) -> tuple[DecoderConfig, float]:
-        """The architecture and keep ratio that passes after it work with, by counting alone."""
+        """The architecture and keep ratio for the passes after it, from parameter counts alone."""
         return config, keep
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """What must be measured for it."""
+        """What must be measured for this pass."""
         return Needs()
 
     def apply(self, state: ConversionState) -> ConversionState:
-        """Do it; pure but for the progress that it reports and the weights that it may delete if `state.donate`."""
+        """Run the pass; pure except for progress reports and, if `state.donate`, deleted weights."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Passes, in order. Made by `chain`.
+    """A sequence of passes, made by `chain`.
 
     Attributes:
-        passes: The passes.
-        method: The name of the method that it is, or `custom`.
+        passes: The passes, in order.
+        method: The name of the method, or `custom`.
 
     Raises:
         UsageError: If passes contradict each other.
@@ -118,17 +118,17 @@ class Chain:
         return {name: getattr(one, name) for one in self.passes for name in option_names(type(one))}
 
     def describe(self) -> list[dict[str, Any]]:
-        """Plain data: each pass's name and options."""
+        """Plain data: the name and the options of each pass."""
         return [{"pass": one.name, **{n: getattr(one, n) for n in option_names(type(one))}} for one in self.passes]
 
     def plan(self, config: DecoderConfig, keep: float) -> tuple[DecoderConfig, float]:
-        """What the blocks are factorised as: the architecture without pruned neurons, and its keep ratio."""
+        """What is factorised: the architecture without pruned neurons, and its keep ratio."""
         for one in self.passes:
             config, keep = one.plan(config, keep, self)
         return config, keep
 
     def needs(self, config: DecoderConfig, keep: float, calibration: Calibration) -> Needs:
-        """What must be measured for all passes."""
+        """What must be measured for all passes together."""
         found = Needs()
         for one in self.passes:
             found |= one.needs(config, keep, self, calibration)
@@ -136,20 +136,20 @@ class Chain:
         return found
 
     def apply(self, state: ConversionState) -> ConversionState:
-        """All passes, one after the other."""
+        """Apply all passes in order."""
         for number, one in enumerate(self.passes):
             state = one.apply(dataclasses.replace(state, last=number == len(self.passes) - 1))
         return state
 
 
 def chain(*passes: Pass) -> Chain:
-    """A conversion of one's own.
+    """Compose passes into a conversion.
 
     Args:
-        passes: In order.
+        passes: The passes, in order.
 
     Raises:
-        UsageError: If they contradict each other.
+        UsageError: If passes contradict each other.
 
     Example:
         >>> from ngc_jax.conversion import chain, factorise, propagate_errors, prune_neurons
@@ -165,13 +165,13 @@ REGISTERED: dict[str, tuple[type[Pass], str | None]] = {}
 
 
 def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
-    """A decorator that makes a class of passes known by its options: to the command line, to YAML files, to methods.
+    """Decorator that makes a pass known by its options to the command line, YAML files and methods.
 
     Args:
-        after: The name of the pass that it follows where options ask for both; None for the first place.
+        after: The pass that it follows where options ask for both; None for the first place.
 
     Raises:
-        ValueError: If one of its options is another pass's.
+        ValueError: If another pass already has one of its options.
     """
 
     def register(kind: type[P]) -> type[P]:
@@ -186,5 +186,5 @@ def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
 
 
 def option_names(kind: type[Pass]) -> list[str]:
-    """The options of a class of passes."""
+    """The names of a pass's options."""
     return [field.name for field in dataclasses.fields(kind) if field.metadata.get("option", True)]

@@ -1,9 +1,9 @@
-"""The best states of a group whose members read the same input: exact, at every rank at once.
+"""Optimal states of a group whose members read the same input: exact, for all ranks at once.
 
-The loss of an approximation is the sum over members of || G^(1/2) (W - Q_out Q_in^T) C^(1/2) ||_F^2, with C the second
-moment of the inputs and G that of the loss's gradient by the outputs (the identity where gradients were not measured).
-For given input states the best output states are W times a matrix, whatever G is, so G enters through the pulled
-metric H = W^T G W alone.
+The loss of an approximation is the sum over members of || G^(1/2) (W - Q_out Q_in^T) C^(1/2) ||_F^2. C is the second
+moment of the inputs, G that of the loss's gradient with respect to the outputs (the identity without gradients).
+Given the input states, the best output states are W times a matrix for every G, so G enters only through the pulled
+metric H = W^T G W.
 
 Legend: M outputs of all members stacked, I inputs, R rank. Everything is float64 on the host (LAPACK).
 """
@@ -19,12 +19,12 @@ import scipy.linalg
 from ngc_jax.conversion.statistics import OutputGradients
 
 # Relative to the mean diagonal: makes a singular second moment invertible where a square root is needed, and orders
-# directions that calibration never saw by the weight's own energy.
+# directions that calibration never reached by the weight's own energy.
 RIDGE = 1e-9
-# Relative to the mean diagonal of G: output directions that the calibration gradients hardly reach still count.
+# Relative to the mean diagonal of G: output directions with almost no calibration gradient still count.
 DAMPING = 0.1
-# The mean square gradient of a block whose output nothing reads: less than that of any other, so that such a block gets
-# what budget is left, and not so little that its states are lost in rounding.
+# The mean square gradient of a block whose output is never read. It is below that of any other block, so that such a
+# block gets the remaining budget only, and large enough that its states are not lost to rounding.
 _NO_GRADIENT = 1e-12
 
 
@@ -35,7 +35,7 @@ class States:
     Attributes:
         input_states: (I, R).
         output_states: One (d_out, R) for each member.
-        energies: (R,) loss that each latent dimension saves, most important first; None where it is not known.
+        energies: (R,) loss that each latent dimension saves, in descending order; None if unknown.
         nested: Whether the first columns are what the method would find at a lower rank.
     """
 
@@ -54,7 +54,7 @@ class States:
         return [output @ self.input_states.T for output in self.output_states]
 
     def truncated(self, rank: int) -> States:
-        """The first `rank` latent dimensions."""
+        """Keep the first `rank` latent dimensions."""
         energies = None if self.energies is None else self.energies[:rank]
         outputs = tuple(q[:, :rank] for q in self.output_states)
         return States(self.input_states[:, :rank], outputs, energies, self.nested)
@@ -70,16 +70,16 @@ def best_states(
 ) -> States:
     """The exact minimiser for members that read the same input, by one eigenproblem on the smaller side.
 
-    With L L^T = G, the eigenvectors U of L^T W C W^T L give Q_out = L^-T U and Q_in = W^T L U: C is neither inverted
-    nor factored. With L L^T = C, the eigenvectors V of L^T H L give Q_in = L^-T V and Q_out = W L V: G is not. Either
-    way the eigenvalues are the energies.
+    With L L^T = G, the eigenvectors U of L^T W C W^T L give Q_out = L^-T U and Q_in = W^T L U, so C is neither inverted
+    nor factorised. With L L^T = C, the eigenvectors V of L^T H L give Q_in = L^-T V and Q_out = W L V, so G is not. In
+    both cases the eigenvalues are the energies.
 
     Args:
         weights: (d_out, I) of each member.
         second_moment_IxI: C; symmetric, positive semidefinite, possibly singular.
-        gradients: Of each member, None for G = I.
+        gradients: Of each member; None for G = I.
         damping: Added to G, relative to its mean diagonal.
-        rank: R; min(M, I) if None. States of lower rank are the first of those of higher rank.
+        rank: R; min(M, I) if None. States of lower rank are the first columns of those of higher rank.
 
     Returns:
         States with energies.
@@ -115,13 +115,13 @@ def split_members(
     weights: Sequence[np.ndarray],
     energies: np.ndarray | None = None,
 ) -> States:
-    """States from stacked output states (M, R); nested if the energies are known."""
+    """Split stacked output states (M, R) by member; nested if the energies are known."""
     splits = np.cumsum([len(weight) for weight in weights])[:-1]
     return States(input_states, tuple(np.split(output_states, splits)), energies, nested=energies is not None)
 
 
 def output_metric(gradients: OutputGradients | None, outputs: int, damping: float = DAMPING) -> np.ndarray | None:
-    """G + damping, (M, M), or its diagonal (M,); ones without gradients; None where only W^T G W was measured."""
+    """G + damping, (M, M), or its diagonal (M,); ones without gradients; None if only W^T G W was measured."""
     if gradients is None:
         return np.ones(outputs)
     floor = damping * _gradient_size(gradients)
@@ -143,7 +143,7 @@ def pulled_metric(weight: np.ndarray, gradients: OutputGradients | None, damping
 
 
 def square_root(second_moment: np.ndarray) -> np.ndarray:
-    """L with L L^T = C + RIDGE * mean diagonal; Cholesky, or eigenvectors where rounding has made C indefinite."""
+    """L with L L^T = C + RIDGE * mean diagonal: Cholesky, or eigenvectors if rounding has made C indefinite."""
     ridge = RIDGE * mean_diagonal(second_moment)
     ridged = second_moment + ridge * np.eye(len(second_moment))
     try:
@@ -161,7 +161,7 @@ def solve_transposed(root: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def mean_diagonal(second_moment: np.ndarray) -> float:
-    """Mean diagonal, 1 for a matrix of zeros."""
+    """The mean of the diagonal; 1 for a zero matrix."""
     return _positive_mean(np.diag(second_moment))
 
 
@@ -175,8 +175,8 @@ def _positive_mean(values: np.ndarray) -> float:
 
 
 def eigenvectors(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (at least 0) and eigenvectors, largest first."""
-    # Divide and conquer for all of them is several times faster than the driver that can stop at the first few.
+    """Eigenvalues (clipped at 0) and eigenvectors, in descending order."""
+    # Divide and conquer for all of them is several times faster than the driver that can compute the first few only.
     values, vectors = scipy.linalg.eigh(
         (symmetric + symmetric.T) / 2, driver="evd", overwrite_a=True, check_finite=False
     )

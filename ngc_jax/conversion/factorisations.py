@@ -1,13 +1,13 @@
 """Factorisations: pure functions (weights, statistics, rank) -> states.
 
-Every one of them minimises the same thing, the error of a group's stacked weight measured in a geometry of its inputs
-and one of its outputs,
+Each minimises the error of a group's stacked weight matrix, measured in a geometry of its inputs and one of its
+outputs,
 
     || G^(1/2) (W - Q_out Q_in^T) C^(1/2) ||_F ,
 
-and differs only in C and G. C is the identity for plain SVD, a diagonal for FWSVD and ASVD, the second moment of the
-inputs for SVD-LLM, that of several layers pooled for Basis Sharing; G is the identity for all of them. `ngc` gives
-every member its own C and its own G.
+and they differ only in C and G. C is the identity for plain SVD, a diagonal for FWSVD and ASVD, the second moment of
+the inputs for SVD-LLM, and the pooled second moment of several layers for Basis Sharing; G is the identity for all of
+these. `ngc` gives every member its own C and its own G.
 
 Legend: M outputs of all members stacked, I inputs, R rank. Everything is float64 on the host (LAPACK).
 """
@@ -33,14 +33,14 @@ Factorise = Callable[[Sequence[np.ndarray], "Sequence[Statistics]", int], "State
 
 @dataclasses.dataclass(frozen=True)
 class Factorisation:
-    """A function from weights and statistics to states, and what it looks at.
+    """A function from weights and statistics to states, and the statistics that it needs.
 
     Attributes:
         name: As in `factorise(name)`.
         function: The function.
         measures: What calibration must measure.
-        rounding: How a uniform rank is made whole.
-        reference: Where it comes from.
+        rounding: How a uniform rank is rounded to an integer.
+        reference: The publication that it comes from.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Factorisation:
 
 
 def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The stacked members, narrow ones padded with zeros, and the sum of the geometries."""
+    """The stacked members, zero-padded to the same width, and the sum of the geometries."""
     width = max(weight.shape[1] for weight in weights)
     stacked = np.concatenate([np.pad(w.astype(np.float64), ((0, 0), (0, width - w.shape[1]))) for w in weights])
     pooled = np.zeros((width, width))
@@ -61,19 +61,19 @@ def _stack(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray]) -> t
 
 
 def same_input(statistics: Sequence[Statistics]) -> bool:
-    """Whether all of these blocks read the same input."""
+    """Whether all blocks read the same input."""
     sites = {entry.site for entry in statistics}
     return len(statistics) == 1 or (len(sites) == 1 and "" not in sites)
 
 
 def _second_moments(statistics: Sequence[Statistics]) -> list[np.ndarray]:
-    """Of every input site once: members that read the same input add nothing to a pool by being counted again."""
+    """One second moment for each input site: members that read the same input are counted once in a pool."""
     by_site = {entry.site or str(number): entry.second_moment for number, entry in enumerate(statistics)}
     return list(by_site.values())
 
 
 def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
-    """Best states of the stacked members in the pooled geometry."""
+    """Optimal states of the stacked members in the pooled geometry."""
     from ngc_jax.conversion.closed_form import best_states, split_members
 
     stacked, pooled = _stack(weights, geometries)
@@ -106,15 +106,15 @@ def asvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: 
 
 
 def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """SVD-LLM's truncation-aware whitening (arXiv 2403.07378, section 3.1), without its update: C = E[x x^T].
+    """SVD-LLM's truncation-aware whitening (arXiv 2403.07378, section 3.1) without its parameter update: C = E[x x^T].
 
-    The authors decompose W S, S the Cholesky factor of C; the same subspace comes from the Gram matrix of W S.
+    The authors decompose W S with S the Cholesky factor of C; the Gram matrix of W S gives the same subspace.
     """
     return _shared(weights, _second_moments(statistics), rank)
 
 
 def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
-    """Basis Sharing (arXiv 2410.03765, section 3): adjacent layers stacked, their second moments pooled."""
+    """Basis Sharing (arXiv 2410.03765, section 3): adjacent layers are stacked and their second moments pooled."""
     return _shared(weights, _second_moments(statistics), rank)
 
 
@@ -128,10 +128,10 @@ def ngc_paper(
 ) -> States:
     """The recipe published with NGC (arXiv 2510.16851).
 
-    A low-rank SVD of stacked inputs times stacked weights gives the output states; the input states follow by least
+    A low-rank SVD of stacked inputs times stacked weights gives the output states. The input states follow by least
     squares, whose solution is W^T Q_out for orthonormal Q_out. The low-rank SVD is the randomised one (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4); its iterations are a choice of ours (docs/results.md). It sees
-    Y = X W^T through Y^T Y = W C W^T only. The exact decomposition is what `ngc` uses.
+    Martinsson and Tropp 2011, algorithm 4.4); we choose its number of iterations (docs/results.md). It depends on
+    Y = X W^T only through Y^T Y = W C W^T. `ngc` uses the exact decomposition.
 
     Args:
         weights: (d_out, d_in) of each member.
@@ -139,7 +139,7 @@ def ngc_paper(
         rank: R.
         iterations: Power iterations.
         oversampling: Directions sampled beyond the rank.
-        seed: Of the sampled directions.
+        seed: For the sampled directions.
     """
     from ngc_jax.conversion.closed_form import RIDGE, eigenvectors, mean_diagonal, split_members
 
@@ -156,15 +156,15 @@ def ngc_paper(
 def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> States:
     """States that minimise the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||^2.
 
-    Members with the same input: exact, and nested. Members with different inputs: alternating least squares with each
-    member's own C_m and G_m, from the pooled solution (which is what the baselines stop at). Without gradients in the
-    statistics G is the identity.
+    Members with the same input have an exact, nested solution. Members with different inputs are solved by alternating
+    least squares with each member's own C_m and G_m, starting from the pooled solution (where the baselines stop).
+    Without gradients in the statistics G is the identity.
 
     Args:
         weights: (d_out, d_in) of each member.
         statistics: Of each member.
-        rank: R. At full rank the pooled solution is returned with its energies, which is what ranks are allocated by.
-        sweeps: Of alternating least squares.
+        rank: R. At full rank the pooled solution is returned with its energies, from which ranks are allocated.
+        sweeps: Number of alternating least squares sweeps.
     """
     from ngc_jax.conversion.alternating import alternate, pooled_states
     from ngc_jax.conversion.closed_form import best_states, pulled_metric

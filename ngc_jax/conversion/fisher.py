@@ -1,4 +1,4 @@
-"""Gradient statistics of the language-model loss, by backward passes over calibration text."""
+"""Diagonal Fisher information of the language-model loss, by backward passes over calibration text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ngc_jax.tokens import as_tokens
 
 @partial(jax.jit, static_argnames=("decoder",))
 def _squared_gradients(params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder) -> Params:
-    """Squares of the gradient of one window's mean loss by every kernel, summed over outputs."""
+    """Squared gradient of one window's mean loss with respect to every kernel, summed over outputs."""
 
     def loss(layers: Params) -> jax.Array:
         likelihoods, mask = token_log_likelihoods(decoder, {**params, "layers": layers}, tokens, positions)
@@ -39,13 +39,13 @@ def measure_fisher(
 ) -> dict[str, np.ndarray]:
     """Diagonal empirical Fisher information of every block, summed over its outputs.
 
-    One window is one sample: the mean over windows of the squared gradient (FWSVD, arXiv 2207.00112, eq. 5).
+    One window is one sample: the squared gradient is averaged over windows (FWSVD, arXiv 2207.00112, eq. 5).
 
     Args:
         model: The dense model.
         tokens: (T,) calibration tokens.
         window: Tokens in a window.
-        progress: Called with (windows done, in all).
+        progress: Called with (windows done, total).
 
     Returns:
         By block name, (d_in,) float64.

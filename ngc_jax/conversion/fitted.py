@@ -1,4 +1,4 @@
-"""All groups of a conversion, fitted, and the compact model that is built of them."""
+"""The fitted groups of a conversion, and the compact model that is built from them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class FittedGroups:
-    """All candidate groups of a topology, fitted; `build_compact` makes a model of them at any keep ratio.
+    """All candidate groups of a topology, fitted; `build_compact` builds a model from them at any keep ratio.
 
     Attributes:
-        cells: Ways to group the same blocks.
-        groups: The groups of all ways.
+        cells: Alternative groupings of the same blocks.
+        groups: The groups of all alternatives.
         spill: Their states.
-        statistics: Of the members of those groups that must be fitted again when their rank is known.
+        statistics: Of the members of groups that must be fitted again once their rank is known.
     """
 
     def __init__(self, model: LanguageModel, topology: str, spill: Spill) -> None:
@@ -55,16 +55,17 @@ def fit_groups(
 ) -> FittedGroups:
     """Fit every group of a topology as soon as the last of its members has been measured.
 
-    Its statistics are dropped then, so that a topology within layers holds the statistics of one layer at a time; the
-    states wait on disk. Where a shared group's states are not nested, its statistics are kept for `build_compact`.
+    A group's statistics are freed then, so that a topology within layers holds the statistics of one layer at a time;
+    the states are kept on disk. Where a shared group's states are not nested, its statistics are kept for
+    `build_compact`.
 
     Args:
         model: The dense model.
-        factorise: How.
+        factorise: The factorisation and its options.
         stream: Statistics by block name, a few blocks at a time; from `measure`.
-        directory: For the states.
-        ranks: Of every group by name if they are known; else full.
-        progress: Called with (stage, done, in all).
+        directory: Where the states are stored.
+        ranks: By group name, if they are known; else full rank.
+        progress: Called with (stage, done, total).
 
     Raises:
         UsageError: If weights or statistics are not finite.
@@ -94,7 +95,7 @@ def fit_groups(
 
     for statistics in stream:
         measured.update(statistics)
-        del statistics  # or it would live on while the next layer is measured
+        del statistics  # or it would stay in memory while the next layer is measured
         fit_ready()
     fit_ready()
     return fitted
@@ -109,18 +110,18 @@ def build_compact(
     donate: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Choose ranks, fit again what is not nested, fix the gauge, and build the compact model.
+    """Choose ranks, refit groups whose states are not nested, fix the gauge, and build the compact model.
 
     Args:
         model: The dense model.
         factorise: That of `fit_groups`, with any allocation and gauge.
-        rule: How ranks are found.
-        fitted: Its groups.
+        rule: How ranks are chosen.
+        fitted: The fitted groups.
         donate: Delete the dense kernels that states replace.
-        progress: Called with (stage, done, in all).
+        progress: Called with (stage, done, total).
 
     Returns:
-        The compact model; parameters that no group replaces are shared with the dense one.
+        The compact model; it shares all parameters that no group replaces with the dense one.
 
     Raises:
         UsageError: If the keep ratio cannot be reached.
@@ -166,10 +167,10 @@ def build_compact(
 
 
 class FitCache:
-    """The last fit at full rank, for conversions that differ in keep ratio, allocation or gauge; a context manager.
+    """The last full-rank fit, shared by conversions that differ in keep ratio, allocation or gauge; a context manager.
 
     Attributes:
-        saved_seconds: What the fits that were used again took when they were made.
+        saved_seconds: Total time of the fits that were reused.
     """
 
     def __init__(self) -> None:
@@ -188,7 +189,7 @@ class FitCache:
         self._drop()
 
     def get(self, key: Hashable, fit: Callable[[str], FittedGroups]) -> FittedGroups:
-        """The fit of a key; if the last one had another, a new one, whose states are in the directory it is given."""
+        """The fit of a key. If the last fit had another key, `fit` makes a new one in the directory it is given."""
         if self._found is None or key != self._key:
             self._drop()
             self._directory = tempfile.TemporaryDirectory(prefix="ngc-jax-")

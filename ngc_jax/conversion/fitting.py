@@ -1,4 +1,4 @@
-"""One group's fit, and the compact model that fitted groups make."""
+"""Fit one group, and assemble the compact model from fitted groups."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def fit_all(
     statistics: Sequence[Sequence[Statistics]],
     ranks: Sequence[int | None],
 ) -> Iterator[Fitted]:
-    """Fit the states of groups to their members' dense weights, in float64; small groups side by side.
+    """Fit the states of groups to their members' dense weights, in float64; small groups run in parallel.
 
     Args:
         groups: The groups.
-        factorise: How.
+        factorise: The factorisation and its options.
         params: Dense parameters.
-        statistics: Of each group's members; none for a method that needs none.
+        statistics: Of each group's members; empty for a method that needs none.
         ranks: Of each group; full rank if None.
 
     Returns:
-        The states of each group, in order; found as they are asked for.
+        The states of each group, in order, as an iterator.
 
     Raises:
         UsageError: If weights or statistics are not finite.
@@ -69,7 +69,7 @@ def fit_group(
     kernels = [np.asarray(kernel_of(params, member.name), np.float64) for member in group.members]
     for member, kernel in zip(group.members, kernels, strict=True):
         if not np.isfinite(kernel).all():
-            raise UsageError(f"the weights of {member.name} are not finite; the model is damaged: get it again")
+            raise UsageError(f"the weights of {member.name} are not finite; the file is damaged, download it again")
     for member, entry in zip(group.members, statistics, strict=bool(statistics)):
         if not _is_finite(entry):
             raise UsageError(f"the statistics of {member.name} are not finite; load the model with --dtype float32")
@@ -107,7 +107,7 @@ def shrunk(statistics: Sequence[Statistics], shrinkage: float) -> list[Statistic
 
 
 def shrunk_in_place(layer: Mapping[str, Statistics], shrinkage: float) -> dict[str, Statistics]:
-    """As `shrunk`, in the arrays that were given, which blocks with the same input site share."""
+    """As `shrunk`, but in place in the given arrays, which blocks with the same input site share."""
     moments = {entry.site or name: entry.second_moment for name, entry in layer.items()}
     for moment in moments.values() if shrinkage else ():
         diagonal = np.diag(moment).copy()
@@ -134,17 +134,17 @@ def assemble(
     kernel: Kernel | None = None,
     params_of: Callable[[Candidate, States], dict[str, Any]] | None = None,
 ) -> LanguageModel:
-    """The compact model of fitted states: grouped kernels go, states come; all else is shared.
+    """The compact model of fitted states: states replace the grouped kernels, all other parameters are shared.
 
     Args:
         model: The dense model.
         groups: The chosen groups.
-        ranks: Of each by name; `DENSE` leaves its members dense.
-        states_of: The fitted states of a group by its name, of that rank or nested.
+        ranks: By group name; `DENSE` leaves the members dense.
+        states_of: Returns the fitted states of a group by its name, of that rank or nested.
         gauge: Fix the gauge: choose pivots, whose states are not stored.
         donate: Delete the dense kernels that states replace.
         kernel: Of all groups; bilinear if None.
-        params_of: The parameters of a group from its bilinear states; as they are if None.
+        params_of: Computes a group's parameters from its bilinear states; None stores the states themselves.
     """
 
     def states(group: Candidate) -> tuple[States, tuple[int, ...] | None]:
@@ -180,7 +180,7 @@ def assemble(
 
 def _group_params(group: Candidate, states: States, dtype: jnp.dtype) -> dict[str, Any]:
     outputs = zip(group.members, states.output_states, strict=True)
-    # Not jnp.asarray, which compiles a program for every shape, and every rank is another.
+    # Not jnp.asarray, which compiles a program for every new shape, and every rank is a new shape.
     return {
         "input_states": jax.device_put(states.input_states.astype(dtype)),
         "output_states": {member.name: jax.device_put(output.astype(dtype)) for member, output in outputs},

@@ -1,4 +1,4 @@
-"""How a block's inputs changed on some tokens, carried over to all: the algebra of error propagation.
+"""How a block's inputs changed, measured on some tokens and extrapolated to all: the algebra of error propagation.
 
 Legend: I inputs of a block, M its outputs. x are the dense model's inputs, x' the converted one's, as in `propagate`.
 """
@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from ngc_jax.conversion.closed_form import RIDGE, mean_diagonal
 
-# Correlations of dense and converted inputs are trusted no further than this: R tends to the identity where the two
-# have little energy, and where few tokens tell them apart.
+# Upper limit on the trusted correlation of dense and converted inputs: R tends to the identity where either has little
+# energy, and where there are too few tokens to estimate it.
 _SHRINKAGE = 0.03
 
 
@@ -22,21 +22,21 @@ def carried_over(
     cross: Float[np.ndarray, "I I"],
     converted: Float[np.ndarray, "I I"],
 ) -> tuple[Float[np.ndarray, "I I"], Float[np.ndarray, "I I"]]:
-    """E[x' x'^T] and E[x x'^T] of all tokens, from how some of them changed.
+    """E[x' x'^T] and E[x x'^T] of all tokens, from how a sample of them changed.
 
-    With x' = B x + rest on those tokens, B by least squares: B C B^T + E[rest rest^T], and C B^T.
+    With x' = B x + rest on the sample and B by least squares, these are B C B^T + E[rest rest^T] and C B^T.
 
     Args:
         second_moment: C = E[x x^T] of all tokens.
-        own: E[x x^T] of some.
-        cross: E[x x'^T] of the same.
-        converted: E[x' x'^T] of the same.
+        own: E[x x^T] of the sample.
+        cross: E[x x'^T] of the sample.
+        converted: E[x' x'^T] of the sample.
     """
     b_IxI = regression(own, cross.T)
     carried = second_moment @ b_IxI.T
-    # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, from as few products and arrays as do:
-    # E[x x^T] B^T = E[x x'^T] + floor (I - B^T), as the equations that B solves say it. They can be solved, for
-    # E[x x^T] is a sum of squares.
+    # E[rest rest^T] = E[x' x'^T] - B E[x x'^T] - E[x' x^T] B^T + B E[x x^T] B^T, with the fewest products and arrays:
+    # E[x x^T] B^T = E[x x'^T] + floor (I - B^T) by the equations that define B. They have a solution, since E[x x^T] is
+    # a sum of squares.
     floor_I = _SHRINKAGE / (1 - _SHRINKAGE) * _floor(own)
     through = carried - cross
     through -= floor_I[:, None] * b_IxI.T
@@ -48,7 +48,7 @@ def carried_over(
 
 
 def _symmetrise(matrix: np.ndarray, rows: int = 512) -> None:
-    """Replace a square matrix by the mean of it and its transpose, in place, a band of rows at a time."""
+    """Replace a square matrix by the mean of it and its transpose, in place, one band of rows at a time."""
     for start in range(0, len(matrix), rows):
         band = slice(start, start + rows)
         mean = (matrix[band, start:] + matrix[start:, band].T) / 2
@@ -61,7 +61,7 @@ def regression(
     cross: Float[np.ndarray, "I I"],
     weight: Float[np.ndarray, "M I"] | None = None,
 ) -> Float[np.ndarray, "M I"]:
-    """W R, with R y the best linear guess of x.
+    """W R, with R y the best linear estimate of x.
 
     Args:
         second_moment: E[y y^T].
@@ -79,11 +79,11 @@ def regression(
     try:
         factor = scipy.linalg.cho_factor(ours, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
-        # Carried over from too few tokens to make a second moment of anything: nothing is known of how x changed.
+        # There were too few tokens for a definite second moment: how x changed is unknown.
         return np.eye(len(second_moment)) if weight is None else weight
     return np.asarray(scipy.linalg.cho_solve(factor, both.T, overwrite_b=True, check_finite=False)).T
 
 
 def _floor(second_moment: Float[np.ndarray, "I I"]) -> Float[np.ndarray, " I"]:
-    """What a second moment is drawn to."""
+    """The diagonal that a second moment is shrunk towards."""
     return np.diag(second_moment) + RIDGE * mean_diagonal(second_moment)

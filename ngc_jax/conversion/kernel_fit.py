@@ -1,8 +1,8 @@
 """States of a kernel without closed form: gradient steps on a group's own loss, from the bilinear solution.
 
-Every group is fitted alone, to its members' dense weights, as the authors of NGC do it layer by layer (arXiv
-2510.16851): no pass through the model is needed. What is minimised is the error of the members' outputs, weighted by
-how much each output matters to the model's loss where gradients were measured, and optionally that of the weights:
+Each group is fitted alone to its members' dense weights, as the authors of NGC do layer by layer (arXiv 2510.16851), so
+that no pass through the model is needed. The loss is the error of the members' outputs, weighted by each output's
+influence on the model's loss where gradients were measured, and optionally the error of the weights:
 
     sum over m of  || G_m^(1/2) (W_m - What_m) C_m^(1/2) ||^2 / sum over m of || G_m^(1/2) W_m C_m^(1/2) ||^2
         + weight_share * sum over m of || W_m - What_m ||^2 / sum over m of || W_m ||^2
@@ -26,8 +26,8 @@ from ngc_jax.conversion.closed_form import DAMPING, States, output_metric, squar
 from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.groups.kernels import Kernel, from_bilinear, weights
 
-# Root mean square of the lifted kernel's states at the start: tanh bends, and is not saturated. The weights then begin
-# far from the bilinear ones, and end nearer to the dense ones than from a start where they are alike (docs/results.md).
+# Initial root mean square of the lifted kernel's states: tanh is nonlinear there but not saturated. The weights start
+# far from the bilinear ones, and end nearer to the dense ones than from a linear start (docs/results.md).
 START_SIZE = 1.0
 
 
@@ -50,12 +50,12 @@ def fit_kernel(
         dense: (J, I) weight of each member.
         statistics: Of each member; none for C = I and G = I.
         states: The bilinear solution at the same rank, in the free gauge.
-        steps: Gradient steps; 0 for the start.
-        learning_rate: At its highest, for states of root mean square 1; smaller states take smaller steps.
-        weight_share: Of the error of the weights themselves.
+        steps: Gradient steps; 0 returns the initial states.
+        learning_rate: Peak learning rate, for states of root mean square 1; it is scaled down for smaller states.
+        weight_share: Coefficient of the error of the weights.
 
     Returns:
-        The states of the step of the lowest loss, and the losses (steps + 1,) on the way.
+        The states with the lowest loss, and the losses (steps + 1,).
     """
     started = from_bilinear(kernel, _balanced(members, states), START_SIZE)
     size = float(jnp.sqrt(jnp.square(started["input_states"]).mean()))
@@ -91,7 +91,7 @@ def local_loss(
         states: The group's states.
         dense: (J, I) weight of each member.
         roots: Of each member, K with K^T K = G, (J, J) or its diagonal (J,), and L with L L^T = C, (I, I).
-        weight_share: Of the error of the weights themselves.
+        weight_share: Coefficient of the error of the weights.
     """
     output, scale, plain, size = (jnp.zeros(()) for _ in range(4))
     for name, weight, (k, l_IxI) in zip(members, dense, roots, strict=True):
@@ -107,14 +107,14 @@ def local_loss(
 
 
 def loss_roots(weight: np.ndarray, statistics: Statistics | None) -> tuple[Array, Array]:
-    """What `local_loss` takes of a member: K with K^T K = G and L with L L^T = C, both damped as in `best_states`.
+    """The factors that `local_loss` needs of a member: K^T K = G and L L^T = C, both damped as in `best_states`.
 
     Args:
         weight: (J, I).
         statistics: Of the member; None for C = I and G = I.
 
     Returns:
-        K, (J, J), or (J,) where G is diagonal or was measured through W^T G W only; and L, (I, I); float32.
+        K, (J, J), or (J,) where G is diagonal or only W^T G W was measured; and L, (I, I); float32.
     """
     outputs, inputs = weight.shape
     if statistics is None:
@@ -154,7 +154,7 @@ def _descend(
         updates = jax.tree.map(lambda update: learning_rate * update, updates)
         return (optax.apply_updates(states, updates), moments, best, jnp.minimum(loss, least)), loss
 
-    # The best so far is kept: a step that makes things worse, or breaks them, costs nothing.
+    # The best states so far are kept, so that a step that raises the loss or diverges does no harm.
     carry = (states, optimizer.init(states), states, jnp.asarray(jnp.inf))
     (states, _, best, least), losses = jax.lax.scan(step, carry, length=steps)
     last = loss_of(states)
@@ -163,7 +163,7 @@ def _descend(
 
 
 def _balanced(members: Sequence[str], states: States) -> dict[str, Any]:
-    """The same bilinear group with latent dimensions as large on the input as on the output side."""
+    """The same bilinear group with latent dimensions scaled equally on the input and the output side."""
     inputs = np.linalg.norm(states.input_states, axis=0)
     outputs = np.sqrt(sum(np.square(q).sum(axis=0) for q in states.output_states))
     scale = np.sqrt(np.maximum(outputs, 1e-30) / np.maximum(inputs, 1e-30))

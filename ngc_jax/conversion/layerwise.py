@@ -1,4 +1,4 @@
-"""Batches of windows that one compiled call takes in turn, on one device or several, and sums over their tokens.
+"""Batches of windows that one compiled call processes in sequence, on one or several devices, with sums over tokens.
 
 Legend: K batches of a stack, B windows of a batch, L tokens of a window.
 """
@@ -18,26 +18,26 @@ from ngc_jax.text import split_windows
 
 Streams = TypeVar("Streams")
 Sums = TypeVar("Sums")
-# The axis of a mesh that the windows of a batch are shared out over.
+# The axis of a mesh that the windows of a batch are sharded over.
 _WINDOWS_AXIS = "data"
-# Batches that a compiled layer takes in turn in one call. The memory it works in comes from the system anew at every
-# call, page by page, which on a CPU takes a tenth as long as the work on one batch.
+# Batches that a compiled layer processes in one call. The system allocates a call's working memory again every time,
+# page by page, which on a CPU takes a tenth of the time of one batch.
 BATCHES_PER_CALL = 4
 
 
 class Compensated(NamedTuple):
-    """A float32 sum and the part of it that float32 lost."""
+    """A float32 sum and its rounding error."""
 
     total: Array
     lost: Array
 
     @classmethod
     def zeros_like(cls, x: Array) -> Compensated:
-        """A sum of nothing."""
+        """An empty sum."""
         return cls(jnp.zeros_like(x), jnp.zeros_like(x))
 
     def add(self, x: Array) -> Compensated:
-        """Add x without losing what the total cannot hold (Knuth's two-sum)."""
+        """Add x and keep what the total rounds off (Knuth's two-sum)."""
         total = self.total + x
         virtual = total - self.total
         error = (self.total - (total - virtual)) + (x - virtual)
@@ -46,17 +46,17 @@ class Compensated(NamedTuple):
     def value(self) -> np.ndarray:
         """The sum in float64 on the host."""
         value = np.array(self.total, np.float64)
-        value += np.asarray(self.lost)  # in place: these matrices are the largest things a conversion holds
+        value += np.asarray(self.lost)  # in place: these are the largest matrices of a conversion
         return value
 
 
 class Stack(NamedTuple):
-    """Batches that one call takes in turn.
+    """Batches that one call processes in sequence.
 
     Attributes:
         tokens: (K, B, L).
-        positions: (K, B, L); -1 for padding. Batches of nothing else come last, and are not touched.
-        mask: (K, B, L), 1 for a token, 0 for padding; None if there is none in the batches that are touched.
+        positions: (K, B, L); -1 for padding. Batches of padding alone come last and are skipped.
+        mask: (K, B, L), 1 for a token, 0 for padding; None if the other batches have no padding.
     """
 
     tokens: Int[Array, "K B L"]
@@ -64,7 +64,7 @@ class Stack(NamedTuple):
     mask: Float[Array, "K B L"] | None
 
     def used(self) -> int:
-        """Batches that have tokens."""
+        """Number of batches that have tokens."""
         return int((np.asarray(self.positions) >= 0).any(axis=(1, 2)).sum())
 
 
@@ -75,14 +75,14 @@ def stack_batches(
     batches_per_call: int = BATCHES_PER_CALL,
     mesh: Mesh | None = None,
 ) -> list[Stack]:
-    """Cut a token stream into stacks of batches of windows, all of one shape.
+    """Cut a token stream into stacks of batches of windows, all of the same shape.
 
     Args:
         tokens: (T,), one stream.
-        window: L, if there are so many tokens.
-        batch_size: B, or what each device has of it.
-        batches_per_call: K, if there are so many batches.
-        mesh: B is shared out over its axis "data"; None for one device.
+        window: L, or fewer if the stream is shorter.
+        batch_size: B on each device.
+        batches_per_call: K, or fewer if there are fewer batches.
+        mesh: B is sharded over its axis "data"; None for one device.
     """
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, _WINDOWS_AXIS))
     batches = split_windows(tokens, window, batch_size * (1 if mesh is None else mesh.shape[_WINDOWS_AXIS]))
@@ -108,16 +108,16 @@ def each_batch(
     *,
     mesh: Mesh | None,
 ) -> tuple[Streams, Sums]:
-    """Take the batches of a stack that have tokens in turn.
+    """Process in sequence the batches of a stack that have tokens.
 
     Args:
-        step: From parameters, the data and streams of one batch, and the sums so far, to the streams and sums after it.
-        params: Parameters; the same on every device.
-        data: Arrays (K, B, ...) or None; those of "positions" say which batches have tokens.
+        step: Maps parameters, the data and streams of one batch, and the sums so far, to new streams and sums.
+        params: Parameters, replicated on every device.
+        data: Arrays (K, B, ...) or None; "positions" show which batches have tokens.
         streams: Pytree of arrays (K, B, ...).
-        sums: Pytree of sums over tokens; the same on every device.
-        mesh: Its axis "data" shares out B: a device adds up what its own windows give, and all are added once, at the
-            end. None for one device.
+        sums: Pytree of sums over tokens, replicated on every device.
+        mesh: B is sharded over its axis "data": each device sums over its own windows, and the sums of all devices are
+            added once, at the end. None for one device.
 
     Returns:
         Streams and sums.
@@ -148,7 +148,7 @@ def each_batch(
         mesh=mesh,
         in_specs=(same, shared_out, shared_out),
         out_specs=(shared_out, same),
-        check_vma=False,  # every device takes as many turns as it has batches, which the types cannot follow
+        check_vma=False,  # the number of iterations differs by device, which the types cannot express
     )(params, data, streams)
     return streams, _add_sums(sums, added)
 

@@ -1,4 +1,4 @@
-"""What a conversion needs to know of every block of a dense model, measured one layer at a time."""
+"""The statistics that a conversion needs of every block of a dense model, measured one layer at a time."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Measured:
 def measure(
     model: LanguageModel, needs: Needs, calibration: Calibration, progress: Progress | None = None
 ) -> Iterator[dict[str, Statistics]]:
-    """What is needed to know of every block, one layer at a time.
+    """Measure the statistics of every block, one layer at a time.
 
-    Where all statistics will be held anyway (`needs.held`), tokens that gradients are taken on are read once less: one
-    forward pass serves gradients and inputs.
+    If all statistics are held anyway (`needs.held`), one forward pass serves both gradients and inputs, so that the
+    tokens of the gradients are run once less.
 
     Args:
         model: The dense model.
         needs: What to measure.
         calibration: The text.
-        progress: Called with (stage, done, in all).
+        progress: Called with (stage, done, total).
 
     Raises:
         UsageError: If the model is compact already, or there is nothing to measure.
@@ -53,7 +53,7 @@ def measure(
     some, mesh = tokens[: calibration.gradient_tokens], calibration.mesh
     if not needs.anything:
         return
-    # Where no more than a layer's statistics are held although there are gradients, memory matters more than time.
+    # If only one layer's statistics are held although there are gradients, memory matters more than time.
     sparing = needs.gradients is not None and not needs.held
     batches_per_call = 1 if sparing else BATCHES_PER_CALL
     fisher = None

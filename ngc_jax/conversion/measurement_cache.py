@@ -22,11 +22,11 @@ from ngc_jax.models.load import LanguageModel, Params, kernel_of
 
 
 class MeasurementCache:
-    """What many conversions need, measured once; `convert` takes it as `measurements`.
+    """The statistics that many conversions need, measured once; `convert` takes it as `measurements`.
 
     Attributes:
         fits: Fits that conversions share.
-        seconds: What measuring took, by kind: inputs, gradients, fisher.
+        seconds: Time of the measurements by kind: inputs, gradients, fisher.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class MeasurementCache:
         fits: FitCache,
         progress: Progress | None = None,
     ) -> None:
-        """Read what is in the directory; where that is less than is needed, measure and write it.
+        """Read the statistics in the directory; if some of those needed are missing, measure and write them.
 
         Args:
             directory: Of the statistics of this model on this text; `drop` removes it.
             model: The dense model.
             calibration: The text.
-            needs: What all conversions need together.
-            fits: For fits that they share.
-            progress: Called with (stage, done, in all).
+            needs: The needs of all conversions together.
+            fits: For fits that conversions share.
+            progress: Called with (stage, done, total).
         """
         self.fits = fits
         self._directory, self._params = Path(directory), model.params
@@ -59,12 +59,12 @@ class MeasurementCache:
             self._layers, self.seconds = found[0], found[1]["seconds"]
 
     def stream(self, needs: Needs) -> Iterator[dict[str, Statistics]]:
-        """The statistics of each layer, as a conversion that needs these would have measured them."""
+        """The statistics of each layer, as `measure` would return them for these needs."""
         for layer in self._layers if needs.anything else ():
             yield restrict(layer, needs, self._params)
 
     def seconds_for(self, needs: Needs) -> float:
-        """What measuring these took."""
+        """Time that these measurements took, in seconds."""
         wanted = {"inputs": needs.anything, "gradients": needs.gradients is not None, "fisher": needs.fisher}
         return sum(self.seconds[kind] for kind, is_wanted in wanted.items() if is_wanted)
 
@@ -74,11 +74,11 @@ class MeasurementCache:
 
 
 def restrict(layer: Mapping[str, Statistics], needs: Needs, params: Params) -> dict[str, Statistics]:
-    """The statistics of a layer as if only what is needed had been measured.
+    """The statistics of a layer as if no more than `needs` had been measured.
 
     Args:
         layer: By block name, with G itself where `needs.whole`.
-        needs: What is needed; unless `whole`, W^T G W takes the place of G where that is smaller.
+        needs: What is needed; unless `whole`, W^T G W replaces G where it is smaller.
         params: The dense model's.
     """
 
@@ -109,7 +109,7 @@ def _kinds(needs: Needs) -> list[str]:
 def _measure(
     model: LanguageModel, calibration: Calibration, needs: Needs, progress: Progress | None
 ) -> tuple[list[dict[str, Statistics]], dict[str, float]]:
-    """All layers' statistics, and what each kind took in seconds."""
+    """All layers' statistics, and the seconds that each kind took."""
     report = progress or (lambda stage, done, total: None)
     if not needs.anything:
         return [], {"inputs": 0.0}

@@ -1,7 +1,7 @@
-"""Methods: named chains of passes, at the settings that their authors use or that were chosen here.
+"""Methods: named chains of passes, with the settings of their authors or settings chosen here.
 
-Settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md). A new
-method is one more `register_method`.
+The settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md). A
+new method is one more `register_method`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ngc_jax.conversion.passes.remeasure import remeasure
 from ngc_jax.conversion.registry import all_passes
 from ngc_jax.errors import UsageError
 
-# By name: the chain of a method at a keep ratio.
+# By name: a function from the keep ratio to the method's chain.
 METHODS: dict[str, Callable[[float], Chain]] = {}
 
 
 def register_method(name: str, make: Callable[[float], Chain]) -> None:
-    """Make a method known by its name, to `convert`, to the command line and to comparisons.
+    """Register a method under a name, for `convert`, the command line and comparisons.
 
     Args:
-        name: The name; a method that has it is replaced.
-        make: From a keep ratio to the chain.
+        name: The name; replaces a method of the same name.
+        make: Maps a keep ratio to the chain.
 
     Example:
         >>> register_method("svd_llm_gauge", lambda keep: chain(factorise("svd_llm", gauge=True)))
@@ -39,10 +39,10 @@ def register_method(name: str, make: Callable[[float], Chain]) -> None:
 
 
 def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = None) -> Chain:
-    """The chain of a method, with options of its passes changed.
+    """The chain of a method, with changed options.
 
-    An option that is given also adds its pass where the method has none. Passes of the method that the given options
-    exclude are left out, unless an option of theirs is given: then it is an error.
+    An option of a pass that the method does not contain adds the pass. Passes of the method that are incompatible with
+    the given options are left out, unless one of their own options is given, which is an error.
 
     Args:
         name: One of `METHODS`.
@@ -70,7 +70,7 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
             made[kind] = kind.from_options(mine)
         if mine:
             asked.add(kind)
-    # Looked at together, without any that would refuse the others.
+    # Checked together, without the passes that would refuse the others.
     whole = object.__new__(Chain)
     object.__setattr__(whole, "passes", tuple(one for one in made.values() if not one.is_off))
     object.__setattr__(whole, "method", name)
@@ -118,7 +118,7 @@ class Recipe:
         object.__setattr__(self, "chain", method_chain(method, keep, chosen))
 
     def replace(self, **changes: Any) -> Recipe:
-        """With other options, another method or another keep ratio; None takes the method's own again."""
+        """A copy with other options, another method or keep ratio; None restores the method's own value."""
         return Recipe(**{"method": self.method, "keep": self.keep, **dict(self.options), **changes})
 
 
@@ -138,7 +138,7 @@ register_method("asvd", _plain("asvd"))
 register_method("svd_llm", _plain("svd_llm"))
 # arXiv 2503.12340.
 register_method("svd_llm_v2", _plain("svd_llm", allocation="svd_llm_v2"))
-# MLPs as in MoDeGPT (arXiv 2408.09632, section 3.2), but that neurons are pruned one by one; the rest as svd_llm.
+# MLPs as in MoDeGPT (arXiv 2408.09632, section 3.2), except that neurons are pruned one by one; the rest as svd_llm.
 register_method(
     "nystrom",
     lambda keep: chain(prune_neurons(keep, flexible=True), factorise("svd_llm", allocation="neurons")),

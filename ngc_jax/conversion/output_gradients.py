@@ -1,9 +1,9 @@
-"""Second moments of the loss's gradient by every block's output, layer by layer from the top.
+"""Second moments of the loss's gradient with respect to every block's output, layer by layer from the top.
 
-With C = E[x x^T] of a block's inputs and G = E[g g^T] of the gradient by its outputs, an error E in its weight raises
-the loss by about tr(G E C E^T) / 2 per token (K-FAC, Martens and Grosse 2015, arXiv 1503.05671, section 3). A block
-with more outputs than inputs only ever needs W^T G W, the second moment of W^T g, so that is what is summed, unless G
-is asked for.
+With C = E[x x^T] of a block's inputs and G = E[g g^T] of the gradient with respect to its outputs, an error E in its
+weight raises the loss by about tr(G E C E^T) / 2 per token (K-FAC, Martens and Grosse 2015, arXiv 1503.05671, section
+3). A block with more outputs than inputs needs only W^T G W, the second moment of W^T g, so that is what is summed,
+unless G is requested.
 
 Legend: K batches of a stack, B windows of a batch, L tokens, T tokens of a batch in one row, D residual width, M
 outputs of a block, I its inputs.
@@ -51,7 +51,7 @@ def _add(
 ) -> dict[str, Any]:
     """Add the tokens of a batch to a block's sums; padded tokens have no gradient.
 
-    With None for the teacher's kernel, where it is the block's own, XLA finds W^T g in the backward pass.
+    With None for the teacher's kernel, where it is the block's own, XLA computes W^T g in the backward pass.
     """
     teacher_MxI = kernel_MxI if teacher_MxI is None else teacher_MxI
     x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
@@ -62,7 +62,7 @@ def _add(
         products = gram(g_TxM if full or d_out <= d_in else g_TxM @ teacher_MxI)
         new["second_moment"] = jax.tree.map(jnp.add, sums["second_moment"], products)
     if "slope" in sums:
-        # The difference of the weights, not of two products: those may be of few bits.
+        # The difference of the weights, not of two products, which may have low precision.
         new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
     return new
 
@@ -81,9 +81,9 @@ def _backward(
     mesh: Mesh | None,
     full_roles: str,
 ) -> tuple[Array, dict[str, dict[str, Any]]]:
-    """Run a layer on a stack, carry the gradient from its output to its input, and add what passes its blocks to sums.
+    """Run a layer on a stack, backpropagate the gradient from its output to its input, and add to its blocks' sums.
 
-    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if it is the dense model.
+    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if that is the dense one.
     """
     layer = DecoderLayer(config, Plan(), kind, x.dtype)
 
@@ -137,7 +137,7 @@ def _loss_gradient(
     decoder: Decoder,
     loss: Loss,
 ) -> tuple[Array, Array]:
-    """The summed loss and its gradient by the last layer's output."""
+    """The summed loss and its gradient with respect to the last layer's output."""
 
     def normed(x: Array) -> Array:
         y: Any = decoder.apply({"params": ends}, x, method="normed")
@@ -176,10 +176,10 @@ def measure_output_gradients(
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, OutputGradients], float]:
-    """Measure the gradients of the loss by the outputs of the blocks of a decoder.
+    """Measure the gradients of the loss with respect to the outputs of the blocks of a decoder.
 
     A stack of batches runs forward keeping only the input of every layer, then backward one layer at a time; one
-    compiled function serves every layer. Memory: the residual streams of a stack times layers, and the sums.
+    compiled function serves all layers. Memory: the residual streams of a stack times layers, and the sums.
 
     Args:
         config: The architecture.
@@ -189,16 +189,17 @@ def measure_output_gradients(
         loss: Cross-entropy with the `text`, with tokens `sampled` from the model (the true Fisher information), or
             divergence from the `teacher`.
         geometry: Sum `full` second moments, or only their diagonal.
-        slopes: Also sum the loss's slope along the way from the teacher's weights to those of the model measured.
+        slopes: Also sum the loss's slope along the line from the teacher's weights to those of the measured model.
         full_roles: Roles of which G itself is summed, whatever the block's shape.
         layers: Which to measure; all if None. The backward pass stops at the lowest.
-        inputs: Add what the blocks read on the way forward, for `calibrate` to go on with. Of the teacher only.
+        inputs: Sums to which the blocks' inputs are added on the way forward, for `calibrate` to continue. Of the
+            teacher only.
         key: For sampled tokens.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
-        mesh: Its axis "data" shares out the windows of a batch; None for one device.
-        progress: Called with (batches done, in all).
+        mesh: The windows of a batch are sharded over its axis "data"; None for one device.
+        progress: Called with (batches done, total).
 
     Returns:
         By block name, and the mean loss per token in nats.

@@ -37,20 +37,20 @@ def convert(
     Args:
         model: The dense model.
         how: The name of a method, a recipe, or a chain of passes.
-        calibration: A `Calibration`; or a text or token ids (T,), of which `Calibration.of` makes one with `options`.
-            Nothing where the method measures nothing.
-        keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 if not given.
-        measurements: Where statistics come from, if they are not to be measured.
-        donate: Give up the dense model: a weight is deleted as soon as its states are made, so that both models never
-            are in memory at once.
-        progress: Called with (stage, done, in all).
+        calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`. Not
+            needed by a method that measures nothing.
+        keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 by default.
+        measurements: Source of the statistics, if they are not to be measured now.
+        donate: Consume the dense model: each weight is deleted as soon as its states are made, so that both models are
+            never in memory at once.
+        progress: Called with (stage, done, total).
         options: Of the calibration, such as `window` and `bos`.
 
     Returns:
-        The compact model; parameters that are not replaced are shared with the dense one.
+        The compact model; it shares parameters that are not replaced with the dense one.
 
     Raises:
-        UsageError: If the model is compact already, the tokens are none of its own, options contradict each other, or
+        UsageError: If the model is compact already, the tokens are not the model's, options contradict each other, or
             the keep ratio cannot be reached.
 
     Example:
@@ -98,10 +98,10 @@ def convert(
 
 
 def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float]:
-    """The passes and the keep ratio of what `convert` is given.
+    """The passes and the keep ratio of the argument of `convert`.
 
     Raises:
-        UsageError: If a recipe has another keep ratio, or it is none of these.
+        UsageError: If a recipe has another keep ratio, or `how` is none of the three.
     """
     if isinstance(how, Recipe):
         if keep not in (None, how.keep):
@@ -112,7 +112,7 @@ def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float
     if isinstance(how, str):
         return method_chain(how, keep), keep
     if not isinstance(how, Chain):
-        raise UsageError(f"{how!r} is no conversion; expected the name of a method, a Recipe, or chain(...)")
+        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, or chain(...)")
     return how, keep
 
 
@@ -127,14 +127,14 @@ def check_conversion(config: DecoderConfig, passes: Chain, keep: float) -> None:
     Raises:
         UsageError: If it is too low.
     """
-    narrow, left = passes.plan(config, keep)
+    pruned, left = passes.plan(config, keep)
     factorise = passes.find(Factorise)
     if factorise is not None and factorise.rank is None:
-        check_budget(factorise.rule(left, passes.method), candidate_cells(narrow, factorise.topology))
+        check_budget(factorise.rule(left, passes.method), candidate_cells(pruned, factorise.topology))
 
 
 def _without_groups(state: ConversionState) -> LanguageModel:
-    """What a chain without a factorisation makes: a smaller dense model."""
+    """The result of a chain without a factorisation: a smaller dense model."""
     for _ in state.statistics:  # neurons are pruned as statistics are read
         pass
     dense = tuple(planned_blocks(state.dense.config, Factorise().topology).values())

@@ -1,14 +1,14 @@
 """Error propagation: refit each layer on the inputs that the converted layers below it produce.
 
-A block of the converted model reads x', not the dense model's x. Its best states then approximate not W on x but
-W x on x':
+A block of the converted model reads x', not the dense model's x. Its best states then approximate not W on x, but
+W x from x':
 
     E || G^(1/2) (W x - What x') ||^2 = || G^(1/2) (W R - What) C'^(1/2) ||^2 + const,
     C' = E[x' x'^T],    R = E[x x'^T] C'^-1
 
-so that one fit with W R in place of W and C' in place of C does it. How x' comes from x, x' = B x + rest, is measured
-on some tokens, and carried over to C, which is known from more. Layers are taken from the first to the last, as in
-SVD-LLM's sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks stay as they are.
+so that the fit uses W R in place of W and C' in place of C. How x' follows from x, x' = B x + rest, is measured on some
+tokens and applied to C, which is known from more. Layers are refitted from the first to the last, as in SVD-LLM's
+sequential update (arXiv 2403.07378, section 3.2) and in GPTQ (arXiv 2210.17323); ranks do not change.
 
 Legend: K batches of a stack, B windows of a batch, L tokens, D width of the stream, T tokens in all, I inputs of a
 block.
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
 
 
 def propagate(state: ConversionState, factorise: Factorise, strength: float) -> LanguageModel:
-    """Refit all groups, layer by layer, at the ranks that they have.
+    """Refit all groups, layer by layer, at their ranks.
 
-    Within a layer all blocks read what the layer as converted before computes from the inputs that the refitted layers
-    below produce.
+    Within a layer, the inputs of all blocks are those that the previously converted layer computes from the output of
+    the refitted layers below it.
 
     Args:
-        state: With a compact model whose groups are each within one layer, and the statistics that it was converted
-            with, as a list of layers. If these have the first tokens apart, the dense inputs' second moment is theirs;
-            else it is measured here. Where neurons were pruned, the inputs x are the original model's.
-        factorise: How it was converted.
+        state: With a compact model whose groups are each within one layer, and the statistics it was converted with, as
+            a list of layers. If these have the first tokens apart, they give the dense inputs' second moment; else it
+            is measured here. Where neurons were pruned, the inputs x are the original model's.
+        factorise: The factorisation of the conversion.
         strength: How far targets and inputs are moved from the dense model's (0) to the converted one's (1).
     """
     model, compact, calibration = state.dense, state.compact, state.calibration
@@ -67,7 +67,7 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     statistics = list(state.statistics)
     tokens = calibration.tokens[: calibration.propagation_tokens]
     mesh, config = calibration.mesh, model.config
-    whole, stayed = (model, None) if state.original is None else (state.original, state.kept)
+    whole, all_kept = (model, None) if state.original is None else (state.original, state.kept)
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
     embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
@@ -76,7 +76,7 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
         dense, once = whole.params["layers"][str(layer)], dense_layer(model, compact, layer)
-        kept = None if stayed is None else jnp.asarray(stayed[layer])
+        kept = None if all_kept is None else jnp.asarray(all_kept[layer])
         kind = layer_kind(config, layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
         sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
@@ -94,8 +94,8 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
             )
         moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
         here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
-        anew = [(chosen[plan.name], plan.rank) for plan in here]
-        found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, anew)
+        refits = [(chosen[plan.name], plan.rank) for plan in here]
+        found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, refits)
         new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
         for index, (_, positions, _) in enumerate(stacks):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
@@ -115,7 +115,7 @@ def _refit(
     moments: Mapping[str, Sequence[np.ndarray]],
     groups: Sequence[tuple[Candidate, int]],
 ) -> dict[str, Fitted]:
-    """Fit the groups of a layer to what its blocks are to approximate now; those of different inputs side by side.
+    """Fit the groups of a layer to their new targets; groups with different inputs run in parallel.
 
     Args:
         model: The dense model.
@@ -153,7 +153,7 @@ def _refit(
 
 
 def _by_input(groups: Sequence[tuple[Candidate, int]]) -> list[tuple[set[str], list[tuple[Candidate, int]]]]:
-    """Sites and the groups that read them, apart where no group reads both."""
+    """Sites and the groups that read them, split where no group reads both."""
     units: list[tuple[set[str], list[tuple[Candidate, int]]]] = []
     for group, rank in groups:
         sites = {INPUT_SITE[member.name.split(".")[-1]] for member in group.members}
@@ -173,7 +173,7 @@ def _moved(
     moments: Sequence[np.ndarray],
     share: float,
 ) -> dict[str, tuple[np.ndarray, Statistics]]:
-    """The weights that the blocks of a site are to approximate, and the statistics to do it by, by block name.
+    """The target weights of the blocks of a site, and their statistics, by block name.
 
     Args:
         model: The dense model.
@@ -181,13 +181,13 @@ def _moved(
         site: Where the blocks read.
         statistics: Of the layer's blocks.
         moments: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
-        share: How far to go from the dense model's (0) to the converted one's (1).
+        share: How far to move from the dense model's (0) to the converted one's (1).
     """
     names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
     weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
     dense_moment = statistics[names[0]].second_moment
     total, cross = carried_over(dense_moment, *moments)
-    # Blocks of one input share one array, by which they are known.
+    # Blocks with the same input share one array, and are recognised by it.
     moment = (1 - share) * dense_moment + share * total
     towards = None
     if sum(len(weight) for weight in weights) > len(total):
@@ -208,7 +208,7 @@ def _moved(
     return found
 
 
-# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens; nothing for the first if it is known.
+# E[x x^T], E[x x'^T] and E[x' x'^T] of a site, times the number of tokens; None for the first if it is known.
 _Sums = tuple[tuple[Compensated, ...], Compensated, tuple[Compensated, ...]]
 
 
@@ -245,9 +245,9 @@ def _add_both(
     kind: int,
     mesh: Mesh | None,
 ) -> tuple[Array, dict[str, _Sums]]:
-    """Run a layer of both models on a stack; returns the dense streams after it and the sums.
+    """Run a layer of both models on a stack; returns the residual streams after it and the sums.
 
-    `params` are those of both, and the dense model's hidden neurons that the other has; None for all.
+    `params` has those of both models, and which hidden neurons of the dense model the other one keeps; None for all.
     """
     dense_one, compact_one = (DecoderLayer(config, Plan(), kind, theirs.dtype) for config in configs)
 

@@ -1,19 +1,20 @@
-"""Narrower MLPs: hidden neurons whose part the others can take over go before anything is factored.
+"""Neuron pruning: remove hidden neurons of MLPs and reconstruct their contribution from the kept ones.
 
-The states of a low rank serve all neurons alike; hidden neurons matter unequally, and what many of them say can be told
-from the others. A layer's MLP with inputs h of its d block (F hidden neurons) keeps the set S:
+A low rank treats all neurons alike, but hidden neurons differ in importance, and most of them are close to linear
+combinations of the others. A layer's MLP with inputs h of its d block (F hidden neurons) keeps the set S:
 
     W_d h  ~  W' h_S,    W' = W_d C[:, S] C[S, S]^-1,    C = E[h h^T],
 
-the best linear guess (Nystrom; for C alone MoDeGPT, arXiv 2408.09632, section 3.2). Neurons go one at a time, each time
-the one without which the loss rises least, G the second moment of the loss's gradient by the block's outputs:
+the best linear estimate (Nystrom; for C alone MoDeGPT, arXiv 2408.09632, section 3.2). Neurons are pruned one at a
+time, always the one whose removal raises the loss least, with G the second moment of the loss's gradient with respect
+to the block's outputs:
 
     || G^(1/2) w'_j ||^2 / [C[S, S]^-1]_jj
 
-(optimal brain surgeon, Hassibi and Stork 1993, eq. 5, in the geometry of `best_states`). Every layer keeps as many, so
-that the result is a dense model of the same architecture, which is then converted as any other.
+(optimal brain surgeon, Hassibi and Stork 1993, eq. 5, in the geometry of `best_states`). Every layer keeps the same
+number, so that the result is a dense model of the same architecture, which is then factorised as any other.
 
-Legend: F hidden neurons, S those that stay, I width of the stream, B neurons that go between two updates.
+Legend: F hidden neurons, S kept ones, I residual width, B neurons pruned between two updates.
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
 from ngc_jax.models.load import LanguageModel, Params
 
-# Whose outputs go with hidden neurons: their G must be measured whole.
+# Blocks whose outputs are hidden neurons: their G must be measured whole.
 PRUNED_ROLES = "ug"
-# Neurons that go before all of the two matrices is brought up to date, by one product.
+# Neurons pruned before both matrices are updated as a whole, by one product.
 _BLOCK = 64
-# Relative to the mean diagonal of C: neurons that are silent on the calibration text go first, by no division by zero.
+# Relative to the mean diagonal of C: neurons that are silent on the calibration text are pruned first, without a
+# division by zero.
 _RIDGE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """A dense model without the hidden neurons that went.
+    """A dense model without its pruned hidden neurons.
 
     Attributes:
-        model: The narrow dense model. Its layers take their places as `statistics` are read, and not before.
-        kept: By layer, which hidden neurons of the dense model stay, ascending (S,); filled likewise.
-        statistics: Of the narrow model's blocks, layer by layer, as the dense model's tell.
+        model: The pruned dense model. Its layers replace the original ones only as `statistics` are read.
+        kept: By layer, the kept hidden neurons of the dense model, ascending (S,); filled in the same way.
+        statistics: Of the pruned model's blocks, layer by layer, derived from the dense model's.
     """
 
     model: LanguageModel
@@ -67,19 +69,19 @@ def prune_layers(
     at_once: int = 1,
     donate: bool = False,
 ) -> Pruned:
-    """Narrow the MLPs of a dense model, one layer after the other.
+    """Prune the MLPs of a dense model, one layer after the other.
 
     Args:
         model: The dense model.
-        config: The narrow one's, from `plan_pruning`.
+        config: The pruned model's, from `plan_pruning`.
         stream: Statistics of the dense model's blocks, layer by layer; gradients, if they have any, of u and g whole.
         shrinkage: Of C, as for `shrunk`.
-        at_once: Layers that are narrowed side by side, and held.
-        donate: Delete the dense kernels that narrow ones replace.
+        at_once: Number of layers that are pruned in parallel, and held.
+        donate: Delete the dense kernels that pruned ones replace.
     """
     layers = dict(model.params["layers"])
     hf_config = {**model.hf_config, "intermediate_size": config.mlp_dim}
-    narrow = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
+    smaller = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
     kept: dict[int, np.ndarray] = {}
 
     waiting: dict[int, Mapping[str, Statistics]] = {}
@@ -99,7 +101,7 @@ def prune_layers(
                         model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
                 yield handed_over(found)
 
-    return Pruned(narrow, kept, each())
+    return Pruned(smaller, kept, each())
 
 
 def _prune_layer(
@@ -155,48 +157,48 @@ def select_neurons(
     *,
     shrinkage: float = 0.0,
 ) -> Int[np.ndarray, " S"]:
-    """Which inputs of a block to keep: the others go one by one, always the one that costs least.
+    """Select the inputs of a block to keep, by pruning the others one by one, always the one that costs least.
 
-    Exact: after each removal both matrices are those of the inputs that are left. A block of removals is kept apart
-    and applied at once, since a product of matrices takes a fraction of the time of as many of vectors.
+    Exact: after each removal both matrices are those of the remaining inputs. A block of removals is accumulated and
+    applied at once, since a product of matrices is much faster than the same number of vector products.
 
     Args:
         root_RxF: G^(1/2) W, or any matrix whose product with its transpose is W^T G W; overwritten.
         second_moment_FxF: C of the block's inputs; may be singular.
-        count: How many stay.
+        count: Number of inputs to keep.
         shrinkage: Of C, as for `shrunk`.
 
     Returns:
         Their indices, ascending.
     """
     size = len(second_moment_FxF)
-    # In place, in Fortran's order: of a large model's layer this is larger than all its weights.
+    # In place, in Fortran order: in a large model's layer this matrix is larger than all its weights.
     inverse_FxF, _ = scipy.linalg.lapack.dpotri(
         _cholesky(second_moment_FxF.copy(), shrinkage), lower=True, overwrite_c=True
     )
     _mirror_lower(inverse_FxF)
     weights_F = np.einsum("rf,rf->f", root_RxF, root_RxF)
-    stays = np.ones(size, bool)
-    while (left := int(stays.sum()) - count) > 0:
+    is_kept = np.ones(size, bool)
+    while (left := int(is_kept.sum()) - count) > 0:
         block = min(left, _BLOCK)
-        # inverse - p p^T and root - w c, p, w and c with a row for every neuron that went.
+        # inverse - p p^T and root - w c: p, w and c have a row for every pruned neuron.
         p_BxF, c_BxF, w_BxR = (np.zeros((block, width)) for width in (size, size, len(root_RxF)))
         inverse_F = np.diag(inverse_FxF).copy()
-        weights_F[~stays], inverse_F[~stays] = np.inf, 1.0
+        weights_F[~is_kept], inverse_F[~is_kept] = np.inf, 1.0
         for row in range(block):
-            gone = int((weights_F / inverse_F).argmin())
-            p_F = inverse_FxF[:, gone] - p_BxF[:row, gone] @ p_BxF[:row]
-            w_R = root_RxF[:, gone] - c_BxF[:row, gone] @ w_BxR[:row]
-            # What each neuron takes over of it: w_i becomes w_i - c_i w.
-            c_F = p_F / p_F[gone]
+            pruned = int((weights_F / inverse_F).argmin())
+            p_F = inverse_FxF[:, pruned] - p_BxF[:row, pruned] @ p_BxF[:row]
+            w_R = root_RxF[:, pruned] - c_BxF[:row, pruned] @ w_BxR[:row]
+            # The share of it that each neuron absorbs: w_i becomes w_i - c_i w.
+            c_F = p_F / p_F[pruned]
             products_F = w_R @ root_RxF - (w_BxR[:row] @ w_R) @ c_BxF[:row]
-            weights_F += c_F * (products_F[gone] * c_F - 2 * products_F)
-            p_BxF[row], c_BxF[row], w_BxR[row] = p_F / math.sqrt(p_F[gone]), c_F, w_R
+            weights_F += c_F * (products_F[pruned] * c_F - 2 * products_F)
+            p_BxF[row], c_BxF[row], w_BxR[row] = p_F / math.sqrt(p_F[pruned]), c_F, w_R
             inverse_F -= p_BxF[row] ** 2
-            stays[gone], weights_F[gone], inverse_F[gone] = False, np.inf, 1.0
+            is_kept[pruned], weights_F[pruned], inverse_F[pruned] = False, np.inf, 1.0
         scipy.linalg.blas.dgemm(-1.0, p_BxF.T, p_BxF.T, 1.0, inverse_FxF, trans_b=True, overwrite_c=True)
         root_RxF -= w_BxR.T @ c_BxF
-    return np.flatnonzero(stays)
+    return np.flatnonzero(is_kept)
 
 
 def nystrom_reconstruct(
@@ -206,20 +208,20 @@ def nystrom_reconstruct(
     *,
     shrinkage: float = 0.0,
 ) -> Float[np.ndarray, "M S"]:
-    """The weight on the inputs that stay that comes nearest to the block's output: W C[:, S] C[S, S]^-1."""
-    # Those that stay keep their own weights; only of those that go is anything to be told.
-    gone = np.setdiff1d(np.arange(len(second_moment_FxF)), kept)
-    across_MxS = (1 - shrinkage) * (weight_MxF[:, gone] @ second_moment_FxF[np.ix_(gone, kept)])
+    """The weight matrix on the kept inputs that best reconstructs the block's output: W C[:, S] C[S, S]^-1."""
+    # Kept inputs keep their own weights; only the pruned inputs' contribution is reconstructed.
+    pruned = np.setdiff1d(np.arange(len(second_moment_FxF)), kept)
+    across_MxS = (1 - shrinkage) * (weight_MxF[:, pruned] @ second_moment_FxF[np.ix_(pruned, kept)])
     factor_SxS = _cholesky(second_moment_FxF[np.ix_(kept, kept)], shrinkage)
-    told_SxM, _ = scipy.linalg.lapack.dpotrs(factor_SxS, across_MxS.T, lower=True, overwrite_b=True)
+    absorbed_SxM, _ = scipy.linalg.lapack.dpotrs(factor_SxS, across_MxS.T, lower=True, overwrite_b=True)
     del factor_SxS
-    return weight_MxF[:, kept] + told_SxM.T
+    return weight_MxF[:, kept] + absorbed_SxM.T
 
 
 def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
-    """The lower factor of the shrunk C + ridge, in Fortran's order; what is above its diagonal means nothing.
+    """The lower factor of the shrunk C + ridge, in Fortran order; the elements above its diagonal are undefined.
 
-    The array that is given is overwritten. Negative eigenvalues are raised to the ridge.
+    The given array is overwritten. Negative eigenvalues are raised to the ridge.
     """
     ridge = _RIDGE * mean_diagonal(second_moment)
     diagonal = np.diag(second_moment) + ridge
@@ -227,7 +229,7 @@ def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
     matrix *= 1 - shrinkage
     np.fill_diagonal(matrix, diagonal)
     factor, failed = scipy.linalg.lapack.dpotrf(matrix, lower=True, clean=False, overwrite_a=True)
-    if failed:  # above the diagonal it is as it was
+    if failed:  # the part above the diagonal is unchanged
         np.fill_diagonal(factor, diagonal)
         values, vectors = scipy.linalg.eigh(factor, lower=False)
         clipped = np.asfortranarray((vectors * np.maximum(values, ridge)) @ vectors.T)
@@ -236,7 +238,7 @@ def _cholesky(second_moment: np.ndarray, shrinkage: float) -> np.ndarray:
 
 
 def _mirror_lower(matrix: np.ndarray, rows: int = 512) -> None:
-    """Make a matrix symmetric whose lower part is given, in place, a band of rows at a time."""
+    """Make a matrix symmetric from its lower part, in place, one band of rows at a time."""
     for start in range(0, len(matrix), rows):
         end = start + rows
         matrix[start:end, end:] = matrix[end:, start:end].T
@@ -245,7 +247,7 @@ def _mirror_lower(matrix: np.ndarray, rows: int = 512) -> None:
 
 
 def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> Statistics:
-    """The statistics of a block of which some outputs stay; of the gradients what a block of its shape needs."""
+    """The statistics of a block with some outputs pruned; of the gradients only what a block of its shape needs."""
     gradients = entry.gradients
     if gradients is None:
         return entry
@@ -257,14 +259,14 @@ def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> 
 
 
 def _of_inputs(entry: Statistics, kept: np.ndarray, kernel_MxS: np.ndarray, shrinkage: float) -> Statistics:
-    """The statistics of a block of which some inputs stay and tell of the others; what its outputs are stays."""
+    """The statistics of a block with some inputs pruned and reconstructed from the kept ones; outputs do not change."""
     both = np.ix_(kept, kept)
     gradients = entry.gradients
     if gradients is not None:
         second = gradients.second_moment
         if second is not None and len(second) != len(kernel_MxS):  # W^T G W was measured
-            told_FxS = nystrom_reconstruct(np.eye(len(second)), entry.second_moment, kept, shrinkage=shrinkage)
-            gradients = dataclasses.replace(gradients, second_moment=told_FxS.T @ second @ told_FxS)
+            absorb_FxS = nystrom_reconstruct(np.eye(len(second)), entry.second_moment, kept, shrinkage=shrinkage)
+            gradients = dataclasses.replace(gradients, second_moment=absorb_FxS.T @ second @ absorb_FxS)
         gradients = _pulled(gradients, kernel_MxS)
     return dataclasses.replace(
         entry,
@@ -277,7 +279,7 @@ def _of_inputs(entry: Statistics, kept: np.ndarray, kernel_MxS: np.ndarray, shri
 
 
 def _pulled(gradients: OutputGradients, kernel_MxI: np.ndarray) -> OutputGradients:
-    """With W^T G W in place of G for a block with more outputs than inputs, as gradients are measured."""
+    """W^T G W in place of G for a block with more outputs than inputs, as gradients are measured."""
     second = gradients.second_moment
     if second is None or len(second) != len(kernel_MxI) or len(kernel_MxI) <= kernel_MxI.shape[1]:
         return gradients

@@ -1,4 +1,4 @@
-"""All passes that there are, and their options: what the command line and named methods are made from."""
+"""The registry of all passes and their options, from which the command line and named methods are made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ngc_jax.conversion.chains import REGISTERED, Pass, option_names
 
 
 def all_passes() -> list[type[Pass]]:
-    """The classes of all passes, in the order in which a chain that is made from options has them."""
+    """All pass classes, in their order in a chain made from options."""
     for module in pkgutil.iter_modules(passes.__path__):
         importlib.import_module(f"{passes.__name__}.{module.name}")
     order: list[type[Pass]] = []
@@ -35,7 +35,7 @@ def option_types() -> dict[str, Any]:
 
 
 def option_docs() -> dict[str, str]:
-    """What every option of every pass is, from the docstrings."""
+    """The description of every option of every pass, from the docstrings."""
     return {
         parameter.arg_name: " ".join((parameter.description or "").split())
         for kind in all_passes()

@@ -1,4 +1,4 @@
-"""Measuring again: what the converted model says about the statistics that it was converted with."""
+"""Update the statistics of a conversion with gradients measured on the converted model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from ngc_jax.models.load import LanguageModel, Params, kernel_of
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import Factorise
 
-# Gradients of the converted model are taken on this share of a token for one that the dense model's are taken on,
+# Gradients of the converted model are measured on this share of the number of tokens of the dense model's,
 REMEASURED = 1 / 2
-# and on no more than these.
+# and on at most this number of tokens.
 _ENOUGH = 8192
-# The power of a correction that is applied: halfway, on a logarithmic scale.
+# The exponent of a correction: halfway, on a logarithmic scale.
 _POWER = 0.5
-# What a correction is held to 1 by, as a slope in nats per token times tokens; see `sensitivity_corrections`.
+# Strength of the shrinkage of corrections to 1, as a slope in nats per token times tokens; see
+# `sensitivity_corrections`.
 _PRIOR = 12.0
-# No layer's and no role's share in a correction goes beyond this factor, up or down.
+# Upper and lower limit of a layer's or a role's factor in a correction.
 _MOST = 10.0
 
 
 def tokens_again(tokens: np.ndarray, gradient_tokens: int, multiple: int = 1) -> np.ndarray:
-    """Those to take the converted model's gradients on: if possible, others than the dense model's were taken on.
+    """Tokens for the converted model's gradients: if possible, others than those of the dense model's gradients.
 
     Args:
         tokens: (T,) calibration tokens.
-        gradient_tokens: How many of them, from the first, the dense model's gradients were taken on.
+        gradient_tokens: Number of tokens, from the first, of the dense model's gradients.
         multiple: Begin at a multiple of this: of the window, where every window begins with BOS.
     """
     count = max(min(round(gradient_tokens * REMEASURED), _ENOUGH), 2)
@@ -50,7 +51,7 @@ def tokens_again(tokens: np.ndarray, gradient_tokens: int, multiple: int = 1) ->
 
 
 def mixed_share(keep_ratio: float) -> float:
-    """The converted model's share in mixed gradient statistics; the longer the way from the dense model, the more.
+    """The converted model's share in mixed gradient statistics; larger for lower keep ratios.
 
     Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
     """
@@ -58,16 +59,16 @@ def mixed_share(keep_ratio: float) -> float:
 
 
 def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: bool) -> list[dict[str, Statistics]]:
-    """Correct the gradients' second moments by gradients measured on the converted model.
+    """Mix gradients measured on the converted model into the gradients' second moments.
 
-    The second-order increase of the loss along the way from the dense to the compact model depends on the curvature on
-    that way; the dense model's is its beginning. `mixed_share` of the sum is the compact model's. With sensitivities
-    every block's is then multiplied by the square root of its `sensitivity_corrections`: halfway, on a logarithmic
-    scale, from the prediction to a measurement that was taken at one end of the way.
+    The second-order increase of the loss from the dense to the compact model depends on the curvature along that line,
+    of which the dense model's is the start. The compact model's has the weight `mixed_share` in the sum. With
+    sensitivities every block's sum is then multiplied by the square root of its `sensitivity_corrections`: halfway, on
+    a logarithmic scale, from the prediction to a measurement at one end of the line.
 
     Args:
         state: With a compact model, and the statistics that it was converted with, as a list of layers.
-        factorise: How it was converted.
+        factorise: The factorisation of the conversion.
         sensitivities: Whether to correct expected losses.
     """
     model, compact, calibration = state.dense, state.compact, state.calibration
@@ -126,16 +127,16 @@ def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: b
 
 
 def predicted_slope(weight: np.ndarray, change: np.ndarray, statistics: Statistics) -> float:
-    """How fast the loss should rise at the end of a way, if it rises by tr(G D C D^T) / 2 along all of it.
+    """The predicted slope of the loss at the end of a line along which it rises by tr(G D C D^T) / 2.
 
     Args:
         weight: (M, I), the dense W.
-        change: (M, I), D: that of the compact model minus W. Where only W^T G W was measured, what of it is not W
-            times a matrix does not count.
+        change: (M, I), D: the compact model's weight minus W. Where only W^T G W was measured, the part of it that is
+            not W times a matrix is left out.
         statistics: With gradients.
 
     Returns:
-        tr(G D C D^T): of a second-order increase, the slope at the end is twice the increase.
+        tr(G D C D^T): the slope at the end of a second-order increase is twice the increase.
     """
     gradients, moment = statistics.gradients, statistics.second_moment
     assert gradients is not None
@@ -154,12 +155,12 @@ def sensitivity_corrections(
 ) -> dict[str, float]:
     """Factors that make predicted slopes of the loss agree with measured ones, layer by layer and role by role.
 
-    One block's measured slope is mostly noise. A factor is a layer's times a role's, such that the sums over every
-    layer and over every role agree (iterative proportional fitting: the Poisson likelihood's maximum).
+    One block's measured slope is mostly noise. A factor is therefore a layer's times a role's, such that the sums over
+    every layer and over every role agree (iterative proportional fitting: the Poisson likelihood's maximum).
 
-    So far as they can be trusted. A slope p is the mean over N tokens of g^T D x, whose mean square the same
-    approximation (K-FAC) says is p: the error of its measurement has the variance c p / N, c above 1 since tokens are
-    not independent. If factors themselves scatter about 1 with the variance v, the best guess of one is
+    Factors are shrunk by their uncertainty. A slope p is the mean over N tokens of g^T D x, whose mean square is p in
+    the same approximation (K-FAC): its measurement error has the variance c p / N, with c above 1 since tokens are not
+    independent. If the factors themselves scatter around 1 with variance v, the best estimate of one is
     (measured + a) / (predicted + a) with a = c / (v N); c / v is `_PRIOR`.
 
     Args:
@@ -187,14 +188,14 @@ def sensitivity_corrections(
 
 
 def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Params:
-    """A layer of a compact model with its weights formed: it runs as the dense model's layers do."""
+    """A layer of a compact model with its weights formed, so that it runs as a dense layer."""
     assert compact.plan is not None
     flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
     for role in ROLES:
         block = model.config.block(layer, role)
         group = compact.plan.group_of.get(block.name)
         if group is not None:
-            # On the host: every rank is another shape, which a device would compile anew.
+            # On the host: every rank is a new shape, which a device would have to compile for.
             states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
             inputs = states["input_states"]
             if group.pivots is not None:

@@ -1,4 +1,4 @@
-"""States that wait on disk while the ranks are not known: all groups at full rank take more memory than the model."""
+"""States kept on disk while the ranks are not known: at full rank all groups take more memory than the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ngc_jax.conversion.closed_form import States
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A group's fitted states and the typical size of its inputs.
+    """A group's fitted states and the typical magnitude of its inputs.
 
     Attributes:
-        states: At full rank and nested while ranks are not known.
+        states: At full rank and nested as long as ranks are not known.
         input_scale: (I,) root mean square of every input neuron; None without statistics.
     """
 
@@ -25,7 +25,7 @@ class Fitted:
 
 
 class Spill:
-    """A directory of fitted groups, in float32; energies and sizes stay in memory."""
+    """A directory of fitted groups, in float32; energies and sizes remain in memory."""
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
@@ -37,7 +37,7 @@ class Spill:
         number = self._numbers.setdefault(name, len(self._numbers))
         states = fitted.states
         arrays = [states.input_states, *states.output_states]
-        # Contiguous, for that is how the file's bytes are read.
+        # Contiguous, because the file's bytes are read that way.
         save_file({str(i): np.ascontiguousarray(a, np.float32) for i, a in enumerate(arrays)}, self._path(number))
         self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies, states.nested), fitted.input_scale)
 
@@ -50,8 +50,8 @@ class Spill:
         return self._kept[name].states.nested
 
     def get(self, name: str) -> Fitted:
-        """Read a group back; threads may do so at once."""
-        # Not .npz: NumPy parses its headers as Python, which in 3.11 fails now and then in several threads
+        """Read a group back; safe to call from several threads."""
+        # Not .npz: NumPy parses its headers as Python, which in 3.11 fails occasionally in several threads
         # (python/cpython#106905).
         found = load_file(self._path(self._numbers[name]))
         arrays = [found[str(i)] for i in range(len(found))]

@@ -1,4 +1,4 @@
-"""What a conversion carries from pass to pass: the models, the statistics, the calibration text."""
+"""The state that passes hand on: the models, the statistics, the calibration text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GRADIENT_TOKENS = 16_384
 PROPAGATION_TOKENS = 16_384
-# Called with (stage, done, in all).
+# Called with (stage, done, total).
 Progress = Callable[[str, int, int], None]
 
 
@@ -33,11 +33,12 @@ class Calibration:
         tokens: (T,) one stream of token ids, with `prefix` before every window; from `Calibration.of`.
         window: Tokens in a window, the prefix included.
         batch_size: Windows that run at once, on each device.
-        prefix: What begins every window, such as BOS.
-        gradient_tokens: How many tokens, from the first, gradients are taken on.
-        propagation_tokens: How many tokens, from the first, the converted layers' inputs are measured on.
+        prefix: Tokens at the start of every window, such as BOS.
+        gradient_tokens: Number of tokens, from the first, on which gradients are measured.
+        propagation_tokens: Number of tokens, from the first, on which the converted layers' inputs are measured.
         layers_per_pass: Layers whose gradient statistics are held at once; all if None.
-        mesh: Its axis "data" shares out the windows of a batch over the devices of this process. None for one device.
+        mesh: The windows of a batch are sharded over its axis "data", on the devices of this process. None for one
+            device.
 
     Raises:
         UsageError: If a number is below 1.
@@ -63,16 +64,16 @@ class Calibration:
         """Calibration on tokens or a text.
 
         Args:
-            model: Whose text it is.
-            tokens: A text, or token ids (T,) or (1, T): an array or a list; see `as_tokens`. None where nothing is
+            model: The model whose tokenizer reads the text.
+            tokens: A text, or token ids (T,) or (1, T): an array or a list; see `as_tokens`. None if nothing is
                 measured.
-            bos: What begins each window, as `Tokenizer.prefix` says. It is measured with the rest, as it is read with
-                every text.
-            options: The other attributes, but prefix. Numbers of tokens are rounded to whole windows where windows
-                have a prefix.
+            bos: The start of each window, as for `Tokenizer.prefix`. It is measured like every other token, as models
+                read it with every text.
+            options: The other attributes, except prefix. Numbers of tokens are rounded to whole windows if windows have
+                a prefix.
 
         Raises:
-            UsageError: If the tokens are none of the model's, or an option is unknown or out of range.
+            UsageError: If the tokens are not the model's, or an option is unknown or out of range.
 
         Example:
             >>> Calibration.of(model, "A long text ...", window=512)  # doctest: +SKIP
@@ -97,15 +98,15 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a conversion must measure; `|` gives what two need together.
+    """The statistics that a conversion must measure; `|` gives the union of two.
 
     Attributes:
         inputs: Second moments of every block's inputs.
-        fisher: Fisher information of every block's inputs, on the tokens that gradients are taken on.
-        gradients: Second moments of the loss's gradients by every block's outputs, full or their diagonals.
-        whole: G of u and g itself, also where W^T G W is smaller.
-        held: The statistics of all layers are needed at once, and again.
-        first: Also second moments of the tokens that gradients are taken on alone.
+        fisher: Fisher information of every block's inputs, on the tokens of the gradients.
+        gradients: Second moments of the loss's gradients with respect to every block's outputs, full or diagonal.
+        whole: G itself of u and g, also where W^T G W is smaller.
+        held: Whether the statistics of all layers are needed at once, and repeatedly.
+        first: Also the inputs' second moments on the tokens of the gradients alone.
     """
 
     inputs: bool = False
@@ -129,22 +130,22 @@ class Needs:
 
 
 class Measurements(Protocol):
-    """Where statistics come from: measured now (`measure.Measured`), or kept for many conversions."""
+    """A source of statistics: measured now (`measure.Measured`), or cached for many conversions."""
 
     @property
     def fits(self) -> FitCache | None:
-        """Fits that conversions of the same dense model share; None for none."""
+        """The fits that conversions of the same dense model share; None if they share none."""
 
     def stream(self, needs: Needs) -> Iterable[dict[str, Statistics]]:
-        """Statistics by block name, layer by layer; each layer is dropped when the next is asked for."""
+        """Statistics by block name, layer by layer; each layer is freed when the next is requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionState:
-    """A conversion between two passes.
+    """The state of a conversion between two passes.
 
     Attributes:
-        dense: The dense model whose blocks are converted: the original, or that without its pruned neurons.
+        dense: The dense model whose blocks are converted: the original, or the original without its pruned neurons.
         keep: Keep ratio of the grouped blocks of `dense`.
         chain: All passes.
         calibration: The text.
@@ -152,13 +153,13 @@ class ConversionState:
             once.
         compact: The converted model, once there is one.
         original: The dense model before pruning, if neurons were pruned.
-        kept: By layer, which hidden neurons of the original are kept, ascending.
-        removed: Parameters of the grouped blocks that were pruned.
+        kept: By layer, the hidden neurons of the original that are kept, ascending.
+        removed: Number of pruned parameters of the grouped blocks.
         held: Whether a later pass needs the statistics.
-        last: Whether this is the last pass, after which nobody needs the dense weights.
-        donate: Delete dense weights that are replaced, once nobody needs them.
+        last: Whether this is the last pass, after which the dense weights are no longer needed.
+        donate: Delete replaced dense weights once they are no longer needed.
         fits: Fits that are shared with other conversions.
-        progress: Called with (stage, done, in all).
+        progress: Called with (stage, done, total).
     """
 
     dense: LanguageModel
@@ -177,6 +178,6 @@ class ConversionState:
     progress: Progress | None = None
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Say how far a stage is."""
+        """Report a stage's progress."""
         if self.progress is not None:
             self.progress(stage, done, total)

@@ -1,4 +1,4 @@
-"""Calibration: what the inputs of every block look like, streamed layer by layer.
+"""Calibration: statistics of every block's inputs, streamed layer by layer.
 
 Legend: K batches of a stack, B windows of a batch, L tokens, D width of a block's input.
 """
@@ -29,15 +29,15 @@ from ngc_jax.tokens import as_tokens
 
 @dataclasses.dataclass(frozen=True)
 class OutputGradients:
-    """What backward passes measured for a block; g is the gradient by its output of the loss summed over tokens.
+    """Backward-pass statistics of a block; g is the gradient of the loss, summed over tokens, by the block's output.
 
     Attributes:
         count: Tokens measured.
         mean_square: Diagonal of G = E[g g^T], (M,), float64.
-        second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs and G was not asked
-            for; None if only the diagonal was.
-        slope: The mean of g^T (W - W_0) x over tokens: how fast the loss rises as the block's weight goes on from
-            W_0, the teacher's, beyond W; None unless asked for.
+        second_moment: G, (M, M), or W^T G W, (I, I), when the block has more outputs than inputs and G was not
+            requested; None if only the diagonal was measured.
+        slope: The mean of g^T (W - W_0) x over tokens: how fast the loss rises as the block's weight continues from
+            W_0, the teacher's, beyond W; None unless requested.
     """
 
     count: int
@@ -48,7 +48,7 @@ class OutputGradients:
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokens:
-    """What a block read of the first tokens: how many they are, and E[x x^T], (d_in, d_in), float32."""
+    """A block's inputs on the first tokens: their number, and E[x x^T], (d_in, d_in), float32."""
 
     count: int
     second_moment: np.ndarray
@@ -56,17 +56,17 @@ class FirstTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What calibration measured for a block.
+    """Statistics that calibration measured for a block.
 
     Attributes:
         count: Tokens measured.
         second_moment: C = E[x x^T], (d_in, d_in), float64.
         absolute_mean: E|x|, (d_in,), float64.
-        fisher: Summed over outputs, the mean square gradient of the loss by each column of the weight, (d_in,),
-            float64; None unless asked for.
-        gradients: Of the loss by the block's outputs; None unless asked for.
-        first: Of the tokens that were read before `calibrate` began; None unless asked for.
-        site: The input site, such as `layers.3.attn_input`. Blocks with the same site read the same input. Empty: no
+        fisher: The mean square gradient of the loss by each column of the weight, summed over outputs, (d_in,),
+            float64; None unless requested.
+        gradients: Of the loss by the block's outputs; None unless requested.
+        first: Of the tokens that were read before `calibrate` began; None unless requested.
+        site: The input site, such as `layers.3.attn_input`. Blocks with the same site read the same input. Empty if no
             other block reads it.
     """
 
@@ -80,19 +80,19 @@ class Statistics:
 
 
 class Moments(NamedTuple):
-    """Running sums over the tokens of one input site; of second moments the `grams.Bands`."""
+    """Running sums over the tokens of one input site; second moments are `symmetric_sums.Bands`."""
 
     second: tuple[Compensated, ...]
     absolute: Compensated
 
 
 def init_moments(width: int) -> Moments:
-    """Sums over no tokens, for inputs of `width` neurons."""
+    """Empty sums for inputs of `width` neurons."""
     return Moments(no_products(width), Compensated.zeros_like(jnp.zeros(width)))
 
 
 class InputSums:
-    """What the blocks of every layer have read so far: begun by a pass that reads some tokens, ended by `calibrate`.
+    """Sums over the inputs of all blocks: begun by a pass over some tokens, completed by `calibrate`.
 
     Attributes:
         count: Tokens read.
@@ -123,12 +123,12 @@ def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float
 def token_rows(x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Float[Array, "T D"]:
     """The tokens of a batch below each other, in float32; rows of zeros where the mask is 0."""
     x = x_BxLxD.astype(jnp.float32)
-    # Multiplying what needs no mask would take a fifth of the time of the sums on a CPU.
+    # A product with a mask of ones would take a fifth of the time of the sums on a CPU.
     return (x if mask_BxL is None else x * mask_BxL[..., None]).reshape(-1, x.shape[-1])
 
 
 def layer_kind(config: DecoderConfig, layer: int) -> int:
-    """The first layer that computes as this one does: same window, same rotary embedding."""
+    """The first layer with the same computation: same window, same rotary embedding."""
     kinds = list(zip(config.windows, config.ropes, strict=True))
     return kinds.index(kinds[layer])
 
@@ -164,7 +164,7 @@ def read_layer(
     kind: int,
     mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Moments]]:
-    """Run one dense layer on a stack of batches and add what its blocks read to the sums.
+    """Run one dense layer on a stack of batches and add its blocks' inputs to the sums.
 
     Args:
         params: The layer's.
@@ -193,7 +193,7 @@ def read_layer(
 
 
 def sown_input(sown: Mapping[str, Any], role: str) -> Array:
-    """What the block of this role read (B, L, I), from what its layer has sown."""
+    """The input of the block of this role, (B, L, I), from what its layer has sown."""
     return _at_site(sown, INPUT_SITE[role])
 
 
@@ -219,27 +219,27 @@ def calibrate(
 ) -> Iterator[tuple[int, dict[str, Statistics]]]:
     """Measure the inputs of every block of a dense model, one layer after the other.
 
-    All tokens pass through a layer before the next is touched, so that only one layer's sums exist at a time and one
+    All tokens pass through a layer before the next one runs, so that only one layer's sums exist at a time and one
     compiled function serves every layer.
 
     Args:
         config: The architecture.
         params: Dense parameters.
-        tokens: (T,), one stream of token ids; cut into windows. What has to come before each window is in it, see
+        tokens: (T,), one stream of token ids; cut into windows. It includes the prefix of each window, see
             `ngc_jax.tokens.begin_windows`.
-        begun: Sums over tokens that were read before these; taken from it layer by layer.
-        keep_first: Also yield what they are without these.
+        begun: Sums over tokens that were read before these; consumed layer by layer.
+        keep_first: Also yield the statistics of the tokens of `begun` alone.
         window: Tokens in a window.
         batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
         mesh: As for `each_batch`; the parameters are on all of its devices.
-        progress: Called with (layer batches done, in all).
+        progress: Called with (layer batches done, total).
 
     Yields:
         A layer's number and the statistics of its blocks by name. Blocks with the same input site share the arrays.
 
     Raises:
-        UsageError: If there are no tokens or they are none of the model's, or a layer's activations are not finite.
+        UsageError: If there are no tokens or they are not the model's, or a layer's activations are not finite.
     """
     tokens = as_tokens(tokens, config.vocab_size, least=0)
     count = len(tokens) + (0 if begun is None else begun.count)

@@ -1,4 +1,4 @@
-"""Statistics on disk, one .npz file for each layer: what a long comparison need not measure twice."""
+"""Statistics on disk, one .npz file for each layer, so that a long comparison measures them once."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _INPUTS = ("second_moment", "absolute_mean")
 def save_statistics(
     layers: Sequence[Mapping[str, Statistics]], directory: str | Path, about: Mapping[str, Any]
 ) -> None:
-    """Write the statistics of all layers, whole or not at all; what blocks of one input site share is written once.
+    """Write the statistics of all layers atomically; arrays that blocks of one input site share are written once.
 
     Args:
         layers: By block name.
-        directory: To make; replaced if it exists.
-        about: Plain data to keep with them.
+        directory: Created, or replaced if it exists.
+        about: Plain data to store with them.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def save_statistics(
 
 
 def load_statistics(directory: str | Path) -> tuple[list[dict[str, Statistics]], dict[str, Any]] | None:
-    """Read what `save_statistics` wrote: the layers and `about`; None if there is nothing."""
+    """Read the result of `save_statistics`: the layers and `about`; None if there is nothing."""
     directory = Path(directory)
     if not (directory / "about.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""Products of a matrix with itself: only what symmetry does not give is computed, added up and kept.
+"""Products of a matrix with its own transpose, of which only the upper part is computed, summed and stored.
 
 Legend: T tokens, D width.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ngc_jax.conversion.layerwise import Compensated
 
-# Rows of a band, at most. Narrower bands compute less twice, wider ones multiply larger matrices.
+# Most rows of a band. Lower bands compute less twice, higher ones multiply larger matrices.
 _BAND = 384
 
 # The upper part of a symmetric matrix: bands of rows, each from its first diagonal element to the last column.
@@ -22,7 +22,7 @@ Bands = tuple[Array, ...]
 
 
 def _band_edges(width: int) -> list[int]:
-    """Where bands begin, and where the last one ends; no two differ by more than a row."""
+    """The first row of every band and the end of the last; band heights differ by at most one."""
     count = -(-width // _BAND)
     size, larger = divmod(width, count)
     return [band * size + min(band, larger) for band in range(count + 1)]
@@ -42,14 +42,14 @@ def gram(x_TxD: Float[Array, "T D"]) -> Bands:
     def product(left: Array, right: Array) -> Array:
         return jnp.einsum("ti,tj->ij", left, right, precision="highest", preferred_element_type=jnp.float32)
 
-    # Each pair of bands on its own: on a CPU one wide product takes a tenth longer.
+    # Each pair of bands separately: on a CPU one wide product takes a tenth longer.
     return tuple(
         jnp.concatenate([product(left, right) for right in parts[band:]], axis=1) for band, left in enumerate(parts)
     )
 
 
 def whole(bands: Iterable[np.ndarray]) -> Float[np.ndarray, "D D"]:
-    """The symmetric matrix in float64, on the host; bands are asked for one at a time."""
+    """The symmetric matrix in float64, on the host; bands are requested one at a time."""
     matrix, start = np.empty((0, 0)), 0
     for band in bands:
         if not len(matrix):
@@ -58,7 +58,7 @@ def whole(bands: Iterable[np.ndarray]) -> Float[np.ndarray, "D D"]:
         matrix[start:end, start:] = band
         matrix[end:, start:end] = matrix[start:end, end:].T
         corner = matrix[start:end, start:end]
-        corner[:] = (corner + corner.T) / 2  # products of a part with itself are symmetric but for rounding
+        corner[:] = (corner + corner.T) / 2  # symmetric up to rounding
         start = end
     return matrix
 
@@ -74,7 +74,7 @@ def add_products(sums: tuple[Compensated, ...], x_TxD: Float[Array, "T D"]) -> t
 
 
 def mean_product(sums: tuple[Compensated, ...], count: int) -> Float[np.ndarray, "D D"]:
-    """E[x x^T] over so many tokens, in float64."""
+    """E[x x^T] over `count` tokens, in float64."""
     mean = whole(band.value() for band in sums)
     mean /= count
     return mean

@@ -1,4 +1,4 @@
-"""Many small pieces of linear algebra on the host at once."""
+"""Parallel map over small linear algebra problems on the host."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Widest matrix for which BLAS runs on one thread.
+# The largest matrix width for which BLAS runs on one thread.
 _SMALL_MATRIX = 4096
-# Pieces at once: enough to balance the threads, few enough that their results do not fill the memory.
+# Items in flight: enough to balance the threads, few enough that their results do not fill the memory.
 _AT_ONCE = 16
 
 
@@ -24,15 +24,15 @@ def thread_map(
     costs: Sequence[float],
     widths: Sequence[int],
 ) -> Iterator[Result]:
-    """`run` of every item, in order; on as many threads as there are cores if all items are small.
+    """Apply `run` to every item, in order; on one thread for each core if all items are small.
 
-    BLAS threads wait for each other by spinning. On small matrices two gain little alone, and on a machine that does
-    anything else besides they cost tens of times more than one. So there is one for an item.
+    BLAS threads wait for each other by spinning. On small matrices two threads gain little, and on a busy machine they
+    cost tens of times more than one. Each item therefore gets a single BLAS thread.
 
     Args:
-        run: Pure, and mostly NumPy or SciPy, which let go of the interpreter.
-        items: What to run it on.
-        costs: Of each item, roughly in proportion to its time: the longest begin first.
+        run: Pure, and mostly NumPy or SciPy, which release the GIL.
+        items: The arguments of `run`.
+        costs: Of each item, roughly proportional to its time: the longest start first.
         widths: Of each item's widest matrix.
     """
     if not all(width < _SMALL_MATRIX for width in widths):

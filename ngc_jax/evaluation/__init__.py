@@ -1,1 +1,1 @@
-"""What a model kept: likelihoods, perplexity, bits per byte."""
+"""Evaluation of models: likelihoods, perplexity, bits per byte."""

@@ -1,4 +1,4 @@
-"""Log-likelihood of tokens, without ever holding the logits of a whole batch."""
+"""Log-likelihood of tokens, without holding the logits of a whole batch in memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def log_likelihood_gradient(
     *,
     chunk: int = 256,
 ) -> tuple[Float[Array, ""], Float[Array, "B L D"]]:
-    """The sum of `hidden_log_likelihoods` and its gradient by the hidden states; no logits are computed twice."""
+    """The sum of `hidden_log_likelihoods` and its gradient by the hidden states; logits are computed once."""
     mask_BxL = (positions_BxL[:, 1:] >= 0).astype(jnp.float32)
     score = partial(_log_likelihood, decoder, params)
     total, gradient = _sum_and_gradient(score, mask_BxL, hidden_BxLxD[:, :-1], tokens_BxL[:, 1:], chunk=chunk)
@@ -80,7 +80,7 @@ def sample_targets(
     *,
     chunk: int = 256,
 ) -> Int[Array, "B L"]:
-    """The tokens with each but the first of a row replaced by one drawn from the model's prediction for it."""
+    """The tokens, each but the first of a row replaced by a sample from the model's prediction for it."""
     batch, length = tokens_BxL.shape
     index_BxL = jnp.arange(batch * length).reshape(batch, length)
 
@@ -128,7 +128,7 @@ def divergence_gradient(
     *,
     chunk: int = 256,
 ) -> tuple[Float[Array, ""], Float[Array, "B L D"]]:
-    """The sum of `hidden_divergences` and its gradient by the student's hidden states; no logits are computed twice."""
+    """The sum of `hidden_divergences` and its gradient by the student's hidden states; logits are computed once."""
     mask_BxL = (positions_BxL >= 0).astype(jnp.float32)
     return _sum_and_gradient(partial(_divergence, decoder, params), mask_BxL, hidden_BxLxD, teacher_BxLxD, chunk=chunk)
 
@@ -148,7 +148,7 @@ def _divergence(decoder: Decoder, params: Params, hidden_BxcxD: Array, teacher_B
 def _sum_and_gradient(
     score: Callable[..., Array], mask_BxL: Array, hidden_BxLxD: Array, *others: Array, chunk: int
 ) -> tuple[Array, Array]:
-    """The sum of masked scores and its gradient by the hidden states, each piece's while its logits are there."""
+    """The sum of masked scores and its gradient by the hidden states, each chunk's while its logits exist."""
 
     def both(mask_Bxc: Array, hidden_BxcxD: Array, *others: Array) -> tuple[Array, Array]:
         scores_Bxc, pull = jax.vjp(lambda hidden: score(hidden, *others) * mask_Bxc, hidden_BxcxD)
@@ -163,10 +163,10 @@ def _logits(decoder: Decoder, params: Params, hidden: Array) -> Array:
 
 
 def in_chunks(score: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
-    """Map `score` over pieces of the length axis (the second), keeping no piece's logits for the backward pass.
+    """Map `score` over chunks of the length axis (the second), without keeping logits for the backward pass.
 
     Args:
-        score: From pieces (B, c, ...) of the arrays to one array (B, c, ...), or a pytree of such.
+        score: From chunks (B, c, ...) of the arrays to one array (B, c, ...), or a pytree of such.
         *arrays: (B, L, ...).
         chunk: c.
 

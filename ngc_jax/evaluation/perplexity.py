@@ -24,13 +24,13 @@ from ngc_jax.tokens import Bos, as_tokens, begin_windows
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a scored token.
         bits_per_byte: Negative log-likelihood in bits over the UTF-8 bytes of the scored tokens.
         tokens: Scored tokens.
-        tokens_per_second: Tokens read per second, compilation left out.
+        tokens_per_second: Tokens read per second, without compilation.
     """
 
     perplexity: float
@@ -43,7 +43,7 @@ class Perplexity:
 def _score(
     params: Params, tokens: jax.Array, positions: jax.Array, *, decoder: Decoder, context: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-likelihood of each row after its first `context` tokens, and how many they are."""
+    """Summed log-likelihood of each row after its first `context` tokens, and their number."""
     likelihoods, mask = token_log_likelihoods(decoder, params, tokens, positions)
     return likelihoods[:, context - 1 :].sum(axis=1), mask[:, context - 1 :].sum(axis=1)
 
@@ -60,8 +60,8 @@ def measure_perplexity(
 ) -> Perplexity:
     """Score non-overlapping windows.
 
-    Where the tokenizer puts BOS before a text, each window begins with it, and all tokens of the text are scored. Where
-    it puts nothing there, the first token of each window is context only.
+    If the tokenizer puts BOS before a text, each window begins with it, and all tokens of the text are scored.
+    Otherwise the first token of each window is context only.
 
     Args:
         model: Dense or compact.
@@ -69,12 +69,12 @@ def measure_perplexity(
         tokenizer: The model's, to count bytes.
         window: Tokens in a window.
         batch_size: Windows that run at once.
-        bos: What comes before each window; see `Tokenizer.prefix`.
-        progress: Called with (batches done, in all).
+        bos: Start of each window; see `Tokenizer.prefix`.
+        progress: Called with (batches done, total).
 
     Raises:
-        UsageError: If fewer than two tokens are left, one is not of the model's vocabulary, the window is below 2, or
-            the model gives no finite number.
+        UsageError: If fewer than two tokens remain, one is not in the model's vocabulary, the window is below 2, or the
+            model's log-likelihoods are not finite.
     """
     check_window(window)
     tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
@@ -93,9 +93,7 @@ def measure_perplexity(
     nats = -float(sum(np.asarray(likelihood, np.float64).sum() for likelihood, _ in totals))
     scored = int(sum(np.asarray(count, np.float64).sum() for _, count in totals))
     if not math.isfinite(nats):
-        raise UsageError(
-            f"{model.name} gives log-likelihoods that are not finite; load it in float32 (--dtype float32)"
-        )
+        raise UsageError(f"{model.name} has log-likelihoods that are not finite; load it in float32 (--dtype float32)")
     mean = nats / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
@@ -132,7 +130,7 @@ def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: 
     """UTF-8 bytes of a stream's scored tokens: all but the prefix of every window, or its first token without one."""
 
     def size(ids: np.ndarray) -> int:
-        # A token can be a part of a character, which decodes to U+FFFD: count it as the one byte that it mostly is.
+        # A token can be a part of a character, which decodes to U+FFFD: count it as the single byte that it usually is.
         text = tokenizer.decode(ids)
         return len(text.replace("\ufffd", "?").encode("utf-8"))
 

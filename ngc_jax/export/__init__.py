@@ -1,8 +1,8 @@
-"""Take a model out of ngc-jax: as a plain Hugging Face directory, or as a GGUF file for llama.cpp.
+"""Export a model: as a plain Hugging Face directory, or as a GGUF file for llama.cpp.
 
-Both hold dense weights, whatever the model here is: groups are folded into the weights that they stand for. The
-function stays the same up to rounding, and the size is that of the dense architecture. A model whose MLPs were pruned
-and that has no groups stays as small as it is.
+Both contain dense weights: groups are folded into the weights of their members. The function is the same up to
+rounding, and the size is that of the dense architecture. A model with pruned MLPs and without groups keeps its smaller
+size.
 """
 
 from ngc_jax.export.folded import FoldedSource

@@ -1,4 +1,4 @@
-"""A model seen as its plain dense architecture: every group folded into the weights of its members.
+"""A model as its plain dense architecture: every group folded into the weights of its members.
 
 W = phi_out(Q_out) · M · phi_in(Q_in)^T, formed one block at a time when it is read.
 """
@@ -35,7 +35,7 @@ DTYPES: Mapping[str, np.dtype] = {
 class FoldedSource:
     """A source (see `models.sources.Source`) of the dense tensors of another source's model, dense or compact.
 
-    Tensors have Hugging Face's names, each parameter once; what the other source holds besides is left out.
+    Tensors have Hugging Face's names, each parameter once; other tensors of the source are left out.
 
     Attributes:
         name: The other source's name.
@@ -53,10 +53,10 @@ class FoldedSource:
     """
 
     def __init__(self, source: Source) -> None:
-        """Wrap an open source, which must stay open.
+        """Wrap an open source, which must remain open.
 
         Raises:
-            UsageError: If its config, plan or tensors are at fault, or no plain architecture computes what it does.
+            UsageError: If its config, plan or tensors are invalid, or no plain architecture computes the same function.
         """
         inspection = inspect_model(source)
         config = inspection.config
@@ -91,7 +91,7 @@ class FoldedSource:
         return self._parameters[name]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor: as it is stored, or, of a group's member, its weight matrix in float32.
+        """One tensor: as it is stored, or, for a group's member, its weight matrix in float32.
 
         Raises:
             UsageError: If no tensor has that name, or it cannot be read.
@@ -108,7 +108,7 @@ class FoldedSource:
             return np.asarray(weights(group.kernel, self._states(group), block, d_in, pivots=group.pivots))
 
     def _states(self, group: GroupPlan) -> dict[str, Any]:
-        """The states of one group in float32; those of the group read last are kept, for its next member."""
+        """The states of one group in float32; those of the last group are cached for its next member."""
         if self._held is None or self._held[0] != group.name:
             self._held = (group.name, read_states(self._source, group, self._stored))
         return self._held[1]

@@ -1,8 +1,7 @@
-"""A GGUF file, which llama.cpp and all that is built on it run.
+"""A GGUF file for llama.cpp and programs based on it.
 
-Groups are folded into dense weights: llama.cpp has no operation for shared states, so a model with groups gets no
-smaller by it than its dense architecture. A model of which hidden neurons were pruned and nothing else stays as small
-as it is.
+Groups are folded into dense weights: llama.cpp has no operation for shared states, so a model with groups gets the size
+of its dense architecture. A model with pruned hidden neurons and no other change keeps its smaller size.
 """
 
 from __future__ import annotations
@@ -69,22 +68,22 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a model, dense or compact, as one GGUF file.
 
-    Vectors are stored in float32, matrices in the type asked for; a matrix whose rows do not hold a whole number of
-    that type's blocks is stored in float16. One tensor is in memory at a time.
+    Vectors are stored in float32, matrices in the requested type; a matrix whose rows are not a whole number of that
+    type's blocks is stored in float16. One tensor is in memory at a time.
 
     Args:
         source: The model, from `models.sources.open_source`.
-        file: Where; written whole or not at all.
+        file: Where to write it, atomically.
         type: One of `GGUF_TYPES`.
         overwrite: Replace an existing file.
-        progress: Called with (tensors written, in all).
+        progress: Called with (tensors written, total).
 
     Returns:
-        What was written: file, type, parameters, bytes, whether groups were folded, and the number of matrices that
-        are stored in float16 because their rows do not fit the type.
+        A summary: file, type, parameters, bytes, whether groups were folded, and the number of matrices that are stored
+        in float16 because their rows do not fit the type.
 
     Raises:
-        UsageError: If the type or something of the model has no place in GGUF, or the file must not be written.
+        UsageError: If GGUF cannot represent the type or a part of the model, or the file cannot be written.
     """
     if type not in GGUF_TYPES:
         raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")
@@ -189,7 +188,7 @@ def _add_windows(writer: GGUFWriter, config: DecoderConfig) -> None:
         writer.add_sliding_window_pattern([window is not None for window in config.windows])
     elif min(windows) < config.max_length:
         _log.warning(
-            "llama.cpp has no sliding window for %s: beyond %s tokens its answers differ",
+            "llama.cpp has no sliding window for %s: beyond %s tokens its outputs differ",
             config.architecture,
             min(windows),
         )
@@ -201,7 +200,7 @@ def _add_tensors(
     kind: GGMLQuantizationType,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Write header and tensors; returns the number of matrices stored in float16 for their width."""
+    """Write header and tensors; returns the number of matrices stored in float16 because of their width."""
     config, fallbacks = folded.decoder_config, 0
     factors = _rope_factors(config)
     if factors is not None:
@@ -246,7 +245,7 @@ def gguf_name(parameter: str) -> str:
 
 
 def _in_gguf_order(tensor: np.ndarray, parameter: str, config: DecoderConfig) -> np.ndarray:
-    """A tensor in GGUF's conventions: llama's rotary halves take turns, gemma's norms have their one added."""
+    """A tensor in GGUF's conventions: llama's rotary halves are interleaved, gemma's norms include their one."""
     module, _, leaf = parameter.rpartition(".")
     if config.unit_offset_norm and leaf == "scale":
         return tensor + np.float32(1)

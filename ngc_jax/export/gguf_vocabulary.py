@@ -1,7 +1,7 @@
 """A tokenizer as the metadata of a GGUF file.
 
-GGUF has no pre-tokenizer, only names of known ones: the name is found by behaviour, by cutting texts that the known
-ones cut differently.
+GGUF has no pre-tokenizer, only names of known ones: the name is found by behaviour, by splitting texts on which the
+known ones differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ngc_jax.models.tokenizer import Tokenizer
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# What the known pre-tokenizers cut differently: runs of digits, contractions in capitals, ends of lines, runs of
+# Texts on which the known pre-tokenizers differ: runs of digits, contractions in capitals, ends of lines, runs of
 # spaces, changes of case, punctuation beside letters, marks, scripts without spaces.
 _PROBES = (
     "The 3 quick foxes jumped over 12345 lazy dogs 1234567890; they've said “it's 1998!”",
@@ -35,14 +35,14 @@ def vocabulary_metadata(tokenizer: Tokenizer, size: int, name: str) -> dict[str,
 
     Args:
         tokenizer: The model's.
-        size: Rows of the model's embedding; tokens are added or refused to fit it.
-        name: What the model is called, for messages.
+        size: Rows of the model's embedding; tokens are padded to it, and refused beyond it.
+        name: The model's name, for messages.
 
     Returns:
         Values by key: strings, integers, booleans and lists of one type.
 
     Raises:
-        UsageError: If it is of a kind that GGUF has no name for, or has more tokens than the model.
+        UsageError: If GGUF has no name for its kind, or it has more tokens than the model.
     """
     with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
         tokenizer.save(Path(directory))
@@ -106,7 +106,7 @@ def _tokens(data: Mapping[str, Any], size: int, name: str, byte_level: bool) -> 
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
-    """SentencePiece's scores: the earlier a token is merged, the higher; those never merged have the lowest."""
+    """SentencePiece's scores: the earlier a token is merged, the higher; tokens never merged get the lowest."""
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -125,7 +125,7 @@ def _prepends(data: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizer(backend: Backend, model: Mapping[str, Any], name: str) -> str:
-    """GGUF's name of the way in which a byte-level tokenizer cuts text."""
+    """GGUF's name of a byte-level tokenizer's pre-tokenizer."""
     wanted = [_cut(backend.normalizer, backend.pre_tokenizer, text) for text in _PROBES]
     for known, pre in PRE_TOKENIZERS.items():
         normalizer, pre_tokenizer = pre.build()
@@ -133,7 +133,7 @@ def _pre_tokenizer(backend: Backend, model: Mapping[str, Any], name: str) -> str
         if same and [_cut(normalizer, pre_tokenizer, text) for text in _PROBES] == wanted:
             return known
     raise UsageError(
-        f"the tokenizer of {name} cuts text in a way that GGUF has no name for here (known: "
+        f"the tokenizer of {name} splits text in a way that has no known GGUF name (known: "
         f"{', '.join(PRE_TOKENIZERS)}); export it as a Hugging Face directory instead"
     )
 

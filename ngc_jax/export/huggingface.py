@@ -1,4 +1,4 @@
-"""A plain Hugging Face directory, which transformers, vLLM and every other tool loads without code of ours."""
+"""A plain Hugging Face directory, which transformers, vLLM and all other tools load without our code."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def export_huggingface(
 
     Args:
         source: The model, from `models.sources.open_source`.
-        directory: Where; made whole or not at all.
+        directory: Where to write it, atomically.
         dtype: float32, float16 or bfloat16; of the source's embedding if None.
-        shard_bytes: Largest size of a file of several tensors.
+        shard_bytes: Maximum size of a file of several tensors.
         overwrite: Replace an existing model directory.
-        progress: Called with (tensors written, in all).
+        progress: Called with (tensors written, total).
 
     Returns:
-        What was written: directory, dtype, parameters, bytes of the tensors, and whether groups were folded.
+        A summary: directory, dtype, parameters, bytes of the tensors, and whether groups were folded.
 
     Raises:
         UsageError: If the model cannot be read or has no plain form, the type is unknown or too small for its
-            numbers, or the directory must not be written.
+            numbers, or the directory cannot be written.
     """
     folded = FoldedSource(source)
     if dtype is not None and dtype not in DTYPES:

@@ -1,1 +1,1 @@
-"""The heart: states, interaction kernels, communication dynamics, topologies, plans and their linen modules."""
+"""Core concepts: states, interaction kernels, communication dynamics, topologies, plans and their linen modules."""

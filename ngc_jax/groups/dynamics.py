@@ -4,18 +4,18 @@ One round, for every group g, with signals s_g = encode(h_g) and transports T be
 
     h_g  <-  h_g + dt · (-h_g + sigma(read_g(sum over g' of T_gg' s_g')) + u_g)
 
-u is the potential, the external driving force. T_gg is intra-group communication, T_gg' between unlike groups
+u is the potential, the external driving force. T_gg is intra-group communication, T_gg' between different groups is
 inter-group communication. A round is one Euler step of dh/dt = -h + sigma(W h) + u, with W from `coupling`.
 
 All groups here have the same size and are stacked: the states of one group are exactly those of `states.py`,
-with one member called `MEMBER`, and every leaf has a leading axis G. What is written for one group is mapped
-over them by `jax.vmap`. In the fixed gauge (`pivots`, see `gauge.py`) all groups have the same pivots: neurons can be
-numbered as one likes. Activations are (G, N); batches of them are a further vmap.
+with one member called `MEMBER`, and every leaf has a leading axis G. Functions of one group are mapped over all of
+them by `jax.vmap`. In the fixed gauge (`pivots`, see `gauge.py`) all groups have the same pivots, since the numbering
+of neurons is arbitrary. Activations are (G, N); batches are a further vmap.
 
     params = {"states": {"input_states": (G, N, R), "output_states": {"self": (G, N, R)}, ...},
               "transport": (G, G, S, S)}
 
-Shape suffixes: G groups (H those that send), N neurons of a group, R rank, S signal width, T rounds.
+Shape suffixes: G groups (H senders), N neurons of a group, R rank, S signal width, T rounds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def init_params(
     dtype: Any = jnp.float32,
     pivots: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Draw groups that communicate all with all.
+    """Draw groups with all-to-all communication.
 
     The transports have variance strength^2 / (groups · rank): when all activations have variance 1, the summed
     drive of a neuron has root mean square near `strength`.
@@ -63,7 +63,7 @@ def init_params(
         neurons: Neurons N of a group.
         rank: Dimension of a neuron state.
         kernel: The groups' kernel.
-        strength: Scale of the coupling; 0 leaves every group alone.
+        strength: Scale of the coupling; 0 uncouples the groups.
         dtype: Type of the parameters.
         pivots: Every group's pivots if the gauge is fixed.
 
@@ -91,14 +91,14 @@ def init_params(
 def signals(
     params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
 ) -> Float[Array, "g s"]:
-    """What every group broadcasts: encode, mapped over the groups."""
+    """The signal of every group: encode, mapped over the groups."""
     return jax.vmap(lambda states, h_N: encode(kernel, states, h_N, pivots=pivots))(params["states"], h)
 
 
 def drive(
     params: Params, h: Float[Array, "g n"], kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
 ) -> Float[Array, "g n"]:
-    """What every neuron reads of all signals, before the activation: W h, without forming W."""
+    """The input of every neuron from all signals, before the activation: W h, without forming W."""
     received_GxS = jnp.einsum("ghst,ht->gs", params["transport"], signals(params, h, kernel, pivots=pivots))
     return jax.vmap(lambda states, s_S: read(kernel, states, MEMBER, s_S))(params["states"], received_GxS)
 
@@ -140,7 +140,7 @@ def unroll(
     kernel: Kernel = _BILINEAR,
     pivots: Sequence[int] | None = None,
 ) -> Float[Array, "t g n"]:
-    """The trajectory of as many rounds as there are potentials.
+    """The trajectory over one round for each potential.
 
     Args:
         params: Parameters as from `init_params`.
@@ -165,12 +165,12 @@ def unroll(
 def coupling(
     params: Params, kernel: Kernel = _BILINEAR, *, pivots: Sequence[int] | None = None
 ) -> Float[Array, "gn gn"]:
-    """The weights W by which neurons act on neurons through all groups, formed: for tests and study.
+    """Form the weights W by which neurons act on neurons through all groups, for tests and study.
 
     Block (g, g') is phi_out_g · T_gg' · M phi_in_g'^T. The Jacobian of `step` is
     (1 - dt) I + dt · diag(sigma'(W h)) W. Where sigma's slope is at most 1 and W's largest singular value k is
-    below 1, a round with dt <= 1 brings two trajectories under one potential closer by the factor
-    1 - dt (1 - k) at least.
+    below 1, a round with dt <= 1 contracts the distance of two trajectories under one potential at least by the
+    factor 1 - dt (1 - k).
 
     Returns:
         W (G N, G N), neurons ordered group by group.
@@ -195,7 +195,7 @@ class Communication(nn.Module):
         kernel: The groups' kernel.
         dt: Time step.
         activation: sigma, elementwise.
-        strength: Scale of the coupling at the start.
+        strength: Scale of the coupling at initialisation.
         param_dtype: Type of the parameters.
         pivots: Every group's pivots if the gauge is fixed.
     """

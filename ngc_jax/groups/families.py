@@ -1,4 +1,4 @@
-"""The 35 topologies that have been studied under a name: plain text, in the language of `topology`."""
+"""The 35 named topologies that have been studied, as plain text in the language of `topology`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,7 +25,7 @@ HYBRIDS: Mapping[str, str] = MappingProxyType(
         "hybrid5": "kkk-qq-vv-qv",
     }
 )
-"""The families that the language knows by name; the name stands for the text."""
+"""The families that the language knows by name; the name stands for its text."""
 
 FAMILIES: Mapping[str, str] = MappingProxyType({text: text for text in (*_ATTENTION, *_MLP)} | dict(HYBRIDS))
 """All named families, name to text: 15 of attention, 15 of the MLP (their text is their name), 5 hybrids."""

@@ -1,13 +1,13 @@
-"""Fixing the gauge of a bilinear group: which neurons are its frame of reference.
+"""Fix the gauge of a bilinear group: choose the neurons that form its frame of reference.
 
 A bilinear group has W_m = Q_out_m Q_in^T for every member m, and (Q_in A, Q_out_m A^-T) is the same network for every
-invertible A. These R^2 numbers say nothing, so they need not be stored: there is an A that turns the states of R
-chosen input neurons, the pivots, into the unit vectors. Only the other I - R input states remain, and the latent
-dimensions get a meaning: dimension k is the input that acts as pivot k does.
+invertible A. These R^2 numbers are redundant and need not be stored: there is an A that turns the states of R chosen
+input neurons, the pivots, into the unit vectors. Only the other I - R input states remain, and the latent dimensions
+become interpretable: dimension k is the input that acts as pivot k does.
 
-Which neurons are chosen decides how well numbers of few bits hold the rest. With Q_in = B Q_in[pivots], the rows of B
-are the new states, and pivots of nearly the largest determinant keep every entry of B below a small bound: the strong
-rank-revealing factorisation of Gu and Eisenstat, "Efficient algorithms for computing a strong rank-revealing QR
+The choice of pivots determines how well low-precision numbers represent the rest. With Q_in = B Q_in[pivots], the rows
+of B are the new states, and pivots of nearly the largest determinant keep every entry of B below a small bound: the
+strong rank-revealing factorisation of Gu and Eisenstat, "Efficient algorithms for computing a strong rank-revealing QR
 factorization" (1996).
 
 Everything here is float64 NumPy on the host.
@@ -25,12 +25,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ngc_jax.errors import UsageError
 
-# Neurons whose size is below this share of the largest count as having it: nothing is divided by zero, and a neuron
-# that is silent on the text looked at is a pivot only where no other has its direction.
+# Lower limit on a neuron's size relative to the largest: it avoids divisions by zero, and makes a neuron that is silent
+# on the calibration text a pivot only where no other has its direction.
 _SMALLEST_SIZE = 1e-6
-# A triangle whose diagonal falls off further than this is taken for singular, and its rank looked at more closely.
+# A triangle whose diagonal decreases below this ratio counts as singular, and its rank is determined more carefully.
 _ILL_CONDITIONED = 1e-10
-# Swaps between two updates of all coefficients: few enough that rows not looked at in between stay near their bound.
+# Swaps between two updates of all coefficients: few enough that the other rows remain near their bound.
 _SWAPS_PER_ROUND = 64
 
 Matrix = NDArray[np.float64]
@@ -44,19 +44,19 @@ def fix_gauge(
     *,
     bound: float = 2.0,
 ) -> tuple[tuple[int, ...], Matrix, list[Matrix]]:
-    """Choose pivots and turn the states so that the pivots' input states are the unit vectors.
+    """Choose pivots and transform the states so that the pivots' input states are the unit vectors.
 
-    The weights Q_out Q_in^T stay what they are, up to rounding. In scaled coordinates, where an input state is
-    multiplied by the size of its neuron, every coefficient is at most `bound`: |scale_i rest_ik| <= bound scale_k.
+    The weights Q_out Q_in^T do not change, up to rounding. In scaled coordinates, where an input state is multiplied by
+    the size of its neuron, every coefficient is at most `bound`: |scale_i rest_ik| <= bound scale_k.
 
-    Where the input states have a rank r below R, r pivots stand for all that is there. The other R - r are those with
-    the largest states left: each gets a latent dimension that no other neuron uses.
+    Where the input states have a rank r below R, r pivots span all of them. The other R - r pivots are the neurons with
+    the largest remaining states: each gets a latent dimension that no other neuron uses.
 
     Args:
         input_states: Q_in (I, R).
         output_states: Q_out (J, R) of every member.
-        scale: Typical size (root mean square) of every input neuron (I,); all alike when None.
-        bound: Largest coefficient permitted; above 1, for at 1 the search for pivots might not end.
+        scale: Typical size (root mean square) of every input neuron (I,); all equal when None.
+        bound: Largest permitted coefficient; above 1, since at 1 the search for pivots might not terminate.
 
     Returns:
         The pivots (R) in ascending order; the input states (I - R, R) of the other neurons, in ascending order; the
@@ -70,7 +70,7 @@ def fix_gauge(
     size_I = _sizes(scale, q_IxR.shape[0])
     rank = q_IxR.shape[1]
 
-    # The lengths of Q_in's columns are part of the gauge too. They go to the outputs, so that none counts as small.
+    # The lengths of Q_in's columns are part of the gauge too. They move to the outputs, so that none counts as small.
     length_R = np.linalg.norm(q_IxR, axis=0)
     q_IxR = q_IxR / np.where(length_R > 0, length_R, 1.0)
     outputs = [q_JxR * length_R for q_JxR in outputs]
@@ -93,7 +93,7 @@ def fix_gauge(
 
 
 def free_gauge(pivots: Sequence[int], rest: ArrayLike, d_in: int) -> NDArray:
-    """The input states of all neurons: unit vectors for the pivots, what is stored for the others.
+    """The input states of all neurons: unit vectors for the pivots, stored states for the others.
 
     Args:
         pivots: The pivots (R), ascending.
@@ -115,14 +115,14 @@ def free_gauge(pivots: Sequence[int], rest: ArrayLike, d_in: int) -> NDArray:
 
 
 def other_neurons(pivots: Sequence[int], d_in: int) -> Indices:
-    """The input neurons that are no pivots, ascending: those whose states are stored."""
+    """The input neurons that are not pivots, ascending: those whose states are stored."""
     other_I = np.ones(d_in, bool)
     other_I[np.asarray(pivots, np.intp)] = False
     return np.flatnonzero(other_I)
 
 
 def stored_rows(pivots: Sequence[int], d_in: int) -> Indices:
-    """For every input neuron, its row in the matrix that has the R unit vectors first and then what is stored."""
+    """For every input neuron, its row in the matrix of the R unit vectors followed by the stored states."""
     return np.argsort(np.concatenate([np.asarray(pivots, np.intp), other_neurons(pivots, d_in)]))
 
 
@@ -138,13 +138,13 @@ def _check_states(q_IxR: Matrix, outputs: Sequence[Matrix], bound: float) -> Non
                 " expected the same rank (columns)"
             )
     if not all(np.isfinite(array).all() for array in (q_IxR, *outputs)):
-        raise UsageError("the states have numbers that are not finite; fit them again, or look at the weights")
+        raise UsageError("the states have numbers that are not finite; fit them again, or check the weights")
     if not bound > 1:
         raise UsageError(f"bound {bound} on the coefficients; expected a number above 1")
 
 
 def _sizes(scale: ArrayLike | None, d_in: int) -> Matrix:
-    """The neurons' sizes, as shares of the largest, floored."""
+    """The neurons' sizes relative to the largest, with a lower limit."""
     if scale is None:
         return np.ones(d_in)
     size_I = np.asarray(scale, np.float64)
@@ -158,10 +158,10 @@ def _sizes(scale: ArrayLike | None, d_in: int) -> Matrix:
 
 
 def _choose_pivots(a_IxR: Matrix, bound: float) -> Indices | None:
-    """Rows of a such that all others are combinations of them with coefficients within `bound`.
+    """Rows of a such that all others are linear combinations of them with coefficients within `bound`.
 
     Returns:
-        As many rows as a has columns; None if a is singular or nearly so.
+        One row for each column of a; None if a is singular or nearly so.
     """
     rank = a_IxR.shape[1]
     if rank == 0:
@@ -174,8 +174,8 @@ def _choose_pivots(a_IxR: Matrix, bound: float) -> Indices | None:
     b_OxR = scipy.linalg.solve_triangular(triangle_RxI[:, :rank], triangle_RxI[:, rank:], check_finite=False).T
     b_OxR = np.ascontiguousarray(b_OxR)
     while True:
-        # Rounds, for speed: one looks at the rows that have a coefficient out of bounds, and only at its end all
-        # coefficients are brought up to date, by one large product.
+        # Rounds, for speed: a round updates only the rows that have a coefficient out of bounds, and at its end all
+        # coefficients are updated by one large product.
         rows = np.flatnonzero(np.maximum(b_OxR.max(axis=1), -b_OxR.min(axis=1)) > bound) if len(others) else others
         if not len(rows):
             return pivots
@@ -186,15 +186,15 @@ def _choose_pivots(a_IxR: Matrix, bound: float) -> Indices | None:
 
 
 def _find_swaps(b_OxR: Matrix, bound: float) -> list[tuple[int, int]]:
-    """Pairs (row, column) that can all change places; every one multiplies the pivots' |determinant| by over `bound`.
+    """Pairs (row, column) that can all be swapped; each multiplies the pivots' |determinant| by more than `bound`.
 
-    That is why the search ends: there are finitely many choices of pivots, and none comes twice. b is overwritten.
+    Hence the search terminates: there are finitely many choices of pivots, and none occurs twice. b is overwritten.
     """
     swaps: list[tuple[int, int]] = []
     rows_left, columns_left = np.ones(b_OxR.shape[0], bool), np.ones(b_OxR.shape[1], bool)
     while len(swaps) < _SWAPS_PER_ROUND:
         allowed_OxR = np.abs(b_OxR)
-        # A neuron moves once per round: then the round is one change of frame, in closed form.
+        # A neuron is swapped once per round: then the round is one change of frame, in closed form.
         allowed_OxR[~rows_left], allowed_OxR[:, ~columns_left] = 0.0, 0.0
         row, column = divmod(int(allowed_OxR.argmax()), b_OxR.shape[1])
         if allowed_OxR[row, column] <= bound:
@@ -209,7 +209,7 @@ def _swap(b_OxR: Matrix, rows: Indices, columns: Indices) -> None:
     """Make pivots of the neurons of `rows` (T), in place of those of `columns` (T); in place.
 
     With E = b[rows] and M = E[:, columns], in the new frame a neuron's coefficients of the new pivots are
-    c = b[:, columns] M^-1, and those of the pivots that stay are less by c E. The old pivots take the places of `rows`.
+    c = b[:, columns] M^-1, and those of the kept pivots are reduced by c E. The old pivots take the places of `rows`.
     """
     e_TxR = b_OxR[rows]
     inverse_TxT = np.linalg.inv(e_TxR[:, columns])
@@ -231,7 +231,7 @@ def _orthogonal_basis(q_IxR: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def _coefficients(q_IxR: Matrix, pivots: Indices) -> Matrix:
-    """B (I, R) with Q = B Q[pivots], by a fresh solve: the error of each row is small beside that row."""
+    """B (I, R) with Q = B Q[pivots], by a new solve: the error of each row is small relative to that row."""
     if not len(pivots):
         return np.zeros_like(q_IxR)
     factors = scipy.linalg.lu_factor(q_IxR[pivots].T, check_finite=False)
@@ -241,9 +241,9 @@ def _coefficients(q_IxR: Matrix, pivots: Indices) -> Matrix:
 def _add_pivots(
     pivots: Indices, rest_IxR: Matrix, outputs: Sequence[Matrix], size_I: Matrix, rank: int
 ) -> tuple[Indices, Matrix, list[Matrix]]:
-    """More pivots than the states have dimensions: each new one leaves the common dimensions for one of its own.
+    """Add more pivots than the states have dimensions: each new one gets a latent dimension of its own.
 
-    Its column of the weights, formed, becomes its output states; every other neuron has a coefficient of 0 there.
+    Its column of the formed weights becomes its output states; every other neuron has a coefficient of 0 there.
     """
     others = other_neurons(pivots.tolist(), len(size_I))
     weight_O = np.linalg.norm(rest_IxR[others] * size_I[others, None] / size_I[pivots], axis=1)

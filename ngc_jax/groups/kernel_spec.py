@@ -1,4 +1,4 @@
-"""What an interaction kernel is, as plain data: its name, its options, what it stores.
+"""Interaction kernels as plain data: their names, options and parameter counts.
 
 Nothing here needs JAX, so that plans can be read, counted and printed without loading it. The functions that
 compute with a kernel are in `ngc_jax.groups.kernels`.
@@ -32,17 +32,17 @@ class Kernel:
       initialised.
     - `lifted`: phi(Q) = tanh(Q P) with P (rank, lift), on the output side times an amplitude per neuron, and
       M one gain per group: weights of rank up to `lift` from states of dimension `rank`. tanh is bounded, so
-      the size of the weights must come from elsewhere: the amplitude lets a neuron be strong and its state
-      moderate, and with the gain, small states make bilinear weights of any size, so bilinear is a limit of
-      this kernel.
+      the magnitude of the weights has other sources: the amplitude lets a neuron be strong while its state
+      is moderate, and the gain lets small states make bilinear weights of any magnitude, so bilinear is a
+      limit of this kernel.
 
     Attributes:
         name: `bilinear`, `riemannian` or `lifted`.
-        metric_rank: riemannian: rank k of the metric's part beside the diagonal; 0 is a diagonal metric. At a
-            group rank below k the group's rank is used, which is already the most general metric.
+        metric_rank: riemannian: rank k of the metric's low-rank part; 0 is a diagonal metric. At a group rank
+            below k the group's rank is used, which already gives the most general metric.
         lift: lifted: number of lifted features R, above the group's rank.
-        seed: lifted: the seed that fixes P (or starts it, when learned).
-        learned: lifted: whether P is learned and stored, one per group; otherwise the seed is all that is
+        seed: lifted: the seed that fixes P (or initialises it, if learned).
+        learned: lifted: whether P is learned and stored, one per group; otherwise only the seed is
             stored.
 
     Raises:
@@ -89,7 +89,7 @@ class Kernel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Kernel:
-        """Read what `to_dict` wrote, or what a person wrote in a config.
+        """Read the result of `to_dict`, or a mapping from a config file.
 
         Raises:
             UsageError: If the name is missing or unknown, or an option is unknown or out of range.
@@ -104,7 +104,7 @@ class Kernel:
 
 
 def check_rank(kernel: Kernel, rank: int) -> None:
-    """Refuse a rank at which the kernel makes no sense.
+    """Refuse a rank that the kernel does not admit.
 
     Raises:
         UsageError: If `rank` is below 1, or not below the kernel's `lift`.
@@ -119,7 +119,7 @@ def check_rank(kernel: Kernel, rank: int) -> None:
 
 
 def check_pivots(kernel: Kernel, rank: int, d_in: int, pivots: Sequence[int]) -> tuple[int, ...]:
-    """Refuse pivots that do not fix the gauge of a group: which of the `d_in` input neurons have unit states.
+    """Refuse pivots (the input neurons with unit states, out of `d_in`) that do not fix the gauge of a group.
 
     Returns:
         The pivots as a tuple of plain integers.
@@ -149,7 +149,7 @@ def metric_rank_at(kernel: Kernel, rank: int) -> int:
 
 
 def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int], *, fixed_gauge: bool = False) -> int:
-    """Numbers that a group stores: states and kernel parameters, exactly; biases are not the kernel's.
+    """Numbers that a group stores, exactly: states and kernel parameters, without biases.
 
     Args:
         kernel: The interaction kernel.
@@ -177,7 +177,7 @@ def count_parameters(kernel: Kernel, rank: int, d_in: int, d_outs: Iterable[int]
 
 
 def multiply_adds(kernel: Kernel, rank: int) -> int:
-    """Multiply-adds per token and signal by M alone: none, the metric's, or the gain's."""
+    """Multiply-adds per token and signal by M alone: 0, the metric's, or the gain's."""
     match kernel.name:
         case "riemannian":
             return rank * (1 + 2 * metric_rank_at(kernel, rank))
@@ -192,7 +192,7 @@ def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:
 
     Keys are paths inside the group, joined by "."; the entries `output_states` and `amplitude` stand for
     those of all members. The axes: `in` and `out` (neurons), `latent` (the state's dimensions), `lift`
-    (lifted features); None is an axis too short to be worth splitting.
+    (lifted features); None is an axis too short to be worth sharding.
     """
     axes: dict[str, tuple[str | None, ...]] = {
         "input_states": ("in", "latent"),
@@ -211,7 +211,7 @@ def logical_axes(kernel: Kernel) -> dict[str, tuple[str | None, ...]]:
 
 
 def _names(names: Iterable[str], given: object) -> str:
-    """The permitted names, and the nearest one to what was given."""
+    """The permitted names, and the nearest one to the given name."""
     names = list(names)
     near = difflib.get_close_matches(str(given), names, n=1)
     return ", ".join(names) + (f"; did you mean {near[0]!r}?" if near else "")

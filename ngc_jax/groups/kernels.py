@@ -1,17 +1,17 @@
-"""Interaction kernels: how neuron states make weights, as pure functions over the states of one group.
+"""Interaction kernels: pure functions from the neuron states of one group to its weights and outputs.
 
 Every kernel factors as W = phi_out(Q_out) · M · phi_in(Q_in)^T, so a member's y = x W^T is computed in two
 small products and W is never formed:
 
-    signal = encode(x) = x · phi_in(Q_in) · M        what the group broadcasts, computed once
+    signal = encode(x) = x · phi_in(Q_in) · M        broadcast by the group, computed once
     y      = read(signal) = signal · phi_out(Q_out)^T        one per member
 
-M acts when the signal is made, and only there: a group whose members read one input pays for it once.
+M is applied when the signal is computed, and only there: a group whose members read one input applies it once.
 
-Products take the type of x and accumulate in float32 at least.
+Products have the type of x and accumulate in float32 at least.
 
 In the fixed gauge of a bilinear group (`pivots`, see `gauge.py`) the input states of R neurons are the unit vectors:
-their inputs are added to the signal as they are, and only the states of the others are stored.
+their inputs are added to the signal directly, and only the states of the others are stored.
 
 Shape suffixes: I inputs of a member, J outputs of a member, R rank, S signal width (R, or the lifted
 features), P those of the inputs that are pivots, O the others.
@@ -49,11 +49,11 @@ __all__ = [
     "weights",
 ]
 
-# The metric's diagonal stays within exp(±40), about 4e-18 to 2e17: positive and finite in every floating
+# The metric's diagonal is limited to exp(±40), about 4e-18 to 2e17: positive and finite in every floating
 # type.
 _LOG_LIMIT = 40.0
-# Tokens from which on a group in the fixed gauge multiplies with the unit states too: to gather the activations of the
-# others, and to scatter their gradients, then takes longer.
+# Number of tokens from which on a group in the fixed gauge also multiplies by the unit states: gathering the
+# activations of the others, and scattering their gradients, then takes longer.
 _MANY_TOKENS = 128
 
 
@@ -65,8 +65,8 @@ def encode(
     Args:
         kernel: The group's kernel.
         states: The group's states.
-        x: Activations (..., I). A member of fewer inputs than the group has reads the first I input states,
-            which is what padding x with zeros would give.
+        x: Activations (..., I). A member with fewer inputs than the group reads the first I input states,
+            which equals padding x with zeros.
         pivots: The group's pivots if its gauge is fixed.
 
     Returns:
@@ -82,7 +82,7 @@ def encode(
 
 
 def read(kernel: Kernel, states: States, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
-    """What one member makes of its group's signal: signal · phi_out^T.
+    """The outputs that one member computes from its group's signal: signal · phi_out^T.
 
     Args:
         kernel: The group's kernel.
@@ -194,12 +194,12 @@ def _encode_in_fixed_gauge(
     pivots_R, others_O = np.asarray(pivots, np.intp), other_neurons(pivots, d_in)
     if math.prod(x.shape[:-1]) >= _MANY_TOKENS:
         return _product("...i,is->...s", x, input_features(kernel, states, width, pivots=pivots))
-    # Both are ascending: what a narrow input has comes first.
+    # Both are ascending: the rows of an input with fewer neurons come first.
     pivots_P, others_O = pivots_R[pivots_R < width], others_O[others_O < width]
     rest_OxR = states["input_states"][: len(others_O)]
     signal = _product("...o,or->...r", _take(x, others_O), rest_OxR)
     own = _take(x, pivots_P).astype(signal.dtype)
-    # A pivot beyond a narrow input adds nothing to its dimension.
+    # A pivot beyond the last neuron of a smaller input adds nothing to its dimension.
     return signal + jnp.pad(own, [(0, 0)] * (x.ndim - 1) + [(0, len(pivots_R) - len(pivots_P))])
 
 
@@ -209,7 +209,7 @@ def _inputs(kernel: Kernel, states: States, pivots: Sequence[int]) -> int:
     if kernel.name != "bilinear" or len(pivots) != rank or (rank and pivots[-1] >= rows + rank):
         raise UsageError(
             f"{len(pivots)} pivots for a group of kernel {kernel.name!r}, rank {rank} and {rows} stored input states;"
-            " expected kernel 'bilinear' and as many pivots as the rank, out of stored states and pivots together"
+            " expected kernel 'bilinear' and one pivot for each latent dimension, out of stored states and pivots"
         )
     return rows + rank
 
@@ -220,7 +220,7 @@ def _check_width(width: int | None, d_in: int) -> None:
 
 
 def _take(x: Float[Array, "*batch i"], indices: Indices) -> Float[Array, "*batch n"]:
-    # Known when the program is made, ascending and each once: the compiler need not guard against anything else.
+    # Known at compile time, ascending and unique: the compiler needs no guards.
     taken = jnp.asarray(x).at[..., indices]
     return taken.get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
 
@@ -244,7 +244,7 @@ def _apply_interaction(kernel: Kernel, states: States, signal: Float[Array, "*b 
         factor_RxK = metric["factor"].astype(signal.dtype)
         return stretched + (signal @ factor_RxK) @ factor_RxK.T
     if kernel.name == "lifted":
-        # The constant keeps the gain near one, whatever the sizes: one learning rate then fits all
+        # The constant keeps the gain near one, whatever the sizes: one learning rate then suits all
         # parameters.
         d_in = states["input_states"].shape[0]
         return signal * (states["gain"].astype(signal.dtype) * (d_in * kernel.lift) ** -0.5)

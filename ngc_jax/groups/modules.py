@@ -1,4 +1,4 @@
-"""Linen modules that own the neuron states; what is computed with them is in `ngc_jax.groups.kernels`.
+"""Linen modules that own the neuron states; the computations are in `ngc_jax.groups.kernels`.
 
 The parameter tree of `Groups(plan, name="groups")` is that of `states.py`, one entry per group:
 
@@ -54,8 +54,8 @@ class Group(nn.Module):
         self._states = {name: self.param(name, init) for name, init in parts.items()}
 
     def __call__(self) -> dict[str, Any]:
-        """The states, a plain pytree: hand it to the pure functions of `kernels`."""
-        # Linen freezes nested parameters and attributes; a frozen mapping is another pytree than a dict.
+        """The states as a plain pytree, for the pure functions of `kernels`."""
+        # Linen freezes nested parameters and attributes; a frozen mapping is a different pytree than a dict.
         return {
             name: flax.core.unfreeze(part) if isinstance(part, flax.core.FrozenDict) else part
             for name, part in self._states.items()
@@ -66,7 +66,7 @@ class Group(nn.Module):
         return kernels.encode(self.kernel, self(), x, pivots=self.pivots)
 
     def read(self, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
-        """What a member makes of the signal; see `kernels.read`."""
+        """The outputs that a member computes from the signal; see `kernels.read`."""
         return kernels.read(self.kernel, self(), member, signal)
 
     def weights(self, member: str, d_in: int | None = None) -> Float[Array, "j i"]:
@@ -78,7 +78,7 @@ class Groups(nn.Module):
     """All groups of a plan, each once: the shared part of a compact model.
 
     Attributes:
-        plan: The plan; its dense blocks are no concern of this module.
+        plan: The plan; this module ignores its dense blocks.
         param_dtype: Type of the stored numbers.
     """
 

@@ -1,7 +1,7 @@
 """The plan: which blocks form which group, by which kernel and at which rank.
 
-A plan is all that is needed to build a compact model, and nothing more: plain data, frozen, serialised as JSON.
-It never looks at a weight.
+A plan contains exactly what is needed to build a compact model: plain data, frozen, serialised as JSON. It does not
+depend on weights.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ngc_jax.groups.kernel_spec import Kernel, check_pivots, count_parameters, m
 class _Value:
     """A frozen dataclass's equality and hash, the hash computed once.
 
-    Plans are static arguments of compiled functions, which look them up by hash at every call, and hold thousands of
-    pivots.
+    Plans are static arguments of compiled functions, which look them up by hash at every call, and they hold thousands
+    of pivots.
     """
 
     @cached_property
@@ -42,7 +42,7 @@ class _Value:
         return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
-        # Strings hash differently in every process: what is kept of them must not travel with a pickle.
+        # Strings hash differently in every process: cached values must not be pickled.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
@@ -107,7 +107,7 @@ class GroupPlan(_Value):
 
     @property
     def d_in(self) -> int:
-        """Width of the group's input states: the widest member's; narrower members read the first rows."""
+        """Width of the group's input states: the widest member's; members with fewer inputs read the first rows."""
         return max(member.d_in for member in self.members)
 
     @property
@@ -127,24 +127,24 @@ class GroupPlan(_Value):
         return count_parameters(self.kernel, self.rank, self.d_in, d_outs, fixed_gauge=fixed_gauge) + biases
 
     def multiply_adds(self, site_of: Callable[[str], Hashable]) -> int:
-        """Multiply-adds per token of all members: each input is encoded once, however many members read it.
+        """Multiply-adds per token of all members: each input is encoded once, for all members that read it.
 
         Args:
             site_of: The identity of the input that a block reads, by block name. Members of one site share a signal.
 
         Returns:
             The products of activations and signals with states and M. Additions without a multiplication (a pivot's
-            own input, a bias) do not count, nor does what a kernel makes of its states alone.
+            own input, a bias) do not count, nor do a kernel's computations on its states alone.
         """
         width_of = {site_of(member.name): member.d_in for member in self.members}
         width = self.kernel.signal_width(self.rank)
-        # A narrow input meets the states of its own neurons only.
+        # An input with fewer neurons meets the states of its own neurons only.
         rows = sum(self._stored_rows(d_in) for d_in in width_of.values())
         reads = sum(self.d_outs.values())
         return (rows + reads) * width + len(width_of) * multiply_adds(self.kernel, self.rank)
 
     def _stored_rows(self, d_in: int) -> int:
-        """How many of the first `d_in` input states are stored."""
+        """Number of stored states among the first `d_in` input states."""
         return d_in - (0 if self.pivots is None else bisect.bisect_left(self.pivots, d_in))
 
 
@@ -154,8 +154,8 @@ class Plan(_Value):
 
     Attributes:
         groups: The neuronal groups.
-        dense: Planned blocks that stay dense; they count at full size in the keep ratio.
-        removed: Parameters that the planned blocks had before hidden neurons went; they count as dense.
+        dense: Planned blocks that are left dense; they count at full size in the keep ratio.
+        removed: Number of parameters of the planned blocks that neuron pruning removed; they count as dense.
 
     A block that the plan does not name is outside it: dense in the model, and not counted.
 
@@ -195,7 +195,7 @@ class Plan(_Value):
         return sum(group.count_parameters() for group in self.groups) + sum(block.parameters for block in self.dense)
 
     def dense_parameters(self) -> int:
-        """Parameters of the planned blocks when all are dense and no hidden neuron has gone."""
+        """Parameters of the planned blocks when all are dense, before neuron pruning."""
         return sum(block.parameters for block in self.blocks()) + self.removed
 
     def multiply_adds(self, site_of: Callable[[str], Hashable]) -> int:
@@ -222,7 +222,7 @@ class Plan(_Value):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Read what `to_json` wrote.
+        """Read the result of `to_json`.
 
         Raises:
             UsageError: If a field is missing or of the wrong type.

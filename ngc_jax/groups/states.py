@@ -1,4 +1,4 @@
-"""Neuron states: the parameters of one group as a plain pytree, and how they begin.
+"""Neuron states: the parameters of one group as a plain pytree, and their initialisation.
 
     states = {"input_states": (D_in, R),                            (D_in - R, R) in the fixed gauge
               "output_states": {member: (D_out, R)},
@@ -31,7 +31,7 @@ Initialiser: TypeAlias = Callable[[PRNGKeyArray], Any]
 
 # Neurons drawn on each side to measure the scale of freshly lifted weights (1 % accuracy; see `_gain_init`).
 _PROBES = 512
-# Share of the metric's identity that its low-rank part carries at the start (see `_metric_init`). A power of
+# Share of the metric's identity that its low-rank part carries initially (see `_metric_init`). A power of
 # 1/4 so that its square root is exact.
 _FACTOR_SHARE = 0.25
 
@@ -49,8 +49,8 @@ def init_states(
     """Draw the states of a group so that signals keep their variance.
 
     For x of unit variance and width `d_in`, every member's y = x W^T has variance near 1, whatever the
-    kernel. A member that reads only n of the `d_in` inputs starts with variance n / d_in; in the fixed gauge that
-    takes pivots that are spread evenly.
+    kernel. A member that reads only n of the `d_in` inputs starts with variance n / d_in; in the fixed gauge this
+    requires evenly spread pivots.
 
     Args:
         key: Random key.
@@ -94,13 +94,13 @@ def initialisers(
             raise UsageError(f"{name} has {size} neurons; expected at least 1")
 
     # The signal has unit variance per dimension: the input states divide by d_in, the output states by the
-    # rank. The lifted kernel has its scale in the gain, and states of unit size so that tanh bends.
+    # rank. The lifted kernel has its scale in the gain, and states of unit size so that tanh is nonlinear.
     std_in, std_out = (1.0, 1.0) if kernel.name == "lifted" else (d_in**-0.5, rank**-0.5)
     rows_in = d_in
     if pivots is not None:
         check_pivots(kernel, rank, d_in, pivots)
         rows_in = d_in - rank
-        # A dimension of the signal has its pivot's input, of variance 1, beside the other neurons' share.
+        # A dimension of the signal is its pivot's input, of variance 1, plus the other neurons' share.
         std_out = (rank * (1 + rows_in / d_in)) ** -0.5
 
     def output_states(key: PRNGKeyArray) -> dict[str, Array]:
@@ -125,19 +125,19 @@ def initialisers(
 
 
 def from_bilinear(kernel: Kernel, states: States, size: float = 1.0) -> dict[str, Any]:
-    """States of another kernel that begin as a bilinear group: where gradient steps start.
+    """Initialise the states of another kernel from a bilinear group, as the start of gradient steps.
 
     Riemannian: the same weights, M = I. Lifted: the states are scaled to root mean square `size` and the gain
-    makes up for it. The weights tend to the bilinear ones as `size` goes to 0 (relative error about size^2);
-    near 1 tanh bends, which is what a fit makes use of.
+    compensates. The weights tend to the bilinear ones as `size` goes to 0 (relative error about size^2);
+    near 1 tanh is nonlinear, which a fit exploits.
 
     Args:
-        kernel: The kernel to start.
+        kernel: The kernel to initialise.
         states: The states of a bilinear group in the free gauge (for a fixed one, see `gauge.free_gauge`).
         size: lifted: root mean square of the states' entries on either side.
 
     Returns:
-        States of `kernel` with the shapes and types of those given.
+        States of `kernel` with the shapes and types of the given ones.
 
     Raises:
         UsageError: If the kernel does not admit the rank, or `size` is not positive.
@@ -170,8 +170,8 @@ def fixed_lift(rank: int, lift: int, seed: int) -> NDArray[np.float64]:
     """The projection P of the lifted kernel: orthogonal rows, scaled so that Q P has entries as large as Q's.
 
     P P^T = (lift / rank) I, so small states make bilinear weights: tanh(Q P) tanh(K P)^T is then nearly
-    (lift / rank) Q K^T. Drawn on the host by NumPy's frozen legacy generator, for a saved model has only the
-    seed: the same seed must give the same weights on another machine and under another version of JAX.
+    (lift / rank) Q K^T. Drawn on the host by NumPy's frozen legacy generator, because a saved model contains only
+    the seed: the same seed must give the same weights on another machine and under another version of JAX.
 
     Args:
         rank: Rows r.
@@ -183,7 +183,7 @@ def fixed_lift(rank: int, lift: int, seed: int) -> NDArray[np.float64]:
     """
     draw = np.random.RandomState(seed).standard_normal((lift, rank))
     columns, triangle = np.linalg.qr(draw)
-    # The factorisation is unique once the triangle's diagonal is positive; libraries differ in the sign.
+    # The factorisation is unique once the triangle's diagonal is positive; libraries differ in its sign.
     columns = columns * np.where(np.diag(triangle) < 0, -1.0, 1.0)
     projection = np.ascontiguousarray(columns.T * math.sqrt(lift / rank))
     projection.flags.writeable = False
@@ -196,7 +196,7 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float, dtype: Any) -
 
 
 def _root_mean_square(arrays: list[Array]) -> Array:
-    """Over all entries of all arrays, in float32 at least; tiny rather than 0 for states that are all 0."""
+    """Over all entries of all arrays, in float32 at least; tiny instead of 0 for states that are all 0."""
     squares = [jnp.sum(jnp.square(a.astype(jnp.promote_types(a.dtype, jnp.float32)))) for a in arrays]
     return jnp.sqrt(jnp.maximum(sum(squares) / sum(a.size for a in arrays), 1e-30))
 
@@ -204,8 +204,8 @@ def _root_mean_square(arrays: list[Array]) -> Array:
 def _metric_init(kernel: Kernel, rank: int, dtype: Any) -> dict[str, Array]:
     """M = diag(exp(log_diagonal)) + factor factor^T, equal to I.
 
-    A factor of zeros would stay zero: the gradient of F F^T vanishes at F = 0. The factor therefore begins as
-    multiples of the first unit vectors, and the diagonal leaves room for their squares.
+    A factor of zeros would stay zero: the gradient of F F^T vanishes at F = 0. The factor therefore starts as
+    multiples of the first unit vectors, and the diagonal is reduced by their squares.
     """
     k = metric_rank_at(kernel, rank)
     shares = jnp.where(jnp.arange(rank) < k, math.log1p(-_FACTOR_SHARE), 0.0)
@@ -219,7 +219,7 @@ def _gain_init(key: PRNGKeyArray, kernel: Kernel, rank: int, dtype: Any) -> Arra
     """The gain at which lifted weights have variance 1 / d_in, measured on probe neurons.
 
     The lifted features of a neuron are correlated (they come from fewer dimensions), and tanh has no closed
-    form for their second moments; `_PROBES` squared sample weights give it to about a hundredth.
+    form for their second moments; `_PROBES` squared sample weights estimate it to about a hundredth.
     """
     probes = jax.random.normal(key, (2, _PROBES, rank), jnp.float32)
     features_2xPxS = jnp.tanh(probes @ jnp.asarray(fixed_lift(rank, kernel.lift, kernel.seed), jnp.float32))

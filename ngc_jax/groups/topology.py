@@ -4,7 +4,7 @@
     ('layers.0.attn.q', 'layers.0.attn.k', 'layers.1.attn.k')
 
 A letter that occurs n times in a section of the text has period n: its occurrences, from left to right, are n
-successive layers, and the pattern repeats over the section's layers. Whatever is not named stays dense.
+successive layers, and the pattern repeats over the section's layers. Blocks that are not named are left dense.
 Pure Python: nothing here imports an array library.
 """
 
@@ -59,11 +59,11 @@ class TopologyGroup:
 def expand(topology: Topology, num_layers: int, roles: str = ROLES) -> tuple[TopologyGroup, ...]:
     """The groups of a model of `num_layers` layers, ordered by first layer, then as written.
 
-    Where a period does not divide a range, the last groups are cut short, and empty ones vanish. Blocks in no
-    group stay dense. Names are unique: of two groups with the same letters, one is later in all of them.
+    Where a period does not divide a range, the last groups have fewer members, and empty ones are dropped. Blocks in no
+    group are left dense. Names are unique: of two groups with the same letters, one is later in all of them.
 
     Args:
-        topology: What `parse` returned.
+        topology: The result of `parse`.
         num_layers: Depth of the model.
         roles: The roles that the model has.
 
@@ -77,9 +77,9 @@ def expand(topology: Topology, num_layers: int, roles: str = ROLES) -> tuple[Top
 
 
 def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
-    """A table of who shares with whom: each pattern once, with its layers and the number of groups it makes.
+    """A table of the sharing: each pattern once, with its layers and the number of groups it makes.
 
-    A number behind a role is the layer within the period, so `q0 q1` is a group of two successive layers.
+    A number after a role is the layer within the period, so `q0 q1` is a group of two successive layers.
 
     Raises:
         TopologyError: As `expand`.
@@ -143,7 +143,7 @@ def _memberships(topology: Topology, num_layers: int, roles: str) -> list[list[t
 
 
 def _layer_ranges(topology: Topology, num_layers: int) -> list[range]:
-    """The layers of every section; only a range in percent may come to none (in a shallow model)."""
+    """The layers of every section; only a range in percent may be empty (in a shallow model)."""
     if num_layers < 1:
         raise UsageError(f"a model of {num_layers} layers has no groups; expected at least 1 layer")
     depth = f"a model of {num_layers} layers (0 to {num_layers - 1})"

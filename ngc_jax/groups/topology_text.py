@@ -1,4 +1,4 @@
-"""The text of a topology: its grammar, its parser, its errors.
+"""The text form of a topology: its grammar, parser and errors.
 
     topology = section { ";" section }
     section  = [ [ bound ] ":" [ bound ] "=" ] item { "-" item }
@@ -6,7 +6,7 @@
     item     = role { role } | "hybrid1" ... "hybrid5"
     role     = "q" | "k" | "v" | "o" | "u" | "g" | "d"
 
-What the text means for a model of a given depth is the matter of `topology`; import from there.
+`topology` defines the meaning of the text for a model of a given depth; import from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ngc_jax.groups.families import HYBRIDS
 ROLES = "qkvougd"
 """The roles of a decoder layer: attention q, k, v, o; MLP u(p), g(ate), d(own)."""
 
-# Few enough digits that int() and Decimal are exact and quick.
+# Few enough digits that int() and Decimal are exact and fast.
 _BOUND = re.compile(r"(?P<layer>-?[0-9]{1,6})|(?P<percent>[0-9]{1,6}(\.[0-9]{1,6})?)\s*%")
 
 
@@ -34,7 +34,7 @@ class TopologyError(UsageError):
 
     Attributes:
         text: The text at fault.
-        position: Index into `text` of the character at fault; `len(text)` when the end lacks something.
+        position: Index into `text` of the character at fault; `len(text)` when the end is missing something.
     """
 
     def __init__(self, problem: str, text: str, position: int) -> None:
@@ -55,7 +55,7 @@ class Bound:
     percent: bool = False
 
     def resolve(self, num_layers: int) -> int:
-        """The layer in a model of `num_layers`; a percentage gives the nearest one, of two the earlier."""
+        """The layer in a model of `num_layers`; a percentage is rounded to the nearest, of two the earlier."""
         if self.percent:
             return math.ceil((self.value * num_layers - 50) / 100)
         return int(self.value) + (num_layers if self.value < 0 else 0)
@@ -88,13 +88,13 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A parsed topology. `parse` makes it and vouches that it is well formed; `str` gives canonical text."""
+    """A parsed topology. `parse` makes it and guarantees that it is well formed; `str` gives canonical text."""
 
     sections: tuple[Section, ...]
 
     @property
     def roles(self) -> str:
-        """The roles that some section names, in the order of `ROLES`."""
+        """The roles that any section names, in the order of `ROLES`."""
         named = {role for section in self.sections for group in section.groups for role in group}
         return "".join(role for role in ROLES if role in named)
 
@@ -103,7 +103,7 @@ class Topology:
 
 
 def format_topology(topology: Topology) -> str:
-    """Canonical text: `parse(format_topology(t)) == t`; names of families are written out."""
+    """Canonical text: `parse(format_topology(t)) == t`; names of families are expanded."""
     return str(topology)
 
 
@@ -113,8 +113,8 @@ def parse(text: str) -> Topology:
     White space around groups, bounds and separators is ignored.
 
     Raises:
-        TopologyError: If the text is not a topology, a group joins roles of unlike period, or ranges are
-            reversed or overlap. The message shows where.
+        TopologyError: If the text is not a topology, a group joins roles of different period, or ranges are
+            reversed or overlap. The message shows the position.
     """
     if not text.strip():
         raise TopologyError("the text is empty; expected groups such as 'qkv-o-ug-d'", text, 0)
@@ -129,7 +129,7 @@ def parse(text: str) -> Topology:
 
 
 def _split(text: str, begin: int, end: int, separator: str) -> Iterator[tuple[int, int]]:
-    """Spans between separators, without surrounding white space; an empty span lies where text is missing."""
+    """Spans between separators, without surrounding white space; an empty span marks missing text."""
     for piece in text[begin:end].split(separator):
         left = begin + len(piece) - len(piece.lstrip())
         yield left, left + len(piece.strip())
@@ -146,7 +146,7 @@ def _parse_section(text: str, begin: int, end: int) -> list[Section]:
     elif (colon := text.find(":", begin, end)) >= 0:
         problem = "a range without '='; expected start:end=groups such as '0:15=kk-qv'"
         raise TopologyError(problem, text, colon)
-    found: list[list[tuple[str, int]]] = [[]]  # for each range its groups, and where each is written
+    found: list[list[tuple[str, int]]] = [[]]  # for each range its groups, and the position of each
     for left, right in _split(text, begin, end, "-"):
         word = text[left:right]
         if word not in HYBRIDS:
@@ -202,7 +202,7 @@ def _check_periods(text: str, groups: list[tuple[str, int]]) -> None:
                     f"group {group!r} joins roles of unlike period ({each}); each of its letters must occur "
                     "equally often in the section"
                 )
-                # A group that came out of a family's name has no letters of its own in the text.
+                # A group from a family's expansion has no letters of its own in the text.
                 raise TopologyError(problem, text, position + offset * text.startswith(group, position))
 
 
@@ -253,6 +253,6 @@ def _before(a: Bound | None, b: Bound | None) -> bool | None:
 
 
 def overlap_problem(section: Section, other: Section) -> str:
-    """What to say of two sections that cover the same layer."""
+    """The error text for two sections that cover the same layer."""
     first, second = (one.range_text or "all layers" for one in (other, section))
     return f"ranges overlap ({first} and {second}); each layer belongs to one section, whose groups '-' joins"

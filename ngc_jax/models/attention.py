@@ -44,8 +44,8 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtyp
     Args:
         config: The decoder.
         batch: B, number of sequences.
-        capacity: Longest sequence, prompt and continuation, in tokens. A layer with a window keeps only so many.
-            0 for a cache that takes in the tokens of one call as they are; see `to_rings`.
+        capacity: Longest sequence, prompt and continuation, in tokens. A layer with a window keeps only its window.
+            0 for a cache that stores the tokens of one call in order; see `to_rings`.
         dtype: Of keys and values.
     """
 
@@ -63,13 +63,13 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtyp
 
 @partial(jax.jit, static_argnames=("config", "capacity"))
 def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
-    """The cache in which decoding goes on, from one that took in prompts as they are.
+    """The cache for decoding, from one that stored prompts in order.
 
-    A prompt that is read into rings at once would also attend to all of their empty slots.
+    A prompt that is read directly into rings would also attend to all of their empty slots.
 
     Args:
         config: The decoder.
-        prompts: What a cache of capacity 0 became: positions 0, 1, 2, ... of every sequence, padding after them.
+        prompts: A cache of capacity 0 after the prompts: positions 0, 1, 2, ... of every sequence, then padding.
         capacity: As for `init_cache`.
     """
 
@@ -83,7 +83,7 @@ def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
                 jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
                 jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
             )
-        # The newest position whose remainder is the slot.
+        # The newest position with the slot as remainder.
         newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
         position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
         index_BxS = jnp.maximum(position_BxS, 0)
@@ -102,7 +102,7 @@ def write_cache(
     v_BxLxKxH: Float[Array, "B L K H"],
     positions_BxL: Int[Array, "B L"],
 ) -> LayerCache:
-    """Put tokens into their slots; padding and tokens that later ones of the same call push out are dropped.
+    """Write tokens into their slots; padding and tokens that later ones of the same call overwrite are dropped.
 
     Args:
         cache: The layer's cache.
@@ -133,7 +133,7 @@ def _write_any(cache: LayerCache, k_BxLxKxH: Array, v_BxLxKxH: Array, positions_
 def _write_one(cache: LayerCache, k_1x1xKxH: Array, v_1x1xKxH: Array, position_1x1: Array) -> LayerCache:
     """One token of one sequence.
 
-    XLA's CPU compiler fuses a plain write with whatever reads the cache next, and so copies the cache twice a step;
+    XLA's CPU compiler fuses a plain write with the next read of the cache, and therefore copies the cache twice a step;
     it does not fuse across a condition, and writes in place.
     """
     slot = position_1x1[0, 0] % cache.positions.shape[1]
@@ -154,11 +154,11 @@ def extend(
     v_BxLxKxH: Float[Array, "B L K H"],
     positions_BxL: Int[Array, "B L"],
 ) -> tuple[LayerCache, LayerCache | None]:
-    """What the new tokens attend to, and the cache after them.
+    """The keys and values that the new tokens attend to, and the cache after them.
 
-    Without a cache they attend to each other. With one, to the cache after they are written; several tokens into a
-    ring could push out what the first of them still sees, so they attend to the old cache and to themselves. A cache
-    without slots becomes the tokens as they are.
+    Without a cache they attend to each other. With one, they attend to the cache after they are written. Several tokens
+    written into a ring could overwrite what the first of them still attends to, so they attend to the old cache and to
+    themselves. A cache without slots becomes the tokens in order.
 
     Args:
         cache: The layer's cache or None.
@@ -167,7 +167,7 @@ def extend(
         positions_BxL: Their positions; -1 for padding.
 
     Returns:
-        What is attended to (as a `LayerCache` of any number of slots) and the new cache (None without one).
+        The keys and values to attend to (a `LayerCache` of any number of slots), and the new cache (None without one).
     """
     fresh = LayerCache(k_BxLxKxH.transpose(0, 2, 3, 1), v_BxLxKxH.swapaxes(1, 2), positions_BxL)
     if cache is None:
@@ -204,11 +204,11 @@ def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"],
     return rotated.astype(x_BxLxNxH.dtype)
 
 
-# Queries that a CPU takes at a time where no key after them is seen: of those that are, it reads half.
+# Number of queries that a CPU processes at a time. No query sees a later key, so that half of the keys are skipped.
 _QUERIES = 128
 
 
-# jit: outside of a compiled model the loops below would be compiled anew at every call.
+# jit: outside of a compiled model the loops below would be compiled again at every call.
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "ordered"))
 def attend(
     q_BxLxNxH: Float[Array, "B L N H"],
@@ -229,9 +229,9 @@ def attend(
         attended: Keys, values and their positions.
         positions_BxL: Positions of the queries.
         starts_BxL: Lowest position that each query sees; None for 0.
-        own: Keys and values of the queries' own tokens, where `attended` has the same numbers at their positions. Then
-            each query takes those of its own token from here and all others from there: one derivative with `attended`
-            held is that of every token on its own. The queries may be some of the tokens.
+        own: Keys and values of the queries' own tokens, equal to those of `attended` at their positions. Each query
+            then takes those of its own token from here and all others from there: one derivative with `attended` held
+            constant is that of every token separately. The queries may be some of the tokens.
         scale: Multiplies the logits.
         window: How many tokens a query sees, itself included; None for all before it.
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
@@ -248,8 +248,8 @@ def attend(
     if window is not None:
         seen_BxLxS &= query_BxLx1 - key_Bx1xS < window
 
-    # Made again in the backward pass: weights that were kept would have to be read from memory, a number for each pair
-    # of tokens. On a CPU that takes three times as long.
+    # Recomputed in the backward pass: stored attention weights would have to be read from memory, one number for each
+    # pair of tokens. On a CPU that takes three times as long.
     @jax.checkpoint
     def one_head(q_GxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:
         """Attention of the query heads that share one key-value head, in one sequence."""
@@ -257,7 +257,7 @@ def attend(
         seen_LxS, *slots = where
         q_QxH = q_GxLxH.reshape(-1, head_dim)
         logits = jnp.einsum("qh,hs->qs", q_QxH, k_HxS, preferred_element_type=jnp.float32) * scale
-        if own_kv:  # adds 0, and a derivative
+        if own_kv:  # adds 0 to the value, and a derivative
             (slot_L,) = slots
             own_LxS = jax.nn.one_hot(slot_L, k_HxS.shape[1])
             live_LxH = (own_kv[0] - k_HxS[:, slot_L]).T
@@ -299,7 +299,7 @@ def attend(
     where: tuple[Array, ...] = (seen_BxLxS,)
     if own is not None:
         kv += (own.keys, own.values)
-        # Where each query's own token is among the keys; anywhere for padding, whose output means nothing.
+        # The index of each query's own token among the keys; arbitrary for padding, whose output is ignored.
         where += (jnp.argmax(key_Bx1xS == query_BxLx1, axis=2),)
     arguments = (q_BxKxGxLxH, kv, where)
     if length == 1:

@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity that was measured.
+    """A measured perplexity.
 
     Attributes:
         text: The text, for example pydoc:second-half.
@@ -37,9 +37,9 @@ def model_card(
 
     Args:
         model: The model.
-        name: What it is called.
-        training: How it was trained, a sentence; None if it was not.
-        measured: What was measured of it; None if nothing was.
+        name: The model's name in the card.
+        training: How it was trained, in one sentence; None if it was not.
+        measured: A measured perplexity; None if there is none.
     """
     conversion = model.conversion or {}
     source = conversion.get("source")
@@ -70,10 +70,10 @@ def model_card(
 
 
 def front_matter(license: str | None, base_model: str | None, *, plain: bool) -> dict[str, Any]:
-    """What the hub reads of a card.
+    """The front matter that the hub reads.
 
     Args:
-        license: The hub's name of it; None if it is not known.
+        license: The hub's name of it; None if unknown.
         base_model: A hub id; None if the model has none.
         plain: Whether it is a model of a plain architecture.
     """
@@ -100,7 +100,7 @@ def _result(measured: Measured) -> dict[str, Any]:
 
 
 def hub_id(source: str) -> str | None:
-    """The hub's name of a model, None if it came from elsewhere.
+    """The hub's name of a model; None if it has another source.
 
     >>> hub_id("HuggingFaceTB/SmolLM2-135M@main")
     'HuggingFaceTB/SmolLM2-135M'

@@ -1,4 +1,4 @@
-"""What a decoder is, read from Hugging Face's config.json."""
+"""The architecture of a decoder, read from Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-# What transformers takes where config.json is silent. Published configs lean on it: the text part of gemma 3's
-# multimodal ones names little more than its width and depth.
+# Defaults of transformers where config.json has no entry. Published configs rely on them: the text part of gemma 3's
+# multimodal ones contains little more than its width and depth.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -53,7 +53,7 @@ class DecoderConfig:
         norm_eps: Epsilon of every RMS norm.
         activation: One of `ACTIVATIONS`; the gate's nonlinearity.
         tied_embeddings: Whether the unembedding is the embedding.
-        windows: Per layer, how many tokens it attends to (itself included); None for all.
+        windows: Per layer, the number of tokens it attends to (itself included); None for all.
         ropes: Per layer, its rotary embedding.
         max_length: Longest sequence of pretraining, in tokens.
         qkv_bias: Biases on q, k and v.
@@ -67,11 +67,11 @@ class DecoderConfig:
         attention_soft_cap: Bounds the attention logits by tanh; None for no bound.
         logit_soft_cap: Bounds the output logits by tanh; None for no bound.
         iterations: How often all layers are applied, one round after the other: above 1 the depth is unrolled
-            communication of the same groups, weights tied between rounds. `ngc_iterations` in config.json, which
-            transformers does not know.
+            communication of the same groups, with weights tied between rounds. `ngc_iterations` in config.json, which
+            transformers ignores.
 
     Raises:
-        UsageError: If sizes are not positive or do not fit each other.
+        UsageError: If sizes are not positive or inconsistent.
     """
 
     architecture: str
@@ -127,10 +127,10 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        """Read the dictionary of a config.json, of transformers 5 or before.
+        """Read the dictionary of a config.json, of transformers 5 or earlier.
 
         Raises:
-            UsageError: If the architecture is not supported, or a setting is missing or makes no sense.
+            UsageError: If the architecture is not supported, or a setting is missing or invalid.
         """
         hf = text_config(hf)
         architecture = hf.get("model_type")
@@ -199,7 +199,7 @@ class DecoderConfig:
 
 
 def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config.json of the text decoder in a multimodal model; any other config as it is."""
+    """The config.json of the text decoder in a multimodal model; any other config unchanged."""
     if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), Mapping):
         return {**hf["text_config"], "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     return hf
@@ -210,7 +210,7 @@ def block_name(layer: int, role: str) -> str:
     return f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
 
 
-# Far above every model there is, and far below what would take all memory only to be found out.
+# Far above every existing model, and far below what would fill all memory before an error.
 _LARGEST = {"num_hidden_layers": 4096, "ngc_iterations": 4096, "head_dim": 65_536}
 _LARGEST |= {"max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1}
 _LARGEST_SIZE = 2**24
@@ -232,7 +232,7 @@ def brief(value: Any, most: int = 80) -> str:
     """A value as text of limited length, for messages."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+    except (RecursionError, ValueError):  # nested too deeply, or a number with too many digits
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

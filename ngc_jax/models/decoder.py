@@ -2,11 +2,11 @@
 
 Legend: B batch, L tokens, D embed, N query heads, K key-value heads, H head dimensions, F mlp, V vocabulary.
 
-Group states live once, at `params["groups"]`, and are handed to the layers; a block that the plan puts into a group has
-no kernel of its own. The block inputs are sown into the collection "block_inputs" (paths: `INPUT_SITE`), which costs
-nothing unless a caller asks for it with `mutable`; so is the residual stream after every layer, into "residuals" at
-`layers/<layer>/output`. Each block's output can be perturbed, by the linen collection
-"perturbations" (entry "output" of the block), which is how its gradient is taken.
+Group states exist once, at `params["groups"]`, and are passed to the layers; a block that the plan puts into a group
+has no kernel of its own. The block inputs are sown into the collection "block_inputs" (paths: `INPUT_SITE`), which
+costs nothing unless a caller requests it with `mutable`; so is the residual stream after every layer, into "residuals"
+at `layers/<layer>/output`. Each block's output can be perturbed through the linen collection "perturbations" (entry
+"output" of the block), by which its gradient is computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ngc_jax.models.config import DecoderConfig
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
 RESIDUALS = "residuals"
-# Where in a layer's sown variables the input of each role is; roles with the same site read the same numbers.
+# Position of each role's input in a layer's sown variables; roles with the same site read the same numbers.
 INPUT_SITE = {
     "q": "attn_input",
     "k": "attn_input",
@@ -41,7 +41,7 @@ INPUT_SITE = {
 
 
 def input_site(block: str) -> tuple[str, str]:
-    """Which input a block reads, by its name: its layer and the site; blocks with equal ones read the same numbers."""
+    """The layer and site of the input that a block reads, by block name; blocks with equal ones share their input."""
     _, layer, _, role = block.split(".")
     return layer, INPUT_SITE[role]
 
@@ -73,14 +73,14 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """One block: its kernel unless a group makes its weights, and its bias if it has one."""
+    """One block: its kernel unless a group forms its weights, and its bias if it has one."""
 
     block: Block
     param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], grouped: Float[Array, "... O"] | None) -> Float[Array, "... O"]:
-        """Map x (..., d_in) to (..., d_out); `grouped` is what the block's group made of x, if it has one."""
+        """Map x (..., d_in) to (..., d_out); `grouped` is the output of the block's group, if it has one."""
         y = grouped
         if y is None:
             kernel = self.param("kernel", _kernel_init, (self.block.d_out, self.block.d_in), self.param_dtype)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
         if self.hold_others:
-            assert cache is not None, "what is held must be given"
+            assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)
         else:
             attended, cache = extend(cache, k, v, positions)
@@ -193,8 +193,8 @@ class DecoderLayer(nn.Module):
         plan: Which blocks form which group.
         layer: Which layer, from 0.
         param_dtype: Of parameters and activations.
-        hold_others: Whether the cache has the keys and values of the tokens themselves, which each is to take for those
-            of all others; see `attention.attend`.
+        hold_others: Whether the cache has the keys and values of the tokens themselves, which each token then takes for
+            all tokens but itself; see `attention.attend`.
     """
 
     config: DecoderConfig
@@ -259,7 +259,7 @@ class Layers(nn.Module):
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Apply every layer in turn, as often as the model iterates."""
+        """Apply every layer in turn, in each of the model's iterations."""
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         modules = [
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         config: The architecture.
         plan: Which blocks form which group; None for the dense model.
         param_dtype: Of parameters and activations; norms, softmax and logits are float32 throughout.
-        remat: Recompute each layer in the backward pass instead of keeping what it computed.
+        remat: Recompute each layer in the backward pass instead of storing its intermediate values.
     """
 
     config: DecoderConfig
@@ -339,7 +339,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         starts: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Final hidden states, normed: what `logits` reads. Arguments as for `__call__`."""
+        """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         groups = self.groups() if self.plan is not None and self.plan.groups else {}

@@ -1,9 +1,9 @@
-"""Decoding as pure functions: prompts in one pass, then a loop that stays on the device.
+"""Decoding as pure functions: prompts in one pass, then a loop on the device.
 
-`prefill` reads prompts into a cache, `begin` also chooses the first tokens, `decode` goes on from there.
+`prefill` reads prompts into a cache, `begin` also chooses the first tokens, `decode` continues from there.
 
-The key of a row's token is the row's key with the token's position folded in, so what a row gets depends on neither
-the batch it is in nor the chunks it is decoded in.
+A token's key is the row's key with the token's position folded in, so that a row's tokens depend neither on its batch
+nor on the chunks in which it is decoded.
 
 Legend: B batch, L prompt tokens with padding, V vocabulary, T tokens decoded in one call, Z stop tokens.
 """
@@ -25,20 +25,20 @@ from ngc_jax.models.sampling import SamplingArrays, sample
 Params = Mapping[str, Any]
 
 MAX_STEPS = 64
-"""Most tokens that one call of `decode` makes. The host is asked between calls, which is when Ctrl-C works."""
+"""Most tokens that one call of `decode` makes. Control returns to the host between calls, so that Ctrl-C works."""
 
 NO_TOKEN = -1
-"""In decoded tokens: the row had ended."""
+"""Marks in decoded tokens that the row had ended."""
 
 
 class DecodeState(NamedTuple):
-    """Where the decoding of a batch is.
+    """The state of decoding a batch.
 
     Attributes:
         cache: Of all tokens before the last.
         tokens: (B,) the last token, which was emitted but not yet read.
         positions: (B,) its position.
-        remaining: (B,) how many tokens the row may still emit; 0 once it has stopped.
+        remaining: (B,) number of tokens the row may still emit; 0 once it has stopped.
         keys: (B,) each row's key.
     """
 
@@ -58,13 +58,13 @@ def prefill(
         decoder: The module.
         params: Its parameters.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own, at least 1.
+        lengths_B: Number of tokens in each prompt, without padding, at least 1.
         capacity: Slots of the cache: the longest sequence, prompt and continuation, in tokens.
 
     Returns:
         Logits of the token after each prompt, in float32, and the cache.
     """
-    # Two programs: another capacity does not compile the model again.
+    # Two programs: another capacity does not recompile the model.
     logits_BxV, prompts = _read(decoder, params, tokens_BxL, lengths_B)
     return logits_BxV, to_rings(decoder.config, prompts, capacity)
 
@@ -87,19 +87,19 @@ def begin(
         decoder: The module.
         params: Its parameters.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own, at least 1.
-        remaining_B: How many tokens each row may emit, at least 1.
+        lengths_B: Number of tokens in each prompt, without padding, at least 1.
+        remaining_B: Number of tokens each row may emit, at least 1.
         keys_B: Each row's key.
         stop_Z: Tokens after which a row ends.
         capacity: Slots of the cache: the longest sequence, prompt and continuation, in tokens.
         sampling: How to choose tokens.
 
     Returns:
-        The first tokens and the state to give to `decode`.
+        The first tokens and the state for `decode`.
     """
     logits_BxV, cache = prefill(decoder, params, tokens_BxL, lengths_B, capacity)
     tokens_B, remaining_B = _first(logits_BxV, lengths_B, remaining_B, keys_B, stop_Z, sampling)
-    # A copy: the state will be consumed, the first tokens are the caller's.
+    # A copy: the state will be donated, but the caller keeps the first tokens.
     state = DecodeState(cache, jnp.copy(tokens_B), jnp.copy(lengths_B), remaining_B, jnp.copy(keys_B))
     return tokens_B, state
 
@@ -114,15 +114,15 @@ def decode(
     *,
     sampling: SamplingArrays,
 ) -> tuple[Int[Array, "B T"], DecodeState]:
-    """Go on with a batch, on the device, until `steps` tokens are made or every row has ended.
+    """Continue a batch on the device, until `steps` tokens are made or every row has ended.
 
-    The state that is given is consumed: its cache is written in place.
+    The given state is donated: its cache is updated in place.
 
     Args:
         decoder: The module.
         params: Its parameters.
         state: From `begin` or an earlier call.
-        steps: How many tokens to make; more than `MAX_STEPS` means `MAX_STEPS`.
+        steps: Number of tokens to make; more than `MAX_STEPS` means `MAX_STEPS`.
         stop_Z: Tokens after which a row ends.
         sampling: How to choose tokens.
 
@@ -138,7 +138,7 @@ def decode(
     def advance(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
         step, emitted_BxT, state = carry
         active_B = state.remaining > 0
-        # A row that has ended is padding to the others' step.
+        # A row that has ended is padding in the step of the others.
         read_at_B = jnp.where(active_B, state.positions, -1)
         logits_Bx1xV, cache = _apply(
             decoder, params, "__call__", state.tokens[:, None], read_at_B[:, None], state.cache
@@ -157,13 +157,13 @@ def decode(
 
 @partial(jax.jit, static_argnames="decoder")
 def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array) -> tuple[Array, Cache]:
-    """Logits after each prompt and a cache of the prompts as they are."""
+    """Logits after each prompt and a cache of the prompts in order."""
     batch, length = tokens_BxL.shape
     index_L = jnp.arange(length, dtype=jnp.int32)
     positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
     cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
     x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
-    # Only the last of the prompt's own tokens is unembedded.
+    # Only the last token of each prompt is unembedded.
     x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return _apply(decoder, params, "logits", x_BxD), cache
 
@@ -177,7 +177,7 @@ def _first(
     stop_Z: Array,
     sampling: SamplingArrays,
 ) -> tuple[Array, Array]:
-    """The first tokens, and how many may follow them."""
+    """The first tokens, and the number of tokens that may follow them."""
     tokens_B = _choose(keys_B, lengths_B, logits_BxV, sampling)
     return tokens_B, jnp.where(jnp.isin(tokens_B, stop_Z), 0, remaining_B - 1)
 

@@ -1,4 +1,4 @@
-"""Whether a model's files are still those that they were."""
+"""Detect whether a model's files have changed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SAMPLES, _SAMPLE_BYTES = 32, 1 << 16
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of a model's config.json and of samples of its weight files; the same wherever the files are.
+    """A digest of a model's config.json and of samples of its weight files, independent of where the files are.
 
-    Of each file, its size and 32 samples of 64 KiB spread over it evenly: all of a small file, and little enough of a
-    large one that it takes no time. A model that was converted or trained again differs everywhere; a single number
-    that was changed by hand in a large file may not be noticed.
+    Of each file, its size and 32 samples of 64 KiB spread evenly over it: all of a small file, and a small part of a
+    large one. A model that was converted or trained again differs everywhere; a single edited number in a large file
+    may not be noticed.
 
     Args:
         source: An open model.

@@ -1,10 +1,10 @@
 """Text generation: continue prompts in a batch, or one of them as a stream of tokens or text.
 
-The key of a prompt is the key that is given with the prompt's seed folded in, and its seed is its index unless given:
-what a prompt gets does not depend on the batch it is in.
+A prompt's key is the given key with the prompt's seed folded in, and its seed is its index by default: its continuation
+does not depend on its batch.
 
-Shapes are rounded up to a few sizes (`bucket`) so that few programs are compiled; all else that varies from call to
-call (lengths, steps, stop tokens, keys) is an argument of the program.
+Shapes are rounded up to a few sizes (`bucket`) so that few programs are compiled. Everything else that varies from call
+to call (lengths, steps, stop tokens, keys) is an argument of the program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ngc_jax.tokens import check_ids
 
 Prompt = np.ndarray | Array | Sequence[int] | str
 GREEDY = Sampling()
-_REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+_REPLACEMENT = "\ufffd"  # the decoding of an incomplete character
 
 
 def generate(
@@ -68,14 +68,14 @@ def generate(
 
 
 def as_prompts(model: LanguageModel, prompts: Sequence[Prompt] | Prompt) -> list[np.ndarray]:
-    """Prompts as token ids, from what a person may give for them.
+    """Convert any accepted form of prompts to token ids.
 
     Args:
-        model: The model; its tokenizer encodes texts, with BOS where its own rule puts it.
+        model: The model; its tokenizer encodes texts, with BOS by its own rule.
         prompts: Arrays or lists of whole numbers, (L,) or (1, L) each, and texts; or one of these alone; or (B, L).
 
     Returns:
-        As many arrays; ids and lengths are not checked.
+        One array for each prompt; ids and lengths are not checked.
 
     Raises:
         UsageError: If it is none of these.
@@ -123,7 +123,7 @@ def stream(
         key: Randomness; may be None if greedy.
         stop_tokens: Tokens after which the continuation ends.
         seed: Folded into the key.
-        steps: How many tokens to make between two answers, 1 to `MAX_STEPS`; the first token comes alone.
+        steps: Number of tokens per chunk, 1 to `MAX_STEPS`; the first token is a chunk by itself.
 
     Yields:
         The next tokens, int32.
@@ -158,7 +158,7 @@ def stream_text(
         sampling: How to choose tokens.
         key: Randomness; may be None if greedy.
         stop_tokens: Tokens after which the continuation ends; None for the tokenizer's.
-        steps: How many tokens to make between two answers.
+        steps: Number of tokens per chunk.
 
     Yields:
         Text that is not empty.
@@ -181,12 +181,12 @@ def stream_text(
 
 
 def text_pieces(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], context: np.ndarray | None = None) -> Iterator[str]:
-    """Turn tokens into text as they come; a character waits until its last byte is there.
+    """Decode a stream of tokens to text; an incomplete character is held until its last byte arrives.
 
     Args:
         tokenizer: The tokenizer.
         chunks: Token ids, (L,) each.
-        context: Tokens before them. Some tokenizers drop the space before the first word that they see.
+        context: Tokens before them. Some tokenizers drop the space before the first word of a text.
 
     Yields:
         Text that is not empty.
@@ -200,7 +200,7 @@ def text_pieces(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], context: np.
         if text.endswith(_REPLACEMENT) or len(text) <= len(shown):
             continue
         yield text[len(shown) :]
-        # Only what was shown last stays as context, so that the work per token does not grow with the text.
+        # Only the last piece of text is kept as context, so that the work per token does not grow with the text.
         shown_tokens, pending = pending, []
         shown = tokenizer.decode(shown_tokens, skip_special_tokens=True)
     rest = tokenizer.decode([*shown_tokens, *pending], skip_special_tokens=True)[len(shown) :]
@@ -218,13 +218,13 @@ def measure_decode_speed(
         batch: Sequences decoded at once.
         prompt_length: Tokens before them.
         repeats: Chunks to time, at most.
-        seconds: Stop timing after so many, but not before three chunks.
+        seconds: Stop timing after this time, but not before three chunks.
 
     Returns:
-        Tokens of all sequences per second, compilation and prompt left out.
+        Tokens of all sequences per second, without compilation and prompt.
 
     Raises:
-        UsageError: If the model's longest sequence is too short to measure with.
+        UsageError: If the model's longest sequence is too short for the measurement.
     """
     steps = 8
     total = prompt_length + 1 + steps * (repeats + 1)
@@ -239,7 +239,7 @@ def measure_decode_speed(
         tokens, state = decode(decoder, params, state, steps, stops, sampling=GREEDY.arrays)
         tokens.block_until_ready()
         now = time.perf_counter()
-        if repeat == 0:  # compiled, and the weights in the caches that they fit in
+        if repeat == 0:  # compiles, and brings the weights into the processor's caches
             started = now
             continue
         rates.append(batch * steps / (now - before))
@@ -255,7 +255,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
-    """Raise UsageError unless every prompt can be continued by so many tokens."""
+    """Raise UsageError unless every prompt can be continued by `max_new_tokens` tokens."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     for index, prompt in enumerate(map(np.asarray, prompts)):
@@ -275,8 +275,8 @@ def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens:
 
 
 def _stops(tokens: Sequence[int]) -> Array:
-    """Stop tokens as an array of one of few sizes, filled up with what is no token."""
-    tokens = [token for token in tokens if 0 <= token < 2**31]  # -1 stands for none in some files
+    """Stop tokens as an array of one of few sizes, padded with an invalid token."""
+    tokens = [token for token in tokens if 0 <= token < 2**31]  # -1 means no token in some files
     stops = np.full(bucket(max(len(tokens), 1), smallest=8), NO_TOKEN, np.int32)
     stops[: len(tokens)] = tokens
     return jnp.asarray(stops)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ngc_jax.errors import UsageError
 from ngc_jax.models.tokenizer import one_line
 
-# No *.py and no pickle files: what is not fetched cannot be run. Nor copies of the weights in other layouts.
+# No *.py and no pickle files, so that no code can be run. Nor copies of the weights in other layouts.
 _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 _OTHERS = [
     "README.md",
@@ -23,7 +23,7 @@ _OTHERS = [
 
 
 def hub_snapshot(model: str, cache_dir: Path | None = None, *, weights: bool = True) -> Path:
-    """Returns a local copy of a hub repository, fetching what is missing.
+    """Returns a local copy of a hub repository, fetching missing files.
 
     Args:
         model: `org/name` or `org/name@revision`.
@@ -44,7 +44,7 @@ def hub_snapshot(model: str, cache_dir: Path | None = None, *, weights: bool = T
 
     repo, _, revision = model.partition("@")
     try:
-        # By itself it uses the cached copy when there is no network.
+        # The library itself uses the cached copy when there is no network.
         patterns = [*_OTHERS, *_WEIGHTS] if weights else _OTHERS
         found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=patterns)
     except GatedRepoError:

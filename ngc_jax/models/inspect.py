@@ -1,4 +1,4 @@
-"""What a model is, from its config and the headers of its tensors alone."""
+"""Describe a model from its config and the headers of its tensors alone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ngc_jax.models.sources import Source
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect_model` found.
+    """The result of `inspect_model`.
 
     Attributes:
         config: The architecture.
         plan: The groups; None for a dense model.
         conversion: How it was converted, if it was.
         shapes: Shape of every stored tensor that the model uses, each once, by Hugging Face's name of its parameter.
-        bytes: Size of these tensors as they are stored.
-        unused_bytes: Size of all others: a second copy of a tied embedding, a vision tower.
+        bytes: Stored size of these tensors.
+        unused_bytes: Stored size of all others: a second copy of a tied embedding, a vision tower.
     """
 
     config: DecoderConfig
@@ -43,13 +43,13 @@ class Inspection:
         return sum(math.prod(s) for name, s in self.shapes.items() if name in names or name.startswith("groups."))
 
     def dense_parameters(self) -> int:
-        """Numbers that the planned blocks have when dense."""
+        """Parameters of the planned blocks when dense."""
         if self.plan is not None:
             return self.plan.dense_parameters()
         return sum(block.parameters for block in self.config.blocks())
 
     def summary(self) -> dict[str, Any]:
-        """Counts for a machine."""
+        """Counts as plain data."""
         stored, dense = self.stored_parameters(), self.dense_parameters()
         return {
             "keep_ratio": stored / dense,
@@ -67,7 +67,7 @@ class Inspection:
         return [_row(group.name, [group]) for group in self.plan.groups]
 
     def kind_rows(self) -> list[list[str]]:
-        """A table row for every kind of group: same roles, so same shape but for the rank."""
+        """A table row for every kind of group: the same roles, hence the same shape except for the rank."""
         assert self.plan is not None
         kinds: dict[str, list[GroupPlan]] = {}
         for group in self.plan.groups:
@@ -88,7 +88,7 @@ def inspect_model(source: Source) -> Inspection:
     """Describe an open source without reading a tensor.
 
     Raises:
-        UsageError: If its config, its plan or the names and shapes of its tensors are at fault.
+        UsageError: If its config, its plan or the names and shapes of its tensors are invalid.
     """
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)

@@ -1,7 +1,7 @@
 """The key table between Hugging Face's tensor names and the decoder's parameters.
 
 A parameter is named by its path in the tree joined with dots. A compact model's file has Hugging Face's names for all
-that it shares with the dense model, and `groups.<group>.…` for the states, exactly as in the tree.
+parameters that it shares with the dense model, and `groups.<group>.…` for the states, exactly as in the tree.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _GEMMA_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
-# Tensors that a file may hold and a text decoder does not need.
+# Tensors that a file may contain and a text decoder does not need.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
-# What torch.compile, FSDP and activation checkpointing put into names, anywhere.
+# Parts that torch.compile, FSDP and activation checkpointing insert anywhere into names.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMBEDDING = "embed_tokens.weight"
-# Where else the head of a multimodal model is.
+# Other places of a multimodal model's head.
 _HEADS = ("language_model.lm_head.weight", "model.language_model.lm_head.weight")
-# What a decoder without a head calls its own.
+# Names in a decoder without a head.
 _BARE = ("layers.", "embed_tokens.", "norm.")
 
 
@@ -68,13 +68,13 @@ def match_tensors(
     config: DecoderConfig,
     source: str,
 ) -> dict[str, str]:
-    """Find the tensor of every parameter: each parameter filled once, each tensor used once, every shape checked.
+    """Find the tensor of every parameter: each parameter is filled once, each tensor used once, every shape checked.
 
     Args:
         parameters: Shape of every parameter, by path.
         tensors: Shape of every tensor in the source, by Hugging Face's name.
         config: The decoder.
-        source: What the user called the source, for messages.
+        source: The source's name, for messages.
 
     Returns:
         The tensor's name for every parameter.
@@ -89,7 +89,7 @@ def match_tensors(
             twice.append(name)
     head, embedding = (hf_name(parameter, config) for parameter in ("unembed.kernel", "embed.embedding"))
     if config.tied_embeddings and embedding not in canonical and head in canonical:
-        # Of two names of one tensor some programs write the other.
+        # Two names of the same tensor; programs differ in which they write.
         canonical[embedding] = canonical.pop(head)
     wanted = {hf_name(parameter, config): parameter for parameter in parameters}
     missing = [name for name in wanted if name not in canonical]
@@ -109,21 +109,21 @@ def match_tensors(
         problems.append(f"left over {_some(left_over)}")
     if problems:
         raise UsageError(
-            f"the tensors of {source} do not fit its config.json: {'; '.join(problems)}. Get the whole model again"
+            f"the tensors of {source} do not fit its config.json: {'; '.join(problems)}. Download the whole model again"
         )
     return {parameter: canonical[name] for name, parameter in wanted.items()}
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a text decoder does not need a tensor: a vision tower's, or one that is computed."""
+    """Whether a text decoder does not need a tensor: a vision tower's, or a computed one."""
     return _IGNORED.search(_WRAPPERS.sub("", name)) is not None
 
 
 def plain_names(tensors: Iterable[str]) -> dict[str, str]:
     """Every tensor's name as the plain causal language model has it; ignored ones are left out.
 
-    What stands before the decoder's names (peft, DataParallel, a multimodal model and many others put something there)
-    is what stands before the name of the only embedding of tokens. Where there are several, nothing is taken away.
+    A prefix before the decoder's names (peft, DataParallel, multimodal models and many others add one) is found as the
+    prefix of the only token embedding. If there are several embeddings, no prefix is removed.
 
     >>> plain_names(["base.model.embed_tokens.weight", "base.lm_head.weight"])["base.lm_head.weight"]
     'lm_head.weight'
@@ -136,7 +136,7 @@ def plain_names(tensors: Iterable[str]) -> dict[str, str]:
 
 
 def _plain(name: str, inner: str, outer: str) -> str:
-    """A name without what stands before the decoder's (inner) and before its head's (outer)."""
+    """A name without the prefix of the decoder (inner) or of its head (outer)."""
     if name in _HEADS:
         return "lm_head.weight"
     for prefix in (inner, outer):

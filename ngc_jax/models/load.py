@@ -1,4 +1,4 @@
-"""Load a model, dense or compact, tensor by tensor into its place."""
+"""Load a model, dense or compact, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model and all that belongs to it.
+    """A loaded model with its config, tokenizer and origin.
 
     Attributes:
-        name: What the user called it.
+        name: The user's name for it.
         config: The architecture.
         plan: The groups; None for a dense model.
         params: The parameters.
         hf_config: The config.json it came with, without our own section; the text part of a multimodal one.
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
-        license: What its files name; None if they name none.
+        license: The licence that its files name; None if they name none.
     """
 
     name: str
@@ -98,10 +98,10 @@ def load_model(
         model: Where it is; see `sources.open_source`.
         dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        progress: Called with (tensors loaded, tensors in all).
+        progress: Called with (tensors loaded, total).
 
     Raises:
-        UsageError: If the source, its config or its tensors are at fault.
+        UsageError: If the source, its config or its tensors are invalid.
     """
     with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, progress=progress)
@@ -132,7 +132,7 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     Raises:
         UsageError: If tensors are missing, misshapen, left over or unreadable; see `keys.match_tensors`.
     """
-    # States are keyed by block names, which have dots of their own: a joined path cannot be split again.
+    # States are keyed by block names, which contain dots: a joined path cannot be split again.
     by_path = _shapes_by_path(decoder)
     shapes = {".".join(path): shape for path, shape in by_path.items()}
     names = match_tensors(shapes, source.shapes, decoder.config, source.name)
@@ -147,8 +147,8 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
 
 
 def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
-    """Cast a tensor, check its numbers and hand it to the device."""
-    # On a CPU JAX takes over a buffer that is aligned as its own are; of any other it makes two copies at once.
+    """Cast a tensor, check its numbers and put it on the device."""
+    # On a CPU JAX reuses a buffer with its own alignment; of any other it holds two copies at the same time.
     n_bytes, alignment = tensor.size * dtype.itemsize, 64
     buffer = np.empty(n_bytes + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
@@ -163,10 +163,10 @@ def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
 
 
 def _wider(dtype: jnp.dtype) -> str:
-    """What to do about numbers too large for a type."""
+    """The advice for numbers too large for a type."""
     if dtype == jnp.float16:
         return "load it in bfloat16 or float32"
-    return "get the checkpoint again" if dtype == jnp.float32 else "load it in float32"
+    return "download the checkpoint again" if dtype == jnp.float32 else "load it in float32"
 
 
 def read_tensor(source: Source, name: str) -> np.ndarray:
@@ -184,11 +184,11 @@ def check_finite(tensor: np.ndarray, what: str) -> None:
     """Refuse numbers that are NaN or infinite; `what` names the tensor."""
     damaged = count_not_finite(tensor)
     if damaged:
-        raise UsageError(f"{what} has {damaged:,} numbers that are NaN or infinite; get the checkpoint again")
+        raise UsageError(f"{what} has {damaged:,} numbers that are NaN or infinite; download the checkpoint again")
 
 
 def check_tied_head(source: Source, config: DecoderConfig, embedding: str) -> None:
-    """Refuse a file whose head is not the embedding where config.json says that it is.
+    """Refuse a file whose head differs from the embedding although config.json ties them.
 
     Programs disagree on such files: some read the embedding twice, others both tensors.
 
@@ -215,13 +215,13 @@ def check_tied_head(source: Source, config: DecoderConfig, embedding: str) -> No
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """How many numbers are NaN or infinite; in slabs, so that little memory is needed beside the array."""
+    """Number of NaN or infinite entries; in slabs, so that little memory is needed beside the array."""
     flat, slab = array.reshape(-1), 1 << 22
     return sum(_count_slab(flat[start : start + slab]) for start in range(0, flat.size, slab))
 
 
 def _count_slab(slab: np.ndarray) -> int:
     if slab.dtype == ml_dtypes.bfloat16:
-        # All bits of the exponent set: ten times as fast as asking bfloat16 numbers themselves.
+        # All bits of the exponent set: ten times as fast as a test of bfloat16 numbers.
         return int(np.count_nonzero((slab.view(np.uint16) & 0x7F80) == 0x7F80))
     return slab.size - int(np.count_nonzero(np.isfinite(slab)))

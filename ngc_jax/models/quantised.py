@@ -1,8 +1,8 @@
-"""Quantised safetensors checkpoints: which can be dequantised, and what the others are called.
+"""Quantised safetensors checkpoints: dequantise the supported formats, and name the others.
 
-Read are 8-bit weights with their scales beside them: float8 in blocks, rows or whole (`weight_scale_inv` of fp8
+Supported are 8-bit weights with separate scales: float8 in blocks, rows or whole (`weight_scale_inv` of fp8
 checkpoints, `weight_scale` of compressed-tensors and others), and int8 of compressed-tensors. Packed formats are
-refused by their names.
+refused by name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ngc_jax.models.keys import is_ignored
 ENTRIES = ("quantization_config", "compression_config", "quantization")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
-# Types of scales that are plain numbers. Bytes can be exponents as well as half of a scale of two levels.
+# Types of scales that are plain numbers. Bytes can be exponents as well as half of a two-level scale.
 _SCALE_TYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
-# Suffixes of a weight's scales and zero point, and of what only serves quantised activations.
+# Suffixes of a weight's scales and zero point, and of tensors that only serve quantised activations.
 _SCALES = ("_scale", "_scale_inv")
 _ZERO = "_zero_point"
 _ACTIVATIONS = re.compile(r"\.(input|output|k|v|q)_(scale|zero_point|global_scale|scale_ub)$|\.activation_scale$")
-# Tensors that only packed formats have, and the format where config.json does not say.
+# Tensors that only packed formats have, and the format's name where config.json has none.
 _PACKED = {
     r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
     r"\.SCB$": "bitsandbytes 8-bit",
@@ -51,7 +51,7 @@ class Scales:
     Attributes:
         scale: Tensor of the scales.
         zero: Tensor of the zero points; None where zero is 0.
-        block: Rows and columns that share a scale; None where the shapes say it.
+        block: Rows and columns that share a scale; None where the shapes determine it.
     """
 
     scale: str
@@ -60,7 +60,7 @@ class Scales:
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What config.json says of quantisation, wherever it says so."""
+    """The quantisation settings in config.json, at any of their known places."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, Mapping) else {}):
         for name in ENTRIES:
@@ -81,10 +81,10 @@ def find_scales(
         where: The model, for messages.
 
     Returns:
-        By name of a weight, its scales; and the names of all tensors that are no weights of the model.
+        By name of a weight, its scales; and the names of all tensors that are not weights of the model.
 
     Raises:
-        UsageError: If weights are stored in a way that cannot be read, named as what it is.
+        UsageError: If weights are stored in an unsupported format, which the message names.
     """
     settings = quantisation_config(config)
     rotations = None if settings is None else settings.get("transform_config")
@@ -105,7 +105,7 @@ def find_scales(
         found = [name + suffix for suffix in _SCALES if name + suffix in tensors]
         if not found:
             if kind in _FLOAT8 and settings is None:
-                continue  # float8 without scales, as a plain cast leaves it
+                continue  # float8 without scales, the result of a plain cast
             raise _refusal(where, _called(settings) or f"weights of type {kind}", f"{name!r} has no scales beside it")
         if kind not in (*_FLOAT8, "I8"):
             raise _refusal(where, _called(settings) or f"weights of type {kind}", f"{name!r} is of type {kind}")
@@ -126,7 +126,7 @@ def find_scales(
 
 
 def has_bare_float8(tensors: Mapping[str, tuple[str, tuple[int, ...]]], scales: Mapping[str, Scales]) -> bool:
-    """Whether weights are in float8 without scales, as a plain cast leaves them; arguments as of `find_scales`."""
+    """Whether weights are in float8 without scales, the result of a plain cast; arguments as of `find_scales`."""
     return any(kind in _FLOAT8 and _is_weight(name) and name not in scales for name, (kind, _) in tensors.items())
 
 
@@ -202,7 +202,7 @@ def _block(settings: Mapping[str, Any] | None) -> tuple[int, int] | None:
 
 
 def _called(settings: Mapping[str, Any] | None) -> str | None:
-    """The format's name, with its bits where they are said."""
+    """The format's name, with its bits where they are given."""
     if settings is None:
         return None
     mlx = "bits" in settings and "group_size" in settings
@@ -217,6 +217,6 @@ def _called(settings: Mapping[str, Any] | None) -> str | None:
 
 def _refusal(where: str, kind: str, why: str) -> UsageError:
     return UsageError(
-        f"{where}: this is a quantised checkpoint ({kind}), which cannot be read: {why}; get the model unquantised, or "
-        "as a GGUF file"
+        f"{where}: this is a quantised checkpoint ({kind}), which cannot be read: {why}; use the unquantised model, or "
+        "a GGUF file"
     )

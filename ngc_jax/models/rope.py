@@ -1,4 +1,4 @@
-"""Rotary position embeddings: their inverse frequencies, read from any form that config.json has had."""
+"""Rotary position embeddings: their inverse frequencies, read from every form of config.json."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ class Rope:
 
 
 def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -> Rope:
-    """Read one rope entry: `rope_parameters` (transformers 5) or `rope_scaling` (before).
+    """Read one rope entry: `rope_parameters` (transformers 5) or `rope_scaling` (earlier).
 
     Args:
         parameters: The entry; may be empty.
-        theta: Base to use when the entry has no `rope_theta` of its own.
+        theta: Base if the entry has no `rope_theta`.
         max_length: The config's `max_position_embeddings`, in tokens.
 
     Raises:
-        UsageError: If the type is not supported, or one of its numbers is missing or makes no sense.
+        UsageError: If the type is not supported, or one of its numbers is missing or invalid.
     """
     if not isinstance(parameters, Mapping):
         raise UsageError(f"rope_parameters in config.json is {parameters!r}; expected names and numbers")

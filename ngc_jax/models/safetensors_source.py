@@ -87,7 +87,7 @@ class SafetensorsSource:
             found = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
             self._scales, helpers = find_scales(self.config, found, str(directory))
             if has_bare_float8(found, self._scales):
-                _LOG.warning("%s: has weights in float8 without scales; they are read as they are", directory)
+                _LOG.warning("%s: has float8 weights without scales; they are read unscaled", directory)
         except BaseException:
             self.close()
             raise
@@ -114,10 +114,10 @@ class SafetensorsSource:
             self._entries[name] = entry
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in the dtype in which it is stored; a quantised one in float32.
+        """Reads one tensor in its stored dtype; a quantised one in float32.
 
         Raises:
-            UsageError: no tensor has that name, its dtype is unknown or no weight's, or the file has shrunk.
+            UsageError: no tensor has that name, its dtype is not supported, or the file has shrunk.
         """
         scales = self._scales.get(name)
         if scales is None:
@@ -175,7 +175,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); download or copy the file again") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: holds no JSON object; download or copy the file again")
+        raise UsageError(f"{path}: does not hold a JSON object; download or copy the file again")
     return value
 
 
@@ -201,9 +201,9 @@ def _license(card: Path) -> str | None:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if (directory / _SINGLE).is_file() and not (index.is_file() and _names(index, _SINGLE)):
-        # As transformers does. An index beside it mostly belongs to the model that was there before.
+        # As in transformers. An index beside it usually belongs to an earlier model.
         if index.is_file():
-            _LOG.warning("%s: %s is read; %s and its files are not", directory, _SINGLE, _INDEX)
+            _LOG.warning("%s: reading %s; %s and its files are ignored", directory, _SINGLE, _INDEX)
         return [directory / _SINGLE]
     if index.is_file():
         return _indexed_files(index)
@@ -261,7 +261,7 @@ def _read_header(file: BufferedReader, path: Path) -> dict[str, _Entry]:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - len(prefix), _MAX_HEADER):
         raise UsageError(
-            f"{path}: is truncated or no safetensors file: its header should have {length} bytes, "
+            f"{path}: is truncated or not a safetensors file: its header should have {length} bytes, "
             f"the file has {size}; download or copy it again"
         )
     try:

@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself: no data but the weights."""
+"""Calibration text that the model generates itself, without any data."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def sample_tokens(
 ) -> np.ndarray:
     """Sample texts from the model's own distribution, each from one token drawn uniformly from the vocabulary.
 
-    The random first token makes the texts differ in subject (LLM-QAT, arXiv 2305.17888, section 2.1); nothing stops a
-    text early, since a calibration window has no use for padding.
+    The random first token varies the subjects of the texts (LLM-QAT, arXiv 2305.17888, section 2.1). Texts do not end
+    early, since a calibration window has no use for padding.
 
     Args:
         model: The model.
@@ -34,8 +34,8 @@ def sample_tokens(
         key: Randomness.
         length: Tokens of each text, without the prefix.
         batch_size: Texts sampled at once.
-        prefix: What comes before each text, such as BOS; not returned.
-        progress: Called with (tokens sampled, in all).
+        prefix: Tokens before each text, such as BOS; not returned.
+        progress: Called with (tokens sampled, total).
 
     Returns:
         (count,) int32, the texts one after the other.

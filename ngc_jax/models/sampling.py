@@ -1,6 +1,6 @@
 """How the next token is chosen from logits.
 
-A sampling reaches a compiled program as arrays (`SamplingArrays`): another temperature compiles nothing.
+A compiled program takes a sampling as arrays (`SamplingArrays`), so that another temperature does not recompile.
 
 Legend: B batch, V vocabulary.
 """
@@ -33,11 +33,11 @@ class SamplingArrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose a token; greedy unless told otherwise.
+    """How to choose a token; greedy by default.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token, whatever else is set.
-        top_k: Choose among this many most likely tokens; None for all.
+        top_k: Choose among the k most likely tokens; None for all.
         top_p: Choose among the fewest most likely tokens whose probabilities, after the temperature and top_k,
             add up to at least this (nucleus sampling, arXiv 1904.09751); None for all.
 
@@ -64,9 +64,9 @@ class Sampling:
 
     @property
     def arrays(self) -> SamplingArrays:
-        """The same as arrays."""
+        """The settings as arrays."""
         return SamplingArrays(
-            # What is no normal number in float32 would be taken for zero.
+            # A subnormal number would be flushed to zero.
             jnp.float32(max(self.temperature, _SMALLEST) if self.temperature else 0.0),
             jnp.int32(_NO_TOP_K if self.top_k is None else min(self.top_k, _NO_TOP_K)),
             jnp.float32(1.0 if self.top_p is None else self.top_p),
@@ -82,7 +82,7 @@ def sample(keys_B: Key[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: 
         sampling: How to choose.
 
     Returns:
-        Token ids, int32. Greedy: the lowest of the most likely.
+        Token ids, int32. Greedy: the lowest id of the most likely tokens.
     """
 
     def greedy() -> Array:
@@ -111,30 +111,30 @@ def scores(logits_BxV: Float[Array, "B V"], sampling: SamplingArrays) -> Float[A
         sampling: A sampling that is not greedy.
 
     Returns:
-        Zero for the most likely token, -inf for those that may not be chosen. Tokens exactly as likely as the last
-        that top_k or top_p lets in are let in too.
+        Zero for the most likely token, -inf for excluded ones. Tokens exactly as likely as the last one that top_k or
+        top_p admits are admitted too.
     """
     distance_BxV = _distances(logits_BxV, sampling.temperature)
     count_BxV = jnp.ones_like(distance_BxV, jnp.int32)
     in_k_BxV = _nearest(distance_BxV, count_BxV, jnp.minimum(sampling.top_k, logits_BxV.shape[-1]))
     p_BxV = jnp.where(in_k_BxV, jnp.exp(-distance_BxV), 0.0)
-    # With rounding, the least likely might not be needed to make the sum the sum.
+    # With rounding, the least likely token might not be needed to reach the sum.
     mass_B = jnp.where(sampling.top_p < 1, sampling.top_p * p_BxV.sum(axis=-1), jnp.inf)
     in_p_BxV = _nearest(distance_BxV, p_BxV, mass_B)
     return jnp.where(in_k_BxV & in_p_BxV, -distance_BxV, -jnp.inf)
 
 
 def _distances(logits_BxV: Float[Array, "B V"], temperature: Float[Array, ""]) -> Float[Array, "B V"]:
-    """How far every logit is below the greatest, over the temperature: no temperature makes that inf - inf."""
+    """Distance of every logit from the greatest, divided by the temperature; avoids inf - inf at any temperature."""
     logits_BxV = logits_BxV.astype(jnp.float32)
     return (logits_BxV.max(axis=-1, keepdims=True) - logits_BxV) / temperature
 
 
 def _nearest(distance_BxV: Float[Array, "B V"], weight_BxV: Num[Array, "B V"], mass_B: Num[Array, "*B"]) -> Array:
-    """Which tokens are within the smallest distance that holds so much weight; bool, (B, V).
+    """Which tokens are within the smallest distance that contains this much weight; bool, (B, V).
 
-    Numbers from 0 to infinity are ordered as their bits are, so a bisection of the bits finds that distance exactly:
-    31 sums, where sorting a large vocabulary costs as much as a good part of the model.
+    Nonnegative floats have the same order as their bits, so a bisection of the bits finds that distance exactly: 31
+    sums, whereas sorting a large vocabulary costs a considerable part of the model's time.
     """
     bits_BxV = jax.lax.bitcast_convert_type(distance_BxV, jnp.int32)
 

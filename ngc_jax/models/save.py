@@ -35,9 +35,9 @@ def save_model(
 
     Args:
         model: The model.
-        directory: Where; made whole or not at all.
+        directory: Where to write it, atomically.
         overwrite: Replace an existing model directory.
-        conversion: How it was made, kept in our section of config.json; the model's own if None.
+        conversion: How it was made, stored in our section of config.json; the model's own if None.
         card: Text of README.md; a short one is made if None.
 
     Returns:
@@ -65,8 +65,8 @@ def tensor_bytes(directory: Path) -> int:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """Indented, but lists of integers on one line each: a plan can have a hundred thousand pivots."""
-    # No string is taken for a list: in JSON text a string has no line breaks of its own.
+    """Indented JSON, but with lists of integers on one line each: a plan can have a hundred thousand pivots."""
+    # No string is taken for a list: a string in JSON text contains no line breaks.
     text = json.dumps(data, indent=2)
     return re.sub(r"\[\n\s+(-?\d+(?:,\n\s+-?\d+)*)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
@@ -94,7 +94,7 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, jax.Array]) -> None:
-    # Only now are they fetched from the device: the host holds one shard at a time.
+    # Only now are they copied from the device: the host holds one shard at a time.
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     save_file(arrays, file, metadata={"format": "pt"})
 

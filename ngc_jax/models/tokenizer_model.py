@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a directory that has a tokenizer.model, SentencePiece's own file, and no tokenizer.json."""
+"""Loads the tokenizer of a directory that has a tokenizer.model, SentencePiece's own format, but no tokenizer.json."""
 
 import importlib.util
 import logging
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# What transformers reads tokenizer.model with: package and module.
+# The package and module with which transformers reads tokenizer.model.
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _PROBE = "The quick brown fox jumps over 12 lazy dogs, naïve ☃"
 
 
 def only_tokenizer_model(directory: Path) -> bool:
-    """Whether a tokenizer can only come from tokenizer.model."""
+    """Whether the tokenizer can only come from tokenizer.model."""
     return (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
 
 
 def load_tokenizer_model(directory: Path) -> Any:
-    """Loads it as that one of transformers' classes that cuts text as SentencePiece itself does.
+    """Loads it with the class of transformers that splits text as SentencePiece itself does.
 
-    transformers chooses by the names in tokenizer_config.json and config.json; where they say nothing, or too little,
-    it forgets the space that tokenizer.model puts before a text.
+    transformers chooses by the names in tokenizer_config.json and config.json. Where these are missing or ambiguous, it
+    omits the space that tokenizer.model puts before a text.
 
     Raises:
         UsageError: a package is missing, or the file is not SentencePiece's.
-        Exception: of whatever kind transformers and the parsers behind it raise.
+        Exception: of any kind that transformers and its parsers raise.
     """
     file = directory / "tokenizer.model"
     package = _missing_package(file)
@@ -53,12 +53,12 @@ def load_tokenizer_model(directory: Path) -> Any:
     for load in loaders:
         try:
             other = load()
-        except Exception:  # the class may want what is not there
+        except Exception:  # the class may need missing files
             continue
         if _ids(other) == expected:
             return other
     _LOG.warning(
-        "%s: its tokenizer, as transformers reads it, cuts text otherwise than tokenizer.model says; save it as "
+        "%s: transformers reads a tokenizer that splits text differently from tokenizer.model; save it as "
         "tokenizer.json first, or give another tokenizer",
         directory,
     )
@@ -78,24 +78,24 @@ def _ids(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
 
 
 def _missing_package(file: Path) -> str | None:
-    """The name of a package that reading the file needs and that is not installed."""
+    """The name of a package that is needed to read the file and is not installed."""
     packages = {"tiktoken": "tiktoken"} if _is_tiktoken(file) else _PACKAGES
     missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
     return missing[0] if missing else None
 
 
 def _is_tiktoken(file: Path) -> bool:
-    """Whether it is a list of tokens in base 64, which some models have under the same name."""
+    """Whether it is a list of tokens in base 64, which some models store under the same name."""
     with file.open("rb") as opened:
         return _TIKTOKEN_LINE.fullmatch(opened.readline(1000)) is not None
 
 
 def _ids_of_sentencepiece(file: Path) -> list[int]:
-    """SentencePiece's own reading of the probe."""
+    """SentencePiece's own encoding of the probe."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         return list(SentencePieceProcessor(model_file=str(file)).encode(_PROBE))
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"{file}: is no SentencePiece model ({reason}); copy the original file again") from None
+        raise UsageError(f"{file}: is not a SentencePiece model ({reason}); copy the original file again") from None

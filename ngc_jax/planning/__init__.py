@@ -1,4 +1,4 @@
-"""Which groups a compact model has, and at which ranks: numbers only, without arrays of a model.
+"""Choose the groups of a compact model and their ranks, from numbers only, without the arrays of a model.
 
 - candidates: the groups that a topology allows;
 - ranks: uniform ranks, and ranks allocated by measured losses (`RankRule`);

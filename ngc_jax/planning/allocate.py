@@ -13,12 +13,12 @@ from ngc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What one group can do: a choice of rank, its loss and its stored parameters.
+    """The trade-off of one group: ranks to choose from, with loss and stored parameters.
 
     Attributes:
-        ranks: (K,) ascending; a rank of 0 stands for leaving the members dense.
-        losses: (K,) expected increase of the loss at each.
-        parameters: (K,) stored at each.
+        ranks: (K,) ascending; rank 0 leaves the members dense.
+        losses: (K,) expected increase of the loss at each rank.
+        parameters: (K,) stored at each rank.
     """
 
     ranks: np.ndarray
@@ -27,12 +27,12 @@ class Curve:
 
 
 DENSE = 0
-# Of the largest energy: what rounding leaves of an energy that is none. Nothing counts as less, so that budget is spent
-# on directions that calibration never saw before it is left over, and all of it leaves everything dense.
+# Relative to the largest energy: the rounding error of an energy of zero. No energy counts as less, so that remaining
+# budget is spent on directions that calibration never reached, and a full budget leaves everything dense.
 _ROUNDING = 1e-12
-# Ways to group the same blocks, each a curve for every group; one is chosen.
+# Alternative groupings of the same blocks, each with a curve for every group; one is chosen.
 Cell = Sequence[Sequence[Curve]]
-# A cell's way, and an index into the curve of each of that way's groups.
+# The chosen alternative of a cell, and an index into the curve of each of its groups.
 Choice = tuple[int, tuple[int, ...]]
 
 
@@ -42,13 +42,13 @@ def rank_curve(
     """The curve of a group whose loss at rank r is the sum of the energies beyond the first r.
 
     Args:
-        energies: (R,) loss that each latent dimension saves, most important first.
+        energies: (R,) loss that each latent dimension saves, in descending order.
         outputs: Output neurons of all members.
         inputs: Input neurons.
         dense: Parameters of the members when dense, biases included.
         gauge: Whether the gauge is fixed: rank r stores r (outputs + inputs - r) instead of r (outputs + inputs).
-        biases: Parameters that are stored at every rank.
-        multiple: Ranks are multiples of this (8 or 128 fill a TPU's tiles); staying dense is always open.
+        biases: Parameters stored at every rank.
+        multiple: Ranks are multiples of this (8 or 128 fill a TPU's tiles); dense members are always allowed.
     """
     full = len(energies)
     ranks = np.arange(multiple, full + 1, multiple)
@@ -64,21 +64,21 @@ def rank_curve(
 
 
 def allocate(cells: Sequence[Cell], budget: int) -> list[Choice]:
-    """The choice of every cell that minimises the sum of losses within a budget of stored parameters.
+    """Minimise the sum of losses over the choices of all cells, within a budget of stored parameters.
 
     At a multiplier every cell takes the choice with the least loss + multiplier * parameters; bisection finds the
-    smallest multiplier that fits. That is the optimum over the convex hulls; what it leaves of the budget is then spent
-    greedily, best ratio of gain to cost first.
+    smallest multiplier that fits. That is the optimum over the convex hulls. The remaining budget is spent greedily, in
+    descending order of gain per cost.
 
     Args:
-        cells: Ways to group the same blocks; a group that has no alternative is a cell of one way and one curve.
-        budget: Parameters that all may store together.
+        cells: Alternative groupings of the same blocks; a group without alternatives is a cell with a single curve.
+        budget: Parameters that all cells may store together.
 
     Returns:
-        For every cell its way and, for each group of that way, an index into its curve.
+        For every cell the chosen alternative and, for each of its groups, an index into its curve.
 
     Raises:
-        UsageError: If the budget is below what the smallest choices store.
+        UsageError: If the budget is below the size of the smallest choices.
     """
 
     def at(multiplier: float) -> list[Choice]:
@@ -91,7 +91,7 @@ def allocate(cells: Sequence[Cell], budget: int) -> list[Choice]:
     choices = at(math.exp(high))
     if stored(choices) > budget:
         raise UsageError(
-            f"the keep ratio leaves {budget:,} parameters, and these groups store {stored(choices):,} at the least; "
+            f"the keep ratio leaves {budget:,} parameters, and these groups store at least {stored(choices):,}; "
             "raise it, leave blocks out of the topology, or lower the rank multiple"
         )
     for _ in range(80):
@@ -119,7 +119,7 @@ def _parameters(cell: Cell, choice: Choice) -> int:
 
 
 def _spend(cells: Sequence[Cell], choices: Sequence[Choice], left: int) -> list[Choice]:
-    """Spend what is left of the budget, one group's step at a time; the way of each cell stays."""
+    """Spend the remaining budget, one group's step at a time; the chosen alternative of each cell is kept."""
     curves = [curve for cell, (way, _) in zip(cells, choices, strict=True) for curve in cell[way]]
     taken = [index for _, indices in choices for index in indices]
     while True:

@@ -1,4 +1,4 @@
-"""Which groups may be made: those of a topology, or for `auto` every one that might pay."""
+"""Candidate groups: those of a topology or, for `auto`, all whose sharing may pay off."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ngc_jax.groups.plan import Block
 from ngc_jax.groups.topology import expand, parse, spans_layers
 from ngc_jax.models.config import ROLES, DecoderConfig
 
-# The topology that is chosen with the ranks, by what sharing pays.
+# The topology that is chosen together with the ranks, by the expected loss.
 AUTO = "auto"
-# For every set of roles, the ways in which two successive layers may share; the first is the private one.
+# For every set of roles, the ways in which two successive layers may share; the first shares nothing.
 _WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A group that may become one of the model's, without a rank.
+    """A possible group of the model, without a rank.
 
     Attributes:
         name: As in `topology.TopologyGroup`.
@@ -48,12 +48,12 @@ class Candidate:
         return sum(member.parameters for member in self.members)
 
 
-# Ways to group the same blocks, each a set of groups.
+# Alternative groupings of the same blocks, each a set of groups.
 Cell = tuple[tuple[Candidate, ...], ...]
 
 
 def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
-    """The cells of a topology: one way each, or for `auto` the private, the same-input and the adjacent-layer one.
+    """The cells of a topology: one alternative each, or for `auto` private, same-input and adjacent-layer groups.
 
     Args:
         config: The decoder.
@@ -69,7 +69,7 @@ def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
         stop = min(start + 2, config.num_layers)
         for ways in _WAYS:
             cell = [tuple(_candidates(config, f"{start}:{stop}={way}")) for way in ways]
-            # The last of an odd number of layers has no neighbour: two ways may be the same.
+            # The last of an odd number of layers has no neighbour: two alternatives may be equal.
             cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
     return tuple(cells)
 
@@ -86,7 +86,7 @@ def planned_blocks(config: DecoderConfig, topology: str) -> dict[str, Block]:
 
 
 def all_candidates(cells: Iterable[Cell]) -> tuple[Candidate, ...]:
-    """Every group of every way, each once."""
+    """Every group of every alternative, each once."""
     return tuple(dict.fromkeys(group for cell in cells for way in cell for group in way))
 
 

@@ -25,19 +25,19 @@ Allocation = Literal["uniform", "neurons", "svd_llm_v2", "loss"]
 
 @dataclasses.dataclass(frozen=True)
 class RankRule:
-    """How the ranks of all groups are found.
+    """How the ranks of all groups are chosen.
 
     Attributes:
         keep: Keep ratio of all groups together.
         allocation: `uniform` gives every group the same keep ratio, `neurons` leaves MLPs dense and gives all other
-            groups the same keep ratio, `svd_llm_v2` shares each role's budget out over its layers by their losses,
+            groups the same keep ratio, `svd_llm_v2` distributes each role's budget over its layers by their losses,
             `loss` minimises the expected loss over all groups.
         gauge: Whether rank r stores r (M + I - r) in place of r (M + I) parameters.
         rank: Every group's rank, or "full", in place of a keep ratio.
-        multiple: `loss` only: ranks are multiples of this, or the block stays dense.
-        kernel: Of all groups; others than bilinear get the largest rank that stores no more than the bilinear one.
-        rounding: How a uniform rank is made whole.
-        method: What errors call the method.
+        multiple: `loss` only: ranks are multiples of this, or the block is left dense.
+        kernel: Of all groups; kernels other than bilinear get the largest rank that stores no more than bilinear.
+        rounding: How a uniform rank is rounded to an integer.
+        method: The method's name in error messages.
     """
 
     keep: float
@@ -55,22 +55,22 @@ def uniform_rank(
 ) -> int:
     """The rank at which a bilinear group stores `keep` of its members' parameters.
 
-    With M outputs in all, I inputs, b biases and S = b + sum of d_out * d_in: r (M + I) + b = keep S; in a fixed gauge
-    r (M + I - r) + b = keep S, of which r is the smaller root. At most the full rank.
+    With M outputs in total, I inputs, b biases and S = b + sum of d_out * d_in: r (M + I) + b = keep S; in a fixed
+    gauge r (M + I - r) + b = keep S, of which r is the smaller root. At most the full rank.
 
     Args:
         members: The blocks of the group.
         keep: Stored over dense parameters.
-        rounding: How the rank is made whole.
+        rounding: How the rank is rounded to an integer.
         gauge: Whether the gauge is fixed.
 
     Raises:
-        UsageError: If not even rank 1 fits.
+        UsageError: If rank 1 already exceeds the budget.
     """
     members = tuple(members)
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
     wanted, both = keep * sum(block.parameters for block in members), outputs + inputs
-    # A little above, so that a whole root is not rounded down; a double root moves by the root of what is added.
+    # Slightly larger, so that an integer root is not rounded down; a double root moves by the root of the excess.
     wanted = wanted * (1 + 1e-12) - sum(block.d_out for block in members if block.bias)
     exact = both / 2 - math.sqrt(max(both**2 / 4 - wanted, 0.0)) + 1e-9 if gauge else wanted / both
     rank = rounding(exact)
@@ -83,7 +83,7 @@ def uniform_rank(
 
 
 def _rank_one(members: Iterable[Block], gauge: bool, rounding: Callable[[float], int] = math.floor) -> float:
-    """The least keep ratio at which `uniform_rank` gives rank 1, a little above, so that it is not rounded down."""
+    """The least keep ratio at which `uniform_rank` gives rank 1, slightly larger against rounding down."""
     members = tuple(members)
     outputs, inputs = sum(block.d_out for block in members), max(block.d_in for block in members)
     least = 1.0 if rounding is math.floor else 0.5
@@ -98,7 +98,7 @@ def full_rank(members: Iterable[Block]) -> int:
 
 
 def fitting_rank(group: Candidate, budget: float, kernel: Kernel, rank: int) -> int:
-    """The largest rank from `rank` down, but 1, at which a group of this kernel stores no more than `budget`."""
+    """The largest rank up to `rank`, and at least 1, at which a group of this kernel stores at most `budget`."""
     limit = kernel.max_rank
     rank = rank if limit is None else min(rank, limit)
     while rank > 1 and GroupPlan(group.name, group.members, rank, kernel).count_parameters() > budget:
@@ -107,10 +107,10 @@ def fitting_rank(group: Candidate, budget: float, kernel: Kernel, rank: int) -> 
 
 
 def kernel_ranks(rule: RankRule, groups: Iterable[Candidate], ranks: Mapping[str, int]) -> dict[str, int]:
-    """For ranks of bilinear groups those at which the rule's kernel stores no more; given ranks stay.
+    """Replace ranks of bilinear groups by those at which the rule's kernel stores no more; fixed ranks are kept.
 
     Raises:
-        UsageError: If the kernel does not admit a given rank.
+        UsageError: If the kernel does not admit a fixed rank.
     """
     kernel, found = rule.kernel, dict(ranks)
     if rule.kernel.name == "bilinear" or rule.rank is not None:
@@ -124,7 +124,7 @@ def kernel_ranks(rule: RankRule, groups: Iterable[Candidate], ranks: Mapping[str
 
 
 def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
-    """The ranks that are known before anything is fitted; none if they are allocated by losses.
+    """The ranks that are known before anything is fitted; empty if they are allocated by losses.
 
     Raises:
         UsageError: If a group is left without a rank.
@@ -135,7 +135,7 @@ def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
     dense = [group for group in groups if rule.allocation == "neurons" and _is_mlp(group)]
     others = sum(group.dense_parameters for group in groups if group not in dense)
     if dense and others:
-        # What is left of the budget when the MLPs have theirs.
+        # The budget that the MLPs leave to the other groups.
         keep = min(max(1 - (1 - keep) * (1 + sum(group.dense_parameters for group in dense) / others), 0.0), 1.0)
 
     def rank(group: Candidate) -> int:
@@ -165,7 +165,7 @@ def check_budget(rule: RankRule, cells: Sequence[Cell]) -> None:
 
 
 def too_low(rule: RankRule, least: float) -> UsageError:
-    """The error of a keep ratio below the least that a rule reaches."""
+    """The error for a keep ratio below the least that a rule reaches."""
     bound = math.ceil(least * 1e4) / 1e4
     more = ", or lower the rank multiple" if rule.multiple > 1 else ""
     if bound > 1:
@@ -180,12 +180,12 @@ def too_low(rule: RankRule, least: float) -> UsageError:
 
 
 def least_parameters(rule: RankRule, cells: Sequence[Cell], share: float = 0.0) -> int:
-    """How many parameters the smallest ranks of a rule store, so that any budget from there on has ranks.
+    """Number of parameters that the smallest ranks of a rule store; any budget from there on has ranks.
 
     Args:
         rule: Without a rank; its keep ratio does not matter.
-        cells: Ways to group the same blocks.
-        share: Where MLPs stay dense, the keep ratio of the others at the least.
+        cells: Alternative groupings of the same blocks.
+        share: If MLPs are left dense, a lower bound on the keep ratio of the others.
     """
     gauge, multiple = rule.gauge, rule.multiple
     if rule.allocation == "loss":
@@ -198,13 +198,13 @@ def least_parameters(rule: RankRule, cells: Sequence[Cell], share: float = 0.0) 
 
         return sum(min(sum(map(least, way)) for way in cell) for cell in cells)
     groups = [group for cell in cells for group in cell[0]]
-    stay = [group for group in groups if rule.allocation == "neurons" and _is_mlp(group)]
-    others = [group for group in groups if group not in stay]
+    mlps = [group for group in groups if rule.allocation == "neurons" and _is_mlp(group)]
+    others = [group for group in groups if group not in mlps]
     # All others have one keep ratio, that of the group for which rank 1 costs most.
     rounding = rule.rounding if rule.allocation != "svd_llm_v2" else math.floor
     keep = max((_rank_one(group.members, gauge, rounding) for group in others), default=0.0)
-    keep = max(keep, share) if stay else keep
-    return sum(group.dense_parameters for group in stay) + math.ceil(
+    keep = max(keep, share) if mlps else keep
+    return sum(group.dense_parameters for group in mlps) + math.ceil(
         keep * sum(group.dense_parameters for group in others)
     )
 
@@ -228,15 +228,15 @@ def _curve(rule: RankRule, group: Candidate, energies: np.ndarray) -> Curve:
 def choose_ranks(
     rule: RankRule, cells: Sequence[Cell], energies_of: Callable[[str], np.ndarray | None]
 ) -> dict[str, int]:
-    """The ranks of the groups of the best way of every cell, by the losses that were measured.
+    """Choose ranks, and the best alternative of every cell, by the measured losses.
 
     Args:
         rule: Its keep ratio is the budget.
-        cells: Ways to group the same blocks.
+        cells: Alternative groupings of the same blocks.
         energies_of: Loss that each latent dimension of a group saves, by the group's name.
 
     Returns:
-        Rank by group name, `DENSE` for a group whose members stay dense.
+        Rank by group name, `DENSE` for a group whose members are left dense.
 
     Raises:
         UsageError: If the budget cannot be met, or a method has no energies.
@@ -264,8 +264,8 @@ def choose_ranks(
 def _share_by_role(rule: RankRule, groups: Sequence[Candidate], energies: Mapping[str, np.ndarray]) -> dict[str, int]:
     """SVD-LLM V2's heterogeneous compression ratios (arXiv 2503.12340, section 3.1, algorithm 1).
 
-    Among the groups of a type (here: of the same roles), the share of parameters to remove is in proportion to
-    1 / log(loss), the loss being that of truncation at the uniform ratio.
+    Among the groups of a type (here: of the same roles), the share of parameters to remove is proportional to
+    1 / log(loss), with the loss of truncation at the uniform ratio.
     """
     by_type: dict[str, list[Candidate]] = defaultdict(list)
     for group in groups:
@@ -275,11 +275,11 @@ def _share_by_role(rule: RankRule, groups: Sequence[Candidate], energies: Mappin
         inverse = []
         for group in members:
             rank = uniform_rank(group.members, rule.keep, gauge=rule.gauge)
-            # The authors' losses are Frobenius norms over all calibration tokens, far above e: the floor is theirs
-            # made explicit.
+            # The authors' losses are Frobenius norms over all calibration tokens, far above e: this floor makes that
+            # explicit.
             loss = math.sqrt(max(float(energies[group.name][rank:].sum()) * _LOSS_TOKENS, 0.0))
             inverse.append(1.0 / math.log(max(loss, math.e)))
-        # A group must keep rank 1; what the others then remove in its place stays in proportion.
+        # A group must keep rank 1; what the others remove instead is distributed in the same proportions.
         least = [_rank_one(group.members, rule.gauge) for group in members]
         for group, kept in zip(members, _kept(inverse, least, rule.keep), strict=True):
             ranks[group.name] = DENSE if kept >= 1 else uniform_rank(group.members, kept, gauge=rule.gauge)
@@ -287,7 +287,7 @@ def _share_by_role(rule: RankRule, groups: Sequence[Candidate], energies: Mappin
 
 
 def _kept(weights: Sequence[float], least: Sequence[float], keep: float) -> list[float]:
-    """Kept shares whose mean is `keep`, what is removed in proportion to the weights, none below its least."""
+    """Kept shares whose mean is `keep`: removed shares are proportional to the weights, none below its least."""
 
     def kept(factor: float) -> list[float]:
         return [max(1 - factor * weight, low) for weight, low in zip(weights, least, strict=True)]

@@ -1,4 +1,4 @@
-"""How many hidden neurons the MLPs keep, by counting alone."""
+"""The number of hidden neurons that MLPs keep, from parameter counts alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _TILE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """What pruning hidden neurons leaves to plan.
+    """The architecture and keep ratio after neuron pruning.
 
     Attributes:
-        config: The architecture with narrower MLPs; the dense model's if nothing is pruned.
-        keep: The keep ratio of the blocks that are left, at which the whole meets its own.
-        removed: Parameters of the grouped blocks that are pruned.
+        config: The architecture with pruned MLPs; the dense model's if nothing is pruned.
+        keep: The keep ratio of the remaining blocks at which the whole model meets its own.
+        removed: Number of pruned parameters of the grouped blocks.
     """
 
     config: DecoderConfig
@@ -36,19 +36,19 @@ class Pruning:
 def plan_pruning(
     config: DecoderConfig, topology: str, rule: RankRule | None, keep_neurons: float, *, flexible: bool = False
 ) -> Pruning:
-    """How many hidden neurons every MLP keeps, and the keep ratio of what is left.
+    """Choose the number of hidden neurons of every MLP, and the keep ratio of the remaining blocks.
 
     Args:
         config: The dense model's.
         topology: Which blocks are grouped.
-        rule: How ranks are found afterwards; its keep ratio is of the dense model's blocks. None if nothing is
+        rule: How ranks are chosen afterwards; its keep ratio refers to the dense model's blocks. None if nothing is
             factorised.
         keep_neurons: Share of hidden neurons to keep.
-        flexible: Nobody asked for this share: all neurons are kept where the topology leaves MLPs out, fewer where
+        flexible: Whether the share is a default: all neurons are kept where the topology leaves MLPs out, fewer where
             the smallest ranks need the room.
 
     Raises:
-        UsageError: If the share is asked for and the topology leaves MLPs out, the share leaves too little, or no
+        UsageError: If the share is not flexible and the topology leaves MLPs out, the share leaves too little, or no
             share and no ranks reach the keep ratio.
     """
     blocks = planned_blocks(config, topology)
@@ -75,19 +75,19 @@ def plan_pruning(
 
 def _pruned(config: DecoderConfig, topology: str, width: int, budget: int, keep: float = 1.0) -> Pruning:
     dense = sum(block.parameters for block in planned_blocks(config, topology).values())
-    narrow = dataclasses.replace(config, mlp_dim=width)
-    left = sum(block.parameters for block in planned_blocks(narrow, topology).values())
-    return Pruning(narrow, min(budget / left, 1.0), dense - left) if left < dense else Pruning(config, keep)
+    pruned = dataclasses.replace(config, mlp_dim=width)
+    left = sum(block.parameters for block in planned_blocks(pruned, topology).values())
+    return Pruning(pruned, min(budget / left, 1.0), dense - left) if left < dense else Pruning(config, keep)
 
 
 def _choose_width(
     config: DecoderConfig, topology: str, rule: RankRule, keep_neurons: float, *, flexible: bool, budget: int
 ) -> int:
-    """How many hidden neurons every MLP keeps: a multiple of the tile near the share, within the budget.
+    """Number of hidden neurons of every MLP: a multiple of the tile near the share, within the budget.
 
-    It is the next larger multiple where the nearest leaves less than the budget and the next is within it. Where the
-    smallest ranks exceed the budget, fewer neurons are kept if the share is flexible, and the tile is halved until
-    something fits.
+    If the nearest multiple leaves less than the budget, the next larger one is taken if it is within the budget. Where
+    the smallest ranks exceed the budget, fewer neurons are kept if the share is flexible, and the tile is halved until
+    a width fits.
 
     Args:
         config: The dense model's.
@@ -110,7 +110,7 @@ def _choose_width(
     def left(width: int) -> int:
         return sum(group.dense_parameters for cell in cells(width) for group in cell[0])
 
-    # Blocks outside dense MLPs get half their part of the budget at the least, if some width allows it.
+    # Blocks outside dense MLPs get at least half their part of the budget, if some width allows it.
     shares = (rule.keep / 2, 0.0) if flexible else (0.0,)
     for share, tile in itertools.product(shares, _tiles(config.mlp_dim)):
         width = max(round(keep_neurons * config.mlp_dim / tile), 1) * tile

@@ -1,4 +1,4 @@
-"""A model as groups: what every block keeps, who shares with whom, and how far its weights moved.
+"""A model as groups: kept parameters and sharing of every block, and the change of its weights.
 
 Shape suffixes: J outputs of a block, I its inputs.
 """
@@ -28,7 +28,7 @@ _HEAD = ("block", "group", "members", "rank", "full rank", "stored", "dense", "k
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """What a plan says of one block; `group` is None where it stays dense."""
+    """A block's part of a plan; `group` is None if it is left dense."""
 
     layer: int
     role: str
@@ -38,29 +38,29 @@ class _Place:
 
     @property
     def kept(self) -> float:
-        """Stored over dense parameters of its group: no number of a shared group belongs to one member alone."""
+        """Stored over dense parameters of its group: numbers of a shared group do not belong to single members."""
         return 1.0 if self.group is None else self.group.count_parameters() / self.group.dense_parameters
 
     @property
     def full_rank(self) -> int:
-        """Rank at which its group can be anything."""
+        """Rank at which its group can represent any weights."""
         if self.group is None:
             return min(self.block.d_out, self.block.d_in)
         return min(sum(self.group.d_outs.values()), self.group.d_in)
 
 
 def kept_map(config: DecoderConfig, plan: Plan, name: str) -> BlockMap:
-    """The model as groups: kept parameters of every block, rank, and who shares with whom.
+    """The model as groups: kept parameters and rank of every block, and the sharing between blocks.
 
     Args:
         config: The architecture.
         plan: Its groups.
-        name: What the model is called.
+        name: The model's name.
     """
 
     def cell(place: _Place) -> tuple[Number, str, str]:
         if not place.planned:
-            return None, "", "not planned, left as it was"
+            return None, "", "not planned, unchanged"
         if place.group is None:
             return 1.0, "100", "left dense"
         return place.kept, f"{100 * place.kept:.0f}", f"keeps {percent(place.kept)}"
@@ -84,19 +84,19 @@ def kept_map(config: DecoderConfig, plan: Plan, name: str) -> BlockMap:
 
 
 def loss_map(config: DecoderConfig, plan: Plan, errors: Mapping[str, float], name: str) -> BlockMap:
-    """How far every block's weights are from the dense model's.
+    """Distance of every block's weights from the dense model's.
 
     Args:
         config: The architecture.
         plan: Its groups.
         errors: By block name, as `block_errors` finds them.
-        name: What the model is called.
+        name: The model's name.
     """
 
     def cell(place: _Place) -> tuple[Number, str, str]:
         error = errors.get(place.block.name)
         if error is None:
-            return None, "", "pruned, of another shape" if place.planned else "not planned, left as it was"
+            return None, "", "pruned, of another shape" if place.planned else "not planned, unchanged"
         return error, f"{100 * error:.0f}", f"relative error {percent(error)}"
 
     places = _places(config, plan)
@@ -122,17 +122,17 @@ def loss_map(config: DecoderConfig, plan: Plan, errors: Mapping[str, float], nam
 def block_errors(
     compact: Source, dense: Source, *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, float]:
-    """How far each planned block of a compact model is from the dense model's: |W - What| / |W|, Frobenius.
+    """Distance of each planned block of a compact model from the dense model's: |W - What| / |W|, Frobenius.
 
-    One group and one dense block are in memory at a time. Blocks of zeros that stayed zeros have error 0.
+    One group and one dense block are in memory at a time. Blocks that are zero in both models have error 0.
 
     Args:
         compact: A saved compact model.
         dense: The model it was made from, or any of the same shapes.
-        progress: Called with (groups and dense blocks done, all of them).
+        progress: Called with (groups and dense blocks done, total).
 
     Returns:
-        The errors by block name; none of MLPs of which hidden neurons were removed.
+        The errors by block name, without pruned MLPs.
 
     Raises:
         UsageError: If one of them is of the wrong kind, or they do not fit each other.
@@ -142,7 +142,7 @@ def block_errors(
         raise UsageError(f"{compact.name} is a dense model; errors are those of a compact one")
     if large.plan is not None:
         raise UsageError(f"{dense.name} is a compact model; give the dense one as --dense")
-    # A conversion may have removed hidden neurons: what is left of an MLP has no counterpart of its shape.
+    # Neuron pruning may have shrunk MLPs: their blocks have no counterpart of the same shape.
     pruned = small.config.mlp_dim != large.config.mlp_dim
     if dataclasses.replace(small.config, mlp_dim=large.config.mlp_dim).blocks() != large.config.blocks():
         raise UsageError(f"{compact.name} was not made from {dense.name}: their blocks differ; give another --dense")
@@ -193,10 +193,10 @@ def _places(config: DecoderConfig, plan: Plan) -> list[_Place]:
     return found
 
 
-def _cell(place: _Place, value: Number, short: str, told: str, head: tuple[str, ...]) -> Cell:
+def _cell(place: _Place, value: Number, short: str, result: str, head: tuple[str, ...]) -> Cell:
     block, group = place.block, place.group
     where = f"layer {place.layer}, {ROLE_NAMES[place.role]}"
-    parts = [where, told]
+    parts = [where, result]
     if group is not None:
         others = [_short(member.name) for member in group.members if member.name != block.name]
         sharing = f"shares with {', '.join(others)}" if others else "shares with no other block"
@@ -218,7 +218,7 @@ def _cell(place: _Place, value: Number, short: str, told: str, head: tuple[str, 
 
 
 def _links(places: list[_Place]) -> Iterator[tuple[int, int]]:
-    """For each group a shortest tree over its members: neighbours first, so that what lies side by side is joined."""
+    """For each group a shortest tree over its members: neighbours first, so that adjacent blocks are joined."""
     members: dict[str, list[int]] = {}
     for index, place in enumerate(places):
         if place.group is not None:
@@ -239,7 +239,7 @@ def _links(places: list[_Place]) -> Iterator[tuple[int, int]]:
 
 
 def _mean_kept(places: Iterator[_Place]) -> Number:
-    """Kept share of several blocks; what a group stores is divided among its members by their size."""
+    """Kept share of several blocks; a group's parameters are divided among its members in proportion to their size."""
     found = [(place.kept, place.block.parameters) for place in places if place.planned]
     return sum(kept * size for kept, size in found) / sum(size for _, size in found) if found else None
 

@@ -1,7 +1,7 @@
-"""Charts as plain data: what is drawn, without saying how.
+"""Charts as plain data, independent of how they are drawn.
 
 `views.py`, `texts.py` and `blocks.py` compute them from results; `render/` draws them as SVG or with matplotlib. Every
-chart can say the same as a table.
+chart has an equivalent table.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Series:
     Attributes:
         name: For the legend.
         x: Positions.
-        y: Values; None where there is none.
+        y: Values; None for a missing one.
         low: Lower edge of a band around the line.
         high: Upper edge.
-        style: Its place in the palette; -1 for the one that is set off from all others.
+        style: Its index in the palette; -1 for the highlighted one.
         markers: Whether its points are marked.
-        strength: 1 for a line of full weight, less for those that only accompany it.
+        strength: 1 for a line of full weight, less for secondary ones.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Lines:
         x_label: What x is, with its unit.
         y_label: What y is, with its unit.
         series: The lines.
-        y_scale: How y is laid out; asinh is linear near 0 and logarithmic far from it, on both sides.
-        y_range: The lowest and highest y, for pictures that are compared; what the lines need if None.
+        y_scale: Scale of y; asinh is linear near 0 and logarithmic far from it, on both sides.
+        y_range: The lowest and highest y, for pictures that are compared; the range of the lines if None.
         rules: Labelled horizontal lines.
         marks: Labelled vertical lines.
-        note: What is left out of the picture, if anything.
+        note: What the picture omits, if anything.
         legend: Whether the lines are named beside the picture.
     """
 
@@ -99,16 +99,16 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Bars:
-    """Horizontal bars that begin at 0, in panels side by side.
+    """Horizontal bars that begin at 0, in adjacent panels.
 
     Attributes:
         title: What is shown.
         description: How to read it.
-        x_label: What the length is.
-        names: A row each.
-        panels: Title and values (None where there is none) of each panel.
+        x_label: The quantity that the bars show.
+        names: Names of the rows.
+        panels: Title and values (None for a missing one) of each panel.
         highest: Longer bars are cut there.
-        styles: Place in the palette of each row.
+        styles: Palette index of each row.
     """
 
     title: str
@@ -133,10 +133,10 @@ class Cell:
         layer: Its layer.
         role: Its role, one of q k v o u g d.
         group: The name of its group; None for a block that is dense.
-        shared: How many members the group has; 1 for a block of its own.
-        value: What colours it, 0 to the map's `highest`; None for nothing to show.
-        short: What is written on it, if there is room.
-        told: All its numbers, in words.
+        shared: Number of the group's members; 1 for a private group.
+        value: The coloured value, 0 to the map's `highest`; None to show nothing.
+        short: The text on it, if there is room.
+        told: All its numbers as text.
         row: The same for a table.
     """
 
@@ -157,15 +157,15 @@ class BlockMap:
     Attributes:
         title: What is shown.
         description: How to read it.
-        ramp: Which colours.
-        legend: What the colours' ends mean, the lower and the upper.
+        ramp: Name of the colours.
+        legend: Meaning of the lowest and the highest colour.
         highest: The value of the last colour.
-        layers: How many.
+        layers: Number of layers.
         cells: The blocks.
-        links: Pairs of cells, by their places in `cells`, that chain the members of each group together.
+        links: Pairs of indices into `cells` that chain the members of each group together.
         by_layer: A number between 0 and 1 for every layer; None for no number.
         by_role: The same for every role.
-        margin: What those numbers are.
+        margin: Name of those numbers.
         head: Column names of the table.
     """
 
@@ -192,10 +192,10 @@ class Measure:
     """One number for each token.
 
     Attributes:
-        key: A word for it.
-        name: What it is.
+        key: A short identifier.
+        name: Its name.
         unit: Its unit.
-        values: The numbers; None where there is none.
+        values: The numbers; None for a missing one.
         lowest: The value of the first colour.
         highest: The value of the last colour.
     """
@@ -215,15 +215,15 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text with a number, or several, for each of its tokens or stretches of tokens.
+    """A text with one or more numbers for each of its tokens or segments.
 
     Attributes:
         title: Its beginning.
-        summary: What was found for the whole text.
-        pieces: The tokens or stretches.
-        told: For each, its numbers in words.
-        measures: What can colour them.
-        bars: Whether each piece has a bar of its own above the text.
+        summary: The result for the whole text.
+        pieces: The tokens or segments.
+        told: The numbers of each piece as text.
+        measures: Measures that can colour the pieces.
+        bars: Whether each piece has a bar above the text.
         head: Column names of the table.
         rows: The table.
     """
@@ -243,7 +243,7 @@ class Text:
 
 
 def number(value: Number, digits: int = 4) -> str:
-    """A number for people: significant digits, thousands apart, a true minus sign; a dash for none."""
+    """A number for display: significant digits, thousands separated, a true minus sign; a dash for None."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -256,7 +256,7 @@ def number(value: Number, digits: int = 4) -> str:
 
 
 def signed(value: Number, digits: int = 4) -> str:
-    """A rate: always with its sign, so many digits behind the point."""
+    """A rate with its sign, to `digits` decimal places."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:+.{digits}f}".replace("-", "−")
@@ -274,7 +274,7 @@ def shorten(text: str, most: int = 48) -> str:
 
 
 def nice_limit(values: Sequence[float]) -> float:
-    """A round number that few of the sizes exceed: their 95th percentile, rounded up to two digits at most."""
+    """A round limit that few of the values exceed: their 95th percentile, rounded up to at most two digits."""
     sizes = sorted(abs(value) for value in values if math.isfinite(value))
     found = sizes[math.ceil(0.95 * (len(sizes) - 1))] if sizes else 0.0
     if found == 0:

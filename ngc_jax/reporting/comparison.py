@@ -11,7 +11,7 @@ from typing import Any
 from ngc_jax.reporting import views
 from ngc_jax.reporting.charts import Bars, BlockMap, Lines
 
-# Those whose best is the baseline of the excess table.
+# The methods whose best is the baseline of the excess table.
 BASELINES = ("svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "ngc_paper")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -31,11 +31,11 @@ def write_report(results: Mapping[str, Any], directory: Path) -> None:
 
 
 def draw_comparison(results: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Draw what a comparison has rows for: pareto.png, levers.png, ranks.png.
+    """Draw the pictures that a comparison has rows for: pareto.png, levers.png, ranks.png.
 
     Args:
         results: As `ngc-jax compare` returns them.
-        directory: Where.
+        directory: Where to write them.
 
     Returns:
         The files.
@@ -93,7 +93,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             ]
     if cost := [row for row in entries if "cost" in row]:
         lines = [[r["variant"], f"{r['cost']['seconds']:.0f}", f"{r['cost']['peak_bytes'] / 2**30:.2f}"] for r in cost]
-        parts += ["## A conversion in a process of its own", _table(["", "seconds", "peak GiB"], lines)]
+        parts += ["## A conversion in a separate process", _table(["", "seconds", "peak GiB"], lines)]
     for section, title in (
         ("levers", "Levers"),
         ("topologies", "Topologies"),
@@ -155,6 +155,6 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def calibration_tokens(settings: Mapping[str, Any]) -> str:
-    """How many tokens a comparison calibrates on, for people."""
+    """The number of calibration tokens of a comparison, as text."""
     count = settings["calibration_tokens"]
     return "up to 65,536" if count is None else f"{count:,}"

@@ -1,4 +1,4 @@
-"""What each section of a report shows and how to read it, for somebody who has not seen one before."""
+"""Explanations of a report's sections, for readers who have not seen one before."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ _HOW = {
     "groups": """
 Every layer of the model has seven weight matrices, the blocks: query, key, value and output of attention; up, gate and
 down of the MLP. A compact model replaces them by neuronal groups: each neuron has a short vector, its state, and a
-weight is what two states make of each other. A state has as many numbers as the group's rank.
+weight is a function of two states. The length of a state is the group's rank.
 
 Each square is a block, each column a layer, and the number is the percentage of its parameters that is kept. Squares
 chained together share one group; dashed squares were left dense. Point at a square, or reach it with Tab and the arrow
 keys, for its rank and its group.
 """,
     "losses": """
-How far the weights of each block are from those of the dense model: 0 % is unchanged, 100 % is a difference as large as
+The distance of each block's weights from those of the dense model: 0 % is unchanged, 100 % is a difference as large as
 the weights themselves.
 
 A large number is not always a large loss. A conversion puts its errors where inputs are rare and outputs matter little,
-so that much of such a difference is hardly felt. Perplexity, and what the models write, tell what was.
+so that much of the difference hardly affects the outputs. Perplexity and the samples show the actual loss.
 """,
     "pareto": """
-Perplexity says how surprised a model is by text it has not seen: lower is better, and a model that guesses among N
-equally likely tokens has perplexity N. Each line is a method, each point a model; further left is smaller. Nothing was
-trained after the conversion. A dashed upright line is the size of a model of this report.
+Perplexity measures how poorly a model predicts text it has not seen: lower is better, and a model that guesses among N
+equally likely tokens has perplexity N. Each line is a method, each point a model; further left is smaller. No model was
+trained after the conversion. A dashed vertical line is the size of a model of this report.
 """,
     "depth": """
-Disturb what the model makes of one token a little, before the first layer: does the disturbance fade or grow on its way
-up? The stability of a token is that rate per layer, relative to the token's own stream. Blue tokens forget small
-disturbances; orange, underlined ones amplify them.
+Perturb the activations of one token a little before the first layer: does the perturbation decay or grow through the
+layers? The stability of a token is that rate per layer, relative to the token's own stream. Blue tokens forget small
+perturbations; orange, underlined ones amplify them.
 
 The potential is the share of a token's motion that the rest of the prompt drives: near 0 % the token moves as if it
-stood alone. The bars above each text are the same numbers, token by token. Point at a token, or reach the text with Tab
-and move with the arrow keys, for its numbers. The first token has nothing before it, and is neither coloured nor
+were alone. The bars above each text are the same numbers, token by token. Point at a token, or reach the text with Tab
+and move with the arrow keys, for its numbers. The first token has no context, and is neither coloured nor
 counted.
 """,
     "sequence": """
-Disturb what the model remembers of some tokens a little: how much of that is in its memory of the tokens that follow?
-Each coloured stretch is one such experiment; its rate per token is below 0 (blue) where the disturbance fades. The
-first stretch is only disturbed, and what is left at the end is too short to measure.
+Perturb the model's memory of some tokens a little: how much of that is in its memory of the tokens that follow?
+Each coloured segment is one such experiment; its rate per token is below 0 (blue) where the perturbation decays. The
+first segment is only perturbed, and the remainder at the end is too short to measure.
 """,
     "training": """
-What training did, step by step. The loss is measured on the text that is trained on and is noisy from step to step;
-perplexity is measured on text held out, now and then.
+The course of training, step by step. The loss is measured on the training text and is noisy from step to step;
+perplexity is measured at intervals on held-out text.
 """,
     "samples": """
-The same beginning, continued by each model. Each takes the likeliest token every time, so that nothing is left to
-chance.
+The same prompt, continued by each model. Each model takes the most likely token every time, so that the results are
+deterministic.
 """,
     "made": """
-The exact command, the versions it ran with, and the settings of each input as its own files hold them.
+The exact command, the versions it ran with, and the settings of each input from its own files.
 """,
 }
 

@@ -1,4 +1,4 @@
-"""What a report is made of: directories that other commands wrote, recognised by what is in them."""
+"""The inputs of a report: directories that other commands wrote, recognised by their contents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Found(Generic[T]):
     Attributes:
         path: Its directory, as the user gave it.
         label: A short name, unique among its kind.
-        data: What was read.
+        data: Its contents.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Found(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """All that was given.
+    """All inputs of a report.
 
     Attributes:
         models: Model directories.
@@ -53,12 +53,12 @@ class Inputs:
 
 
 def read_inputs(sources: Sequence[str]) -> Inputs:
-    """Read everything that is in some directories; no tensor is read.
+    """Read the contents of some directories, without reading tensors.
 
-    A training run's finished model, in its directory `model`, is reported on too.
+    A training run's finished model, in its directory `model`, is included too.
 
     Raises:
-        UsageError: If a source is no directory, has nothing to report on, or something in it cannot be read.
+        UsageError: If a source is not a directory, has nothing to report on, or something in it cannot be read.
     """
     paths: dict[str, list[str]] = {"model": [], "results.json": [], "stability.json": [], "metrics.jsonl": []}
     for source in sources:
@@ -72,7 +72,7 @@ def read_inputs(sources: Sequence[str]) -> Inputs:
 
 @contextmanager
 def readable(path: str, file: str, command: str) -> Iterator[None]:
-    """Turn what goes wrong in reading a command's JSON into a UsageError that names the file."""
+    """Convert errors in reading a command's JSON to a UsageError that names the file."""
     try:
         yield
     except UsageError:
@@ -85,16 +85,16 @@ def readable(path: str, file: str, command: str) -> Iterator[None]:
 
 
 def _recognise(source: str) -> list[tuple[str, str]]:
-    """The kinds of things in a directory, and where each is."""
+    """The kinds of contents of a directory, and where each is."""
     directory = Path(source)
     if not directory.is_dir():
-        raise UsageError(f"{source} is no directory; give one with {_LOOKED_FOR}")
+        raise UsageError(f"{source} is not a directory; give one with {_LOOKED_FOR}")
     found = []
     for place in (directory, directory / "model"):
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             found.append(("model", str(place)))
     if found and found[-1][1] != str(directory) and not (directory / "metrics.jsonl").is_file():
-        found.pop()  # a directory that happens to have a model in it is no training run
+        found.pop()  # a directory that only contains a model is not a training run
     found += [
         (name, source) for name in ("results.json", "stability.json", "metrics.jsonl") if (directory / name).is_file()
     ]
@@ -104,7 +104,7 @@ def _recognise(source: str) -> list[tuple[str, str]]:
 
 
 def _labelled(paths: Sequence[str], data: Sequence[Any]) -> Iterator[Found[Any]]:
-    """Name each by the last part of its path, or by the whole path where that is not unique."""
+    """Name each by the last part of its path, or by the whole path if that is not unique."""
     names = [_name(path) for path in paths]
     for path, name, one in zip(paths, names, data, strict=True):
         yield Found(path, name if names.count(name) == 1 else path, one)
@@ -162,9 +162,9 @@ def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
         data = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{where} is no JSON ({error}); write it again with the command that made it") from error
+        raise UsageError(f"{where} is not JSON ({error}); write it again with the command that made it") from error
     if not isinstance(data, dict):
-        raise UsageError(f"{where} holds no object; write it again with the command that made it")
+        raise UsageError(f"{where} does not hold an object; write it again with the command that made it")
     return data
 
 

@@ -25,7 +25,7 @@ Chart = Lines | Bars | BlockMap
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What models made of one prompt.
+    """The models' continuations of one prompt.
 
     Attributes:
         prompt: The prompt.
@@ -38,14 +38,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a section, with a heading of its own.
+    """A part of a section, with its own heading.
 
     Attributes:
         title: The heading.
-        lead: What was found, in a sentence or two.
-        charts: Shown one below the other, or side by side if they are narrow.
+        lead: The result, in a sentence or two.
+        charts: Shown one below the other, or side by side if they are small.
         texts: Texts with numbers on their tokens.
-        samples: Generations side by side.
+        samples: Generated texts side by side.
         settings: Names and values.
         code: A command.
         notes: Remarks below.
@@ -69,8 +69,8 @@ class Section:
         key: Its anchor.
         title: Its heading.
         short: The same for the list of sections.
-        how: How to read it, for somebody who has not seen one before; a paragraph each.
-        parts: What is in it.
+        how: How to read it, for readers who have not seen one before; one entry for each paragraph.
+        parts: Its contents.
     """
 
     key: str
@@ -86,8 +86,8 @@ class Tile:
 
     Attributes:
         figure: The number.
-        what: What it is.
-        of: Of which input.
+        what: Its meaning.
+        of: The input that it belongs to.
     """
 
     figure: str
@@ -141,13 +141,13 @@ def render(title: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Sect
 
 
 def write_page(page: str, file: Path) -> int:
-    """Write the page whole or not at all; returns its size in bytes."""
+    """Write the page atomically; returns its size in bytes."""
     write_text(file, page)
     return len(page.encode("utf-8"))
 
 
 def token_classes(text: Text, place: int) -> str:
-    """Classes that colour one token by each measure, and say its sign and size by an underline as well."""
+    """Classes that colour one token by each measure, and also mark its sign and size by an underline."""
     found = ["t"]
     for measure in text.measures:
         value = measure.values[place]
@@ -168,20 +168,20 @@ def _draw(chart: Chart, key: str) -> Markup:
 
 
 def _shown(piece: str) -> str:
-    """A token as it stands in its text: a line break is seen and made; one of nothing is a dot."""
+    """A token as it appears in its text: a line break is both shown and made; an empty token is a dot."""
     if not piece:
         return visible(" ")
     return piece.replace("\n", "↵\n")
 
 
 def _template(name: str, environment: jinja2.Environment) -> Callable[..., str]:
-    """A style or a script: not HTML, and so without HTML's escapes; no user's text goes into it."""
+    """A style or a script: not HTML, and therefore not escaped; it contains no user's text."""
     plain = environment.overlay(autoescape=False)
     return lambda **values: plain.get_template(name).render(**values)
 
 
 def _hash(content: str) -> str:
-    """The source expression by which a content security policy admits just this style or script."""
+    """The source expression by which a content security policy allows exactly this style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 

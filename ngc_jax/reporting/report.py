@@ -21,7 +21,7 @@ from ngc_jax.reporting.sections import made_by, make_sections
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written.
+    """A written page.
 
     Attributes:
         file: The page.
@@ -50,14 +50,14 @@ def report(
     """Write one HTML page, which fetches nothing, on models, comparisons, stability runs and training runs.
 
     Args:
-        sources: Directories: saved models, and what compare, stability, distil and train write.
+        sources: Directories: saved models, and the outputs of compare, stability, distil and train.
         out: The page; replaced if it exists.
         title: Of the page; the models' names if None.
-        dense: The dense model, whose blocks those of compact models are compared with.
-        texts: Prompts shown token by token of each stability run.
-        samples: Called with what was read, when that is known to be in order; what models continue prompts with.
-        command: Shown as how the page was made.
-        progress: Called with (stage, done, in all).
+        dense: The dense model that compact models' blocks are compared with.
+        texts: Number of prompts of each stability run that are shown token by token.
+        samples: Called with the inputs once they are known to be valid; returns the models' continuations of prompts.
+        command: Shown as the command that made the page.
+        progress: Called with (stage, done, total).
 
     Raises:
         UsageError: If a source has nothing to report on or is damaged, or the page cannot be written.
@@ -70,7 +70,7 @@ def report(
     check_target(str(out), "out")
     inputs = read_inputs(sources)
     sections_of = partial(make_sections, inputs, dense=dense, most_texts=texts)
-    # All that can be wrong with the files is found before a model is loaded.
+    # All errors in the files are found before a model is loaded.
     sections_of(errors={}, samples=())
     errors = _errors(inputs, dense, progress)
     tiles, sections = sections_of(errors=errors, samples=() if samples is None else samples(inputs))
@@ -82,21 +82,21 @@ def report(
 def _errors(
     inputs: Inputs, dense: str | None, progress: Callable[[str, int, int], None] | None
 ) -> dict[str, dict[str, float]]:
-    """By path of each compact model, how far its blocks are from the dense model's."""
+    """By path of each compact model, the distances of its blocks from the dense model's."""
     found: dict[str, dict[str, float]] = {}
     compact = [model for model in inputs.models if model.data.plan is not None]
     if dense is None or not compact:
         return found
     with open_source(dense) as source:
         for model in compact:
-            told = None if progress is None else partial(progress, model.label)
+            named = None if progress is None else partial(progress, model.label)
             with open_source(model.path) as own:
-                found[model.path] = block_errors(own, source, progress=told)
+                found[model.path] = block_errors(own, source, progress=named)
     return found
 
 
 def versions() -> list[tuple[str, str]]:
-    """The versions that count, the machine and the time."""
+    """The relevant versions, the machine and the time."""
     import jax
 
     names = ("ngc-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
@@ -116,7 +116,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def _title(inputs: Inputs) -> str:
-    """The models' names, or those of all else where there is none."""
+    """The models' names, or those of all other inputs if there are no models."""
     others = [one.label for kind in (inputs.comparisons, inputs.stabilities, inputs.trainings) for one in kind]
     names = list(dict.fromkeys([model.label for model in inputs.models] or others))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -129,5 +129,5 @@ def _lead(inputs: Inputs) -> str:
         (len(inputs.stabilities), "stability run"),
         (len(inputs.trainings), "training run"),
     ]
-    told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
-    return f"A report on {' and '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}."
+    named = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
+    return f"A report on {' and '.join([', '.join(named[:-1]), named[-1]] if len(named) > 1 else named)}."

@@ -1,4 +1,4 @@
-"""The sections of a report: what is shown of each input, and how to read it in plain words."""
+"""The sections of a report: the results of each input, with explanations in plain words."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Errors = Mapping[str, Mapping[str, float]]
 def make_sections(
     inputs: Inputs, *, dense: str | None, errors: Errors, samples: Sequence[Sample], most_texts: int
 ) -> tuple[list[Tile], list[Section]]:
-    """The overview and the sections for what was given.
+    """The overview and the sections for the inputs.
 
     Args:
-        inputs: What was given.
+        inputs: The inputs.
         dense: The dense model that blocks were compared with, if any.
         errors: By path of a compact model, the errors of its blocks.
-        samples: Generations.
-        most_texts: Prompts shown token by token of each stability.json.
+        samples: Generated texts.
+        most_texts: Number of prompts of each stability.json that are shown token by token.
 
     Raises:
         UsageError: If a file is not what its command writes.
@@ -102,7 +102,7 @@ def _pareto(inputs: Inputs, tiles: list[Tile]) -> Section | None:
     marks = [
         (model.data.summary()["keep_ratio"], model.label) for model in inputs.models if model.data.plan is not None
     ]
-    # Where several fall on one place, their labels would lie on each other.
+    # If several fall on the same place, their labels would overlap.
     marks = [(keep, label) for i, (keep, label) in enumerate(marks) if all(abs(keep - k) > 0.02 for k, _ in marks[:i])]
     for one in inputs.comparisons:
         with readable(one.path, "results.json", "compare"):
@@ -149,7 +149,7 @@ def _stability_parts(
     prompts = data["prompts"]
     mean = sum(prompt["metric"] for prompt in prompts) / len(prompts)
     unit = data["unit"].replace("1 / ", "per ")
-    way = "fade" if mean < 0 else "grow"
+    way = "decay" if mean < 0 else "grow"
     tiles.append(Tile(signed(mean), f"{unit}: small perturbations {way} along {along}", _subject(one)))
     lead = f"{data['model']}, {data['exponents']} directions, mean over {len(prompts)} prompts {signed(mean)} {unit}."
     left_out = len(prompts) - most
@@ -169,7 +169,7 @@ def _stability_parts(
 
 
 def _subject(one: Found[Mapping[str, Any]]) -> str:
-    """Which model was measured, and where that is kept."""
+    """The measured model, and the label of its results."""
     return f"{Path(str(one.data['model'])).name} ({one.label})"
 
 

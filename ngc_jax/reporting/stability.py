@@ -1,4 +1,4 @@
-"""The picture of a stability run: how perturbations grow, and the metric over the text."""
+"""The picture of a stability run: growth of perturbations, and the metric over the text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def draw_stability(results: Mapping[str, Any], directory: Path) -> Path:
 
     Args:
         results: As `ngc-jax stability` returns them.
-        directory: Where.
+        directory: Where to write it.
 
     Returns:
         The file.
     """
-    title = f"{results['model']} along {results['along']}: below 0 perturbations fade"
+    title = f"{results['model']} along {results['along']}: below 0 perturbations decay"
     return save_figure(draw_beside([growth(results), metric_over_text(results)], title), directory / "stability.png")

@@ -1,6 +1,6 @@
 """Stability over the text itself: prompts with a number for each token or segment.
 
-As `views.py`, of the JSON that `ngc-jax stability` writes.
+From the JSON that `ngc-jax stability` writes, as in `views.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def texts(results: Mapping[str, Any], limits: tuple[float, float]) -> list[Text]
 
 
 def colour_limits(many: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """One scale for the rates, and one for the potential's shares, of several results: their colours compare."""
+    """One scale for the rates, and one for the potential's shares, of several results, to make colours comparable."""
     prompts = [prompt for results in many for prompt in results["prompts"]]
     rates = [rate for prompt in prompts for rate in _rates(prompt)]
     shares = [share for prompt in prompts for share in prompt.get("tokens_potential_share", [0.0, 1.0])[1:]]
@@ -33,7 +33,7 @@ def colour_limits(many: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def _rates(prompt: Mapping[str, Any]) -> Sequence[float]:
-    """The first token has nothing before it and is not counted."""
+    """The rates without the first token's, which has no context."""
     return prompt["tokens_metric"][1:] if "tokens_metric" in prompt else prompt["segments"]
 
 
@@ -42,34 +42,35 @@ def _tokens(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], l
     rates: list[Number] = list(prompt["tokens_metric"])
     shares: list[Number] = list(prompt["tokens_potential_share"])
     errors: list[Number] = list(prompt["tokens_error"] or [None] * len(pieces))
-    told, rows = [], []
+    labels, rows = [], []
     for index, (piece, rate, error, share) in enumerate(zip(pieces, rates, errors, shares, strict=True)):
         spread = "" if error is None else f" ± {number(error, 2)}"
         parts = [f"token {index} “{visible(piece)}”", f"stability {signed(rate)}{spread} {unit}"]
-        parts += [f"{'grows' if rate is not None and rate > 0 else 'fades'}", f"potential {percent(share)}"]
-        told.append("; ".join([*parts, *(["first token, not counted"] if index == 0 else [])]))
+        parts += [f"{'grows' if rate is not None and rate > 0 else 'decays'}", f"potential {percent(share)}"]
+        labels.append("; ".join([*parts, *(["first token, not counted"] if index == 0 else [])]))
         rows.append((visible(piece), str(index), signed(rate), number(error, 2), percent(share)))
-    # The first token's numbers are in the table, but it gets no colour: it is not like the others.
+    # The first token's numbers are in the table, but it gets no colour, since it differs from all others.
     measures = (
         Measure("stability", "stability", unit, (None, *rates[1:]), -limits[0], limits[0]),
         Measure("potential", "share of the potential", "", (None, *shares[1:]), 0.0, limits[1]),
     )
     summary = f"{_mean(prompt)} {unit}; potential {percent(prompt['potential_share'])} of the motion"
     head = ("token", "place", f"stability {unit}", "± its error", "potential")
-    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, True, head, tuple(rows))
+    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(labels), measures, True, head, tuple(rows))
 
 
 def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any], limits: tuple[float, float]) -> Text:
     tokens, memory = prompt["tokens"], int(results["memory"])
     unit = results["unit"].replace("1 / ", "per ")
-    # What comes before the first segment is perturbed only, and what is left after the last is not read.
-    pieces, told = ["".join(tokens[:memory])], [f"tokens 0 to {memory - 1}; perturbed first, nothing is measured here"]
+    # The tokens before the first segment are only perturbed, and those after the last segment are not read.
+    pieces = ["".join(tokens[:memory])]
+    labels = [f"tokens 0 to {memory - 1}; perturbed first, nothing is measured here"]
     rates: list[Number] = [None]
     rows = []
     for index, (end, rate) in enumerate(zip(prompt["ends"], prompt["segments"], strict=True)):
         piece = "".join(tokens[end - memory + 1 : end + 1])
-        way = "grows" if rate > 0 else "fades"
-        told.append(
+        way = "grows" if rate > 0 else "decays"
+        labels.append(
             f"segment {index + 1}; tokens {end - memory + 1} to {end}; stability {signed(rate)} {unit}; a perturbation "
             f"of the {memory} tokens before {way} to {percent(math.exp(rate * memory), 0)} in these"
         )
@@ -78,11 +79,11 @@ def _segments(place: int, prompt: Mapping[str, Any], results: Mapping[str, Any],
         rows.append((str(index + 1), f"{end - memory + 1}–{end}", signed(rate), shorten(piece, 60)))
     if rest := "".join(tokens[prompt["ends"][-1] + 1 :]):
         pieces, rates = [*pieces, rest], [*rates, None]
-        told.append(f"the last {len(tokens) - 1 - prompt['ends'][-1]} tokens; too few for a segment")
+        labels.append(f"the last {len(tokens) - 1 - prompt['ends'][-1]} tokens; too few for a segment")
     measures = (Measure("stability", "stability", unit, tuple(rates), -limits[0], limits[0]),)
     head = ("segment", "tokens", f"stability {unit}", "text")
     summary = f"{_mean(prompt)} {unit}"
-    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(told), measures, False, head, tuple(rows))
+    return Text(prompt_label(place, prompt), summary, tuple(pieces), tuple(labels), measures, False, head, tuple(rows))
 
 
 def _mean(prompt: Mapping[str, Any]) -> str:
@@ -91,7 +92,7 @@ def _mean(prompt: Mapping[str, Any]) -> str:
 
 
 def visible(piece: str) -> str:
-    """A token as it can be said and shown: white space gets a sign of its own."""
+    """A token as it is read out and shown: white space is replaced by symbols."""
     signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
     shown = "".join(signs.get(letter, letter) for letter in piece)
     return "␣" * len(shown) if not shown.strip() else shown.strip()

@@ -1,7 +1,7 @@
-"""What a report shows of results: pure functions from the JSON of a command to charts.
+"""The charts of a report: pure functions from the JSON of a command to charts.
 
-They take what `ngc-jax compare`, `stability`, `distil` and `train` write, and raise KeyError, TypeError or ValueError
-where that is not what they expect.
+They take the output of `ngc-jax compare`, `stability`, `distil` and `train`, and raise KeyError, TypeError or
+ValueError for anything else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from ngc_jax.reporting.charts import ROLE_NAMES, Bars, BlockMap, Cell, Lines, Series, number, percent, shorten
 
-# Perplexities above this multiple of the dense one are off the picture: the model is broken there.
+# Perplexities above this multiple of the dense one are left out: the model is broken there.
 CEILING = 20.0
-# More lines than these cannot be told apart.
+# More lines than these cannot be distinguished.
 MOST_LINES = 8
 OURS = "ngc"
 
@@ -26,7 +26,7 @@ def pareto(results: Mapping[str, Any], marks: Sequence[tuple[float, str]] = ()) 
 
     Args:
         results: As `ngc-jax compare` returns them.
-        marks: Positions on the x axis to point out, with their labels.
+        marks: Labelled positions on the x axis.
     """
     dense = results["dense"]
     rows = [row for row in results["entries"] if row["section"] == "methods"]
@@ -66,7 +66,7 @@ def pareto_points(
 
 
 def front(results: Mapping[str, Any]) -> list[str]:
-    """Methods with at least one model that no other betters at its size (give or take 1 %) or below."""
+    """Methods with at least one model that no other model of at most its size (within 1 %) outperforms."""
     rows = [row for row in results["entries"] if row["section"] == "methods"]
 
     def beaten(row: Mapping[str, Any]) -> bool:
@@ -80,11 +80,11 @@ def front(results: Mapping[str, Any]) -> list[str]:
 
 
 def other_variants(results: Mapping[str, Any]) -> list[Bars]:
-    """Levers, topologies and calibration texts: what each variant costs, one chart for each kind."""
+    """Levers, topologies and calibration texts: the cost of each variant, one chart for each kind."""
     titles = {
-        "levers": ("Levers", "What each part of a method is worth."),
-        "topologies": ("Topologies", "What it costs or brings that blocks share."),
-        "texts": ("Calibration texts", "What it costs to calibrate on another text than the one evaluated on."),
+        "levers": ("Levers", "The effect of each part of a method."),
+        "topologies": ("Topologies", "The cost or gain of sharing between blocks."),
+        "texts": ("Calibration texts", "The cost of calibration on another text than the one evaluated on."),
     }
     return [
         _excess_bars(rows, results["dense"], title, description)
@@ -94,7 +94,7 @@ def other_variants(results: Mapping[str, Any]) -> list[Bars]:
 
 
 def levers(results: Mapping[str, Any]) -> Bars:
-    """The levers of a comparison, each below the method that it changes, as that is at the same keep ratios."""
+    """The levers of a comparison, each below the method that it changes, at the same keep ratios."""
     rows = [row for row in results["entries"] if row["section"] == "levers"]
     keeps = {row["keep"] for row in rows}
     plain = [row for row in results["entries"] if row["section"] == "methods" and row["keep"] in keeps]
@@ -102,7 +102,7 @@ def levers(results: Mapping[str, Any]) -> Bars:
     for method in dict.fromkeys(row["method"] for row in rows):
         ordered += [row for row in plain if row["variant"] == method]
         ordered += [row for row in rows if row["method"] == method]
-    return _excess_bars(ordered, results["dense"], "Levers", "What each part of a method is worth.")
+    return _excess_bars(ordered, results["dense"], "Levers", "The effect of each part of a method.")
 
 
 def _excess_bars(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], title: str, description: str) -> Bars:
@@ -122,7 +122,7 @@ def _excess_bars(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], ti
 
 
 def rank_map(row: Mapping[str, Any]) -> BlockMap:
-    """Rank over full rank of every block of an entry in which every block has a group of its own.
+    """Rank over full rank of every block of an entry in which every block has its own group.
 
     Args:
         row: The entry.
@@ -136,7 +136,7 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
         name = f"L{layer}-{role}"
         rank, most = found.get(name, (None, None))
         share = 1.0 if rank is None or most is None else rank / most
-        told = f"{name}: " + ("left dense" if rank is None else f"rank {rank} of {most}")
+        label = f"{name}: " + ("left dense" if rank is None else f"rank {rank} of {most}")
         cells.append(
             Cell(
                 layer,
@@ -145,7 +145,7 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
                 shared=1,
                 value=share,
                 short=f"{100 * share:.0f}",
-                told=told,
+                told=label,
                 row=(name, number(rank), number(most), percent(share)),
             )
         )
@@ -182,7 +182,7 @@ def growth(results: Mapping[str, Any]) -> Lines:
         series.append(Series(prompt_label(place, prompt), x, tuple(middle.tolist()), *edges, style=place))
     return Lines(
         title="Growth of small perturbations" + (" over the layers" if depth else " over a segment"),
-        description="Where a line falls, perturbations fade. "
+        description="Where a line falls, perturbations decay. "
         + ("Line: the median token; band: 10 % to 90 % of tokens." if depth else "Line: mean; band: all segments."),
         x_label="layers passed" if depth else "tokens after the perturbed ones",
         y_label="ln(perturbation / stream)" if depth else "ln(perturbation of the memory)",
@@ -203,7 +203,7 @@ def metric_over_text(results: Mapping[str, Any]) -> Lines:
         series.append(Series(name, tuple(map(float, x)), tuple(metric), style=place, markers=not depth))
     return Lines(
         title="Neuronal stability metric by " + ("token" if depth else "segment"),
-        description="Below 0 perturbations fade.",
+        description="Below 0 perturbations decay.",
         x_label="token" if depth else "last token of the segment",
         y_label="rate per layer" if depth else "rate per token",
         series=tuple(series),
@@ -251,10 +251,10 @@ def spectra(results: Mapping[str, Any]) -> list[Lines]:
 
 
 def potential_by_layer(results: Mapping[str, Any]) -> Lines:
-    """How much of each layer's motion the rest of the prompt drives, mean over tokens."""
+    """Share of each layer's motion that the rest of the prompt drives, mean over tokens."""
     return Lines(
         title="Share of the potential by layer",
-        description="How much of a token's motion in each layer the rest of the prompt drives: 0 none, 1 all.",
+        description="Share of a token's motion in each layer that the rest of the prompt drives: 0 none, 1 all.",
         x_label="layer",
         y_label="share of the potential",
         series=tuple(
@@ -271,15 +271,15 @@ def potential_by_layer(results: Mapping[str, Any]) -> Lines:
 
 
 def prompt_label(place: int, prompt: Mapping[str, Any]) -> str:
-    """Prompts are named by their number and how they begin."""
+    """Name a prompt by its number and beginning."""
     return f"{place + 1}: {shorten(prompt['text'], 32)}"
 
 
 def training(rows: Sequence[Mapping[str, float]]) -> list[Lines]:
-    """Loss over steps, and perplexity where it was measured; of two lines for one step the later holds.
+    """Loss over steps, and perplexity where it was measured; of two lines for one step the later counts.
 
     Args:
-        rows: As metrics.jsonl has them.
+        rows: The lines of metrics.jsonl.
     """
     merged: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -287,7 +287,7 @@ def training(rows: Sequence[Mapping[str, float]]) -> list[Lines]:
     ordered = sorted(merged.items())
     names = ("loss", "cross_entropy", "divergence", "hidden")
     losses = [name for name in names if any(name in row for _, row in ordered)]
-    # A part that is all of the loss is the same line.
+    # A part that equals the whole loss is the same line.
     losses = [n for n in losses if n == "loss" or any(row.get(n) != row.get("loss") for _, row in ordered if n in row)]
     charts = []
     if losses:
@@ -295,7 +295,7 @@ def training(rows: Sequence[Mapping[str, float]]) -> list[Lines]:
         charts.append(
             Lines(
                 title="Loss by step",
-                description="What training made smaller, on the training text, in nats per token.",
+                description="The training objective on the training text, in nats per token.",
                 x_label="step",
                 y_label="loss (nats per token)",
                 series=tuple(series),

@@ -1,7 +1,7 @@
-"""How stable a dynamics is: Jacobians, Lyapunov exponents, contraction, fixed points, the driving potential.
+"""Stability of a dynamics: Jacobians, Lyapunov exponents, contraction, fixed points, the driving potential.
 
-Everything that is exported here takes a pure step function of a state, any pytree, and knows nothing of models. The
-modules `depth`, `sequence` and `driving` apply it to decoders.
+Everything exported here takes a pure step function of a state, any pytree, and is independent of models. The modules
+`depth`, `sequence` and `driving` apply it to decoders.
 """
 
 from ngc_jax.stability.contraction import (

@@ -1,13 +1,13 @@
-"""Contraction: do all pairs of nearby trajectories approach one another, in a metric of one's choice.
+"""Contraction: whether all pairs of nearby trajectories approach one another, in a given metric.
 
 In the metric P = L L^T a displacement d has the length |L^T d|. A step with Jacobian J changes lengths by at most the
-factor ||L^T J L^-T||, a flow with Jacobian A at most at the rate of A's matrix measure. If the rate stays below a
-negative number all over a region (convex, and not left), all trajectories in it approach one another (Lohmiller and
-Slotine 1998, Automatica 34:683, theorem 2, and its form for maps). Along one trajectory it is a statement about its
-neighbourhood alone.
+factor ||L^T J L^-T||, a flow with Jacobian A at most at the rate of A's matrix measure. If the rate is below some
+negative number everywhere in a convex region that trajectories do not leave, all trajectories in it approach one
+another (Lohmiller and Slotine 1998, Automatica 34:683, theorem 2, and its form for maps). Along one trajectory it is a
+statement about its neighbourhood only.
 
 In the long run the mean rate along a trajectory is never below its largest Lyapunov exponent, whatever the metric; the
-best metric is the one in which they come closest.
+best metric is the one that brings them closest.
 
 Legend: N numbers in a state, T steps.
 """
@@ -54,7 +54,7 @@ def contraction_rate(matrix: Float[Array, "n n"], metric: Metric | None = None, 
     Args:
         matrix: J, the Jacobian of the step.
         metric: P, symmetric and positive; None for the identity.
-        dt: Time that the step takes.
+        dt: Duration of the step.
 
     Returns:
         The rate, in natural logarithms per unit of time; below zero the step contracts. Minus infinity for J = 0.
@@ -81,8 +81,8 @@ def contraction_rates(
         states: The states at which the steps begin, with a leading axis T.
         metric: P for the states' vectors, symmetric and positive; None for the identity.
         inputs: Inputs of the steps, with a leading axis T; None for none.
-        dt: Time that a step takes.
-        limit: Greatest side of a Jacobian; beyond it use `top_singular_values`.
+        dt: Duration of a step.
+        limit: Largest allowed side of a Jacobian; beyond it use `top_singular_values`.
 
     Returns:
         (T,).
@@ -105,7 +105,7 @@ def lyapunov_metric(matrix: Float[Array, "n n"], rate: float | None = None) -> M
 
     Args:
         matrix: A, (N, N).
-        rate: Above the logarithm of A's spectral radius; None for half of that logarithm, for which A has to be stable.
+        rate: Above the logarithm of A's spectral radius; None for half of that logarithm, for which A must be stable.
 
     Returns:
         P (N, N) of trace N.
@@ -154,18 +154,18 @@ def fit_metric(
 ) -> MetricFit:
     """A constant metric in which the worst step of a trajectory contracts as fast as possible.
 
-    Adam on L, lower triangular with positive diagonal, P = L L^T. The maximum over steps and singular values s is made
-    smooth as log(sum of s^p) / p, with p growing from 10 to `sharpness`, and the best metric met on the way is
-    returned, so that it is never worse than the start. The rate holds for these Jacobians; that no metric has a lower
-    one is not proven.
+    Adam on L, lower triangular with positive diagonal, P = L L^T. The maximum over steps and singular values s is
+    smoothed as log(sum of s^p) / p, with p growing from 10 to `sharpness`. The best metric of all iterations is
+    returned, so that it is never worse than the start. The rate holds for these Jacobians; a metric with a lower rate
+    may exist.
 
     Args:
         jacobians: (T, N, N) of the steps, as from `jacobians_along`.
-        start: P to begin with; None for the identity.
+        start: Initial P; None for the identity.
         iterations: Gradient steps.
-        learning_rate: Of Adam at the start, falling to zero as a cosine.
+        learning_rate: Initial learning rate of Adam, with a cosine decay to zero.
         sharpness: Of the smooth maximum at the end.
-        dt: Time that a step takes.
+        dt: Duration of a step.
 
     Raises:
         UsageError: If the Jacobians are not a stack of square matrices, or the start does not fit.
@@ -211,7 +211,7 @@ def factor_metric(metric: Metric | None, size: int) -> Float[Array, "n n"] | Non
     """L with L L^T = P, lower triangular; None for None.
 
     Raises:
-        UsageError: If P is not of that size or, where its values are known (outside of jit), not symmetric and
+        UsageError: If P is not of that size or, if its values are known (outside of jit), not symmetric and
             positive.
     """
     if metric is None:

@@ -1,17 +1,17 @@
-"""Stability along depth: how a perturbation of one token's residual stream grows on its way through the layers.
+"""Stability along depth: growth of a perturbation of one token's residual stream through the layers.
 
-The map that is iterated: layer l takes x_l[t] to x_(l+1)[t], with the keys and values of all other tokens as they
-were. Its Jacobian is the diagonal block d x_(l+1)[t] / d x_l[t] of the whole sequence's, the same for all tokens in one
-pass, so that K directions for every token cost K forward derivatives of one pass.
+The iterated map: layer l takes x_l[t] to x_(l+1)[t], with the keys and values of all other tokens held constant. Its
+Jacobian is the diagonal block d x_(l+1)[t] / d x_l[t] of the whole sequence's. One pass gives it for all tokens, so
+that K directions for every token cost K forward derivatives of one pass.
 
 The **neuronal stability metric** of a token is the rate at which a small perturbation of random direction grows,
-relative to the stream itself (the layers read the stream through norms, which take its length away):
+relative to the stream itself (the layers read the stream through norms, which remove its length):
 
     metric = (1/n) · ( log sqrt(mean over random unit q of |J q|²) - log(|x_n| / |x_0|) )
 
-with J the Jacobian of all n layers. Below 0 perturbations fade: the token is stable. K random directions estimate the
-mean, and their spread gives the uncertainty. Unlike the exponents of so few steps, it does not depend on a frame: the
-mean is |J|_F² / D. The paper names such a metric and gives no formula; this definition is ours, see docs/stability.md.
+with J the Jacobian of all n layers. Below 0 perturbations decay: the token is stable. K random directions estimate the
+mean, and their spread gives the uncertainty. Unlike exponents over so few steps, it does not depend on a frame: the
+mean is |J|_F² / D. The paper names such a metric without a formula; this definition is ours, see docs/stability.md.
 
 Legend: B prompts, L tokens with padding, D embed, n layers times iterations (the depth), K directions, S signal.
 """
@@ -50,14 +50,14 @@ class DepthStability(NamedTuple):
     Attributes:
         metric: (B, L) the neuronal stability metric.
         error: (B, L) its standard error, from the spread of the K directions; NaN if K is 1.
-        exponents: (B, L, K) finite-time Lyapunov exponents, of the stream as it is (not relative to its length). They
+        exponents: (B, L, K) finite-time Lyapunov exponents, of the stream itself (not relative to its length). They
             depend on the frame: after few layers only their sum has a bound, the singular values of all layers.
-        local: (B, L, n, K) growth rates of the layers, whose mean the exponents are.
+        local: (B, L, n, K) growth rates of the layers, whose means are the exponents.
         growth: (B, L, n+1) logarithm of the factor by which a random perturbation has grown, relative to the stream,
             before every layer and after the last: 0 first, n · metric last.
-        signals: For every group, (B, L): logarithm of how much larger the random perturbation is in the group's signal,
-            relative to that signal, than in the stream that enters its layers. Below 0 the group hears less of it.
-        frames: (B, L, n, D, K) after every layer if asked for, else None.
+        signals: For every group, (B, L): logarithm of the relative size of the random perturbation in the group's
+            signal over that in the stream that enters its layers. Below 0 the group attenuates it.
+        frames: (B, L, n, D, K) after every layer if requested, else None.
     """
 
     metric: Float[Array, "B L"]
@@ -80,17 +80,17 @@ def depth_stability(
     directions: int = 8,
     keep_frames: bool = False,
 ) -> DepthStability:
-    """Exponents, metric and each group's part in it for every token of some prompts.
+    """Exponents, metric and each group's contribution for every token of some prompts.
 
-    Prompts are taken in turn, layers one after the other: beside the model, memory is that of one layer's forward
-    derivatives, L · D · K numbers and what attention needs. The random directions of a token depend on the key and on
-    its position only, so that two models of one size, or two prompts, are compared with the same ones.
+    Prompts are processed one after the other, layer by layer: in addition to the model, memory is that of one layer's
+    forward derivatives, L · D · K numbers and attention's. The random directions of a token depend on the key and its
+    position only, so that two models of the same size, or two prompts, are compared with the same ones.
 
     Args:
         decoder: The module, dense or compact.
         params: Its parameters.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own; all if None.
+        lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions.
         directions: K.
         keep_frames: Whether to return the frames: B · L · n · D · K numbers.
@@ -148,7 +148,7 @@ def _of_prompt(
         local.append(rates_LxK)
         growth.append(scale_L - log_length(x_LxD) + first_L)
         frames.append(frame_LxDxK)
-    # The columns of the mixing are K independent samples of |J q|², each over their mean: their mean is 1.
+    # The columns of the mixing are K independent samples of |J q|², each relative to their mean: their mean is 1.
     samples_LxK = jnp.sum(mixing_LxKxK**2, axis=1)
     error_L = jnp.std(samples_LxK, axis=1, ddof=1) / K**0.5 / (2 * depth) if K > 1 else jnp.full_like(scale_L, jnp.nan)
     local_LxnxK = jnp.stack(local, axis=1)
@@ -166,12 +166,13 @@ def _of_prompt(
 def _layer(
     decoder: Decoder, params: Params, number: int, x_LxD: Array, positions_L: Array
 ) -> Callable[[Array], tuple[Array, dict[str, Array]]]:
-    """The layer at x as a map of all tokens, each on its own: to the stream after it and the signals of its groups."""
+    """The layer at x as a map of all tokens separately: to the stream after it and the signals of its groups."""
     layer, plan = number % decoder.config.num_layers, decoder.plan or Plan()
     module = DecoderLayer(decoder.config, plan, layer, decoder.param_dtype, hold_others=True)
     variables = {"params": params["layers"][str(layer)]}
     states = params.get("groups", {})
-    # Not stop_gradient: the derivative of a rate with respect to the parameters goes through what others have to say.
+    # Not stop_gradient: the derivative of a rate with respect to the parameters includes the other tokens' keys and
+    # values.
     _, others = apply_layer(
         decoder, params, number, x_LxD, positions_L, init_cache(decoder.config, 1, 0, x_LxD.dtype)[0]
     )

@@ -1,12 +1,11 @@
 """A language model as a driven dynamics along depth: recorded streams, the maps of its layers, and the potential.
 
-The state of token t after l layers is its residual stream x_l[t]; layer l takes it to x_(l+1)[t]. What the token gets
-from the others, through attention, is what drives it: the potential is its actual motion minus that of an undriven
-reference. Two references:
+The state of token t after l layers is its residual stream x_l[t]; layer l takes it to x_(l+1)[t]. The other tokens
+drive it through attention: the potential is its actual motion minus that of an undriven reference. Two references:
 
-- alone: the same layer at the same state, with attention restricted to the token itself. The potential is what the
-  prompt does to the token's motion, and it is 0 for the first token, which has nothing before it.
-- mean field: the mean step of the tokens of a reference text. The potential is what is particular to this token.
+- alone: the same layer at the same state, with attention restricted to the token itself. The potential is the effect of
+  the prompt on the token's motion; it is 0 for the first token, which has no context.
+- mean field: the mean step of the tokens of a reference text. The potential is what distinguishes this token.
 
 Both are our definitions; see docs/stability.md.
 
@@ -41,14 +40,14 @@ def potential_over_alone(
 ) -> Drive:
     """The potential that the prompt exerts on every token: actual motion minus that of the token alone.
 
-    The reference moves on from the actual x_l[t], by layer l with attention to itself only: as if the token stood alone
-    at position 0 of a context of its own (rotary embeddings know only distances). Costs one more forward pass.
+    The reference moves from the actual x_l[t], by layer l with attention to itself only: as if the token were alone at
+    position 0 of its own context (rotary embeddings depend on distances only). Costs one more forward pass.
 
     Args:
         decoder: The module.
         params: Its parameters.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own; all if None.
+        lengths_B: Number of tokens in each prompt, without padding; all if None.
 
     Returns:
         `Drive` with leading axes (B, L, n): potential and undriven motion (B, L, n, D) per layer. 0 at padding.
@@ -87,7 +86,7 @@ def mean_motion(
         decoder: The module.
         params: Its parameters.
         tokens_BxL: Windows of the reference text, padded on the right with any token.
-        lengths_B: How many tokens of each are its own; all if None.
+        lengths_B: Number of tokens in each window, without padding; all if None.
 
     Raises:
         UsageError: As `potential_over_alone`.
@@ -117,7 +116,7 @@ def potential_over_mean(
         params: Its parameters.
         motion_nxD: From `mean_motion`.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own; all if None.
+        lengths_B: Number of tokens in each prompt, without padding; all if None.
 
     Returns:
         As `potential_over_alone`.
@@ -141,14 +140,14 @@ def potential_over_mean(
 
 @jax.jit
 def alignment(drive: Drive, frames_BxLxnxDxK: Float[Array, "B L n D K"]) -> Float[Array, "B L n K"]:
-    """Which share of |u|² lies in the directions that depth has expanded most, for every token and layer.
+    """The share of |u|² in the directions that depth has expanded most, for every token and layer.
 
     Args:
-        drive: Of this module's functions.
-        frames_BxLxnxDxK: Of `depth.depth_stability(..., keep_frames=True)`.
+        drive: From this module's functions.
+        frames_BxLxnxDxK: From `depth.depth_stability(..., keep_frames=True)`.
 
     Returns:
-        Entry k: the share in the first k + 1 directions; the rest lies in the more contracting ones. A direction that
-        has nothing to do with the frames has (k + 1) / D.
+        Entry k: the share in the first k + 1 directions; the rest lies in the more contracting ones. A direction
+        independent of the frames has (k + 1) / D.
     """
     return jax.vmap(jax.vmap(share_in_span))(drive.potential, frames_BxLxnxDxK)

@@ -1,4 +1,4 @@
-"""Fixed points, and Lyapunov functions tried along a trajectory.
+"""Fixed points, and checks of Lyapunov functions along a trajectory.
 
 Legend: N numbers in a state, T + 1 states of a trajectory of T steps.
 """
@@ -19,11 +19,11 @@ from ngc_jax.stability.jacobians import LIMIT
 
 
 class FixedPoint(NamedTuple):
-    """Where a map leaves a state as it is.
+    """A fixed point of a map.
 
     Attributes:
         state: The state.
-        residual: Norm of f(state) - state. Look at it: the search may not have converged.
+        residual: Norm of f(state) - state. Check it: the search may not have converged.
         iterations: Iterations taken.
     """
 
@@ -43,16 +43,16 @@ def fixed_point(
 ) -> FixedPoint:
     """A fixed point near a guess.
 
-    Newton's method finds unstable points too and forms the Jacobian; it is not damped, so begin near. Iterating f finds
-    stable points only and forms nothing. Reverse and forward derivatives are those of the implicit function theorem.
+    Newton's method also finds unstable points and forms the Jacobian; it is not damped, so start close. Iterating f
+    finds stable points only and forms nothing. Reverse and forward derivatives use the implicit function theorem.
 
     Args:
         f: A map from a state to a state of the same kind.
-        guess: Where to begin.
+        guess: The initial state.
         method: "newton" or "iterate".
-        iterations: At most so many; by default 50 for newton and 10 000 for iterate.
-        tolerance: Stop when the residual is below this times (1 + norm of the state); by default 10 roundings.
-        limit: Greatest side of the Jacobian, for newton.
+        iterations: Maximum number; by default 50 for newton and 10 000 for iterate.
+        tolerance: Stop when the residual is below this times (1 + norm of the state); by default 10 rounding errors.
+        limit: Largest allowed side of the Jacobian, for newton.
 
     Raises:
         UsageError: If the method is unknown, the Jacobian is too large, or f does not return a state of the same kind.
@@ -83,7 +83,7 @@ def fixed_point(
             return x_N, excess(x_N), i + 1
 
         x_N, excess_N, i = jax.lax.while_loop(go_on, improve, (x_N, excess(x_N), jnp.asarray(0)))
-        # Of floating point: custom_root knows no other derivatives.
+        # Of floating point: custom_root supports no other derivatives.
         return x_N, (jnp.linalg.norm(excess_N), i.astype(x_N.dtype))
 
     def solve_tangent(linear: Callable[[Array], Array], y_N: Array) -> Array:
@@ -103,7 +103,7 @@ def quadratic_form(center: State, metric: Metric | None = None) -> Callable[[Sta
     """The Lyapunov function V(x) = (x - c)^T P (x - c).
 
     Args:
-        center: c, as a rule a fixed point.
+        center: c, usually a fixed point.
         metric: P for the state's vector, symmetric and positive; None for the identity.
 
     Returns:
@@ -123,7 +123,7 @@ def quadratic_form(center: State, metric: Metric | None = None) -> Callable[[Sta
 
 
 class Decrease(NamedTuple):
-    """What a Lyapunov function does along a trajectory.
+    """The values of a Lyapunov function along a trajectory.
 
     Attributes:
         values: (T + 1,) of the function.
@@ -148,9 +148,9 @@ def decrease(
     Args:
         function: V, from a state to a number; see `quadratic_form`.
         trajectory: States with a leading axis T + 1.
-        rate: Demand exponential decrease: V must fall below (1 - rate) V in a step, rather than below V.
-        tolerance: Steps that begin with V at or below this are not counted: they have arrived, and only rounding moves
-            them.
+        rate: Require exponential decrease: V must fall below (1 - rate) V in a step, rather than below V.
+        tolerance: Steps that begin with V at or below this are not counted: they have converged, and only rounding
+            moves them.
 
     Raises:
         UsageError: If there are fewer than two states, or the rate is not between 0 and 1.

@@ -1,7 +1,7 @@
 """States as vectors: any pytree of floating-point arrays, ravelled, and step functions that act on the vectors.
 
-What this package measures (lengths, angles, singular values) belongs to the Euclidean space of all numbers of a state
-in one vector. Another unit for a part of the state is another geometry: scale the state before measuring.
+Lengths, angles and singular values in this package are those of the Euclidean space of all numbers of a state in one
+vector. Another unit for a part of the state is another geometry: scale the state before measuring.
 
 Legend: N numbers in a state, M in another one, T steps.
 """
@@ -20,7 +20,7 @@ from ngc_jax.errors import UsageError
 
 # Any pytree of floating-point arrays.
 State: TypeAlias = Any
-# state -> state, or (state, input) -> state where every step has an input.
+# state -> state, or (state, input) -> state if every step has an input.
 Step: TypeAlias = Callable[..., State]
 Unravel: TypeAlias = Callable[[Array], State]
 
@@ -32,7 +32,7 @@ def ravel(state: State) -> tuple[Float[Array, " n"], Unravel]:
         state: A pytree of floating-point arrays.
 
     Returns:
-        The vector (N,), of the type to which the leaves' types promote, and the function that takes it back.
+        The vector (N,), of the type to which the leaves' types promote, and the inverse function.
 
     Raises:
         UsageError: If the state has no numbers, or a leaf is not of floating point.
@@ -54,8 +54,8 @@ def flatten_map(f: Callable[[State], State], state: State) -> tuple[Float[Array,
     """A map from states to any other states, as a map from vectors to vectors.
 
     Args:
-        f: The map. What it returns may have another structure and size.
-        state: Where it is to be taken.
+        f: The map. Its result may have another structure and size.
+        state: Where to evaluate it.
 
     Returns:
         The state's vector (N,) and the map (N,) -> (M,).
@@ -75,10 +75,10 @@ def flatten_step(
         inputs: A pytree whose leaves have a leading axis, one entry for each step; None for none.
 
     Returns:
-        The state's vector (N,), the function that takes it back, and the step (N,), input -> (N,).
+        The state's vector (N,), the inverse function, and the step (N,), input -> (N,).
 
     Raises:
-        UsageError: If what `step` returns is not like the state.
+        UsageError: If the result of `step` is not like the state.
     """
     x_N, unravel = ravel(state)
 
@@ -91,21 +91,21 @@ def flatten_step(
     arguments = (unravel(x_N),) if inputs is None else (unravel(x_N), first)
     got = jax.tree.map(_describe, jax.eval_shape(step, *arguments))
     if got != expected:
-        raise UsageError(f"the step function makes {got} of a state {expected}; expected the same shapes and types")
+        raise UsageError(f"the step function maps a state {expected} to {got}; expected the same shapes and types")
     return x_N, unravel, flat_step
 
 
 def count_steps(inputs: Any, steps: int | None, *, transient: int = 0, every: int = 1) -> int:
-    """How many steps are measured.
+    """Number of measured steps.
 
     Args:
         inputs: As in `flatten_step`; the first `transient` entries are those of the steps that are not measured.
-        steps: Steps to measure; None for as many as there are inputs.
-        transient: Steps before those.
-        every: Steps that are measured together.
+        steps: Number of steps to measure; None for all inputs.
+        transient: Number of steps before those.
+        every: Number of steps measured together.
 
     Raises:
-        UsageError: If there is no way to know the number, it does not agree with the inputs, or it is not a multiple
+        UsageError: If the number is not given, disagrees with the inputs, or is not a multiple
             of `every`.
     """
     entries = count_entries(inputs) if jax.tree.leaves(inputs) else None
@@ -156,7 +156,7 @@ def working_type(*types: Any) -> Any:
 def vary_like(array: Array, reference: Array) -> Array:
     """The same array, of the same kind as a reference inside `jax.shard_map`: one value on each device.
 
-    A constant counts as one value for all devices, and a scan does not let such a carry become many.
+    A constant counts as one value for all devices, and a scan does not let such a carry vary by device.
     """
     return jnp.where(jnp.isnan(reference.reshape(-1)[0]), array, array)
 

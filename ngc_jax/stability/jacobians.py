@@ -1,4 +1,4 @@
-"""Jacobians of a step: formed where they are small, applied without being formed where they are not.
+"""Jacobians of a step: formed if they are small, applied without being formed if they are large.
 
 A map is any pure function of a state, a pytree; a step with parameters is `functools.partial(step, params)`. The
 functions of a matrix take one Jacobian; stacks of them are one `jax.vmap`.
@@ -24,12 +24,12 @@ LIMIT = 4096
 
 
 def jacobian(f: Callable[[State], State], state: State, *, limit: int = LIMIT) -> Float[Array, "m n"]:
-    """The Jacobian of a map, by as many forward derivatives as the state has numbers.
+    """The Jacobian of a map, by one forward derivative for each number of the state.
 
     Args:
         f: A map from states to states, possibly of another structure.
-        state: Where.
-        limit: Greatest side of the matrix.
+        state: Where to evaluate it.
+        limit: Largest allowed side of the matrix.
 
     Returns:
         (M, N): the derivative of output number m by state number n, both counted as `ravel_pytree` does.
@@ -54,13 +54,13 @@ def jacobians_along(step: Step, states: State, *, inputs: Any = None, limit: int
         step: `step(state)`, or `step(state, input)` if there are inputs.
         states: The states at which steps begin; the leaves have a leading axis T.
         inputs: Inputs of the steps, with a leading axis T; None for none.
-        limit: Greatest side of a matrix.
+        limit: Largest allowed side of a matrix.
 
     Returns:
         (T, M, N).
 
     Raises:
-        UsageError: If a matrix is larger than the limit, or inputs and states are not equally many.
+        UsageError: If a matrix is larger than the limit, or the numbers of inputs and states differ.
     """
     count_steps((states, inputs), None)
     if inputs is None:
@@ -84,7 +84,7 @@ def spectral_radius(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
 
 
 def henrici_departure(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
-    """How far a matrix is from normal, between 0 (normal) and 1 (nilpotent).
+    """Departure of a matrix from normality, between 0 (normal) and 1 (nilpotent).
 
     sqrt(||A||_F^2 - sum |eigenvalue|^2) / ||A||_F: the departure from normality of Henrici (1962, "Bounds for
     iterates, inverses, spectral variation and fields of values of non-normal matrices") in the Frobenius norm,
@@ -112,8 +112,8 @@ def kreiss_lower_bound(
     """A lower bound of the Kreiss constant, and so of the transient growth max_n ||A^n||.
 
     The constant is the supremum over |z| > 1 of (|z| - 1) ||(z - A)^-1||; here the maximum over a grid. Transient
-    growth is at least the constant and at most e N times as much (Trefethen and Embree 2005, section 18). A normal
-    contraction has 1; where the spectral radius exceeds 1 the constant is infinite and this number means nothing.
+    growth is at least the constant and at most e N times that (Trefethen and Embree 2005, section 18). A normal
+    contraction has 1; if the spectral radius exceeds 1 the constant is infinite and this number is meaningless.
 
     Args:
         matrix: A, real.
@@ -136,8 +136,8 @@ class TopSingularValues(NamedTuple):
 
     Attributes:
         values: (K,) greatest first.
-        right: (N, K) the directions that are stretched most.
-        left: (M, K) where they go.
+        right: (N, K) the most stretched directions.
+        left: (M, K) their images.
         residuals: (K,) norms of J^T u - s v: a singular value of J lies within this distance of each value.
     """
 
@@ -160,18 +160,18 @@ def top_singular_values(
 
     Randomised block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477, algorithm 2). The map is linearised
     once; every iteration applies the Jacobian and its transpose to a block of k + oversample directions. The basis,
-    N · (k + oversample) · (iterations + 1) numbers, is kept. Where it would have as many columns as the state has
-    numbers, the Jacobian is taken whole instead, and the result is exact.
+    N · (k + oversample) · (iterations + 1) numbers, is kept. If it would have N columns or more, the whole Jacobian
+    is used instead, and the result is exact.
 
     The derivative of a value is that of u^T J v at fixed vectors: exact for converged values that are not repeated.
     Vectors have no derivative.
 
     Args:
         f: A map from states to states, possibly of another structure.
-        state: Where.
-        k: How many.
+        state: Where to evaluate it.
+        k: Number of singular values.
         key: Random key of the first block.
-        iterations: Applications of J^T J; look at the residuals.
+        iterations: Applications of J^T J; check the residuals.
         oversample: Directions of a block beyond k.
 
     Raises:
@@ -217,8 +217,8 @@ def _krylov(normal: Callable[[Array], Array], block_NxB: Array, iterations: int)
         basis_NxS, block_NxB = carry
         basis_NxS = jax.lax.dynamic_update_slice(basis_NxS, block_NxB, (0, i * B))
         block_NxB = normal(block_NxB)
-        # Three times: where J has no more rank, the first pass leaves rounding errors, the second makes arbitrary
-        # directions of them, and the third takes these out of the basis's span.
+        # Three times: where the rank of J is exhausted, the first pass leaves rounding errors, the second turns them
+        # into arbitrary directions, and the third removes their components in the basis's span.
         for _ in range(3):
             block_NxB = jnp.linalg.qr(block_NxB - basis_NxS @ (basis_NxS.T @ block_NxB))[0]
         return (basis_NxS, block_NxB), None

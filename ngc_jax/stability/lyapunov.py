@@ -6,7 +6,7 @@ Ruelle 1985, Rev. Mod. Phys. 57:617, section V.C). k exponents cost k forward de
 
 With many steps the mean is the Lyapunov exponent, whatever the frame was. With few, as along the depth of a network, it
 depends on the frame: let transient steps turn the frame first, or use the singular values of all steps as one map
-(`top_singular_values`), whose logarithms over the time are the finite-time exponents that depend on no frame.
+(`top_singular_values`), whose logarithms over the time are the finite-time exponents that do not depend on a frame.
 
 Legend: N numbers in a state, K exponents, T steps, E steps between orthonormalisations, L = T / E intervals.
 """
@@ -23,13 +23,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ngc_jax.errors import UsageError
 from ngc_jax.stability.flat import State, Step, count_steps, flatten_step, ravel, vary_like, working_type
 
-# In units of the rounding of a pushed-forward direction: what is left of it outside the directions before it counts as
-# nothing below this.
+# In units of the rounding of a pushed-forward direction: components outside the span of the previous directions that
+# are below this count as zero.
 RESOLUTION = 16.0
 
 
 class LyapunovSpectrum(NamedTuple):
-    """Exponents and how they came about; rates are natural logarithms per unit of time.
+    """Exponents and their convergence; rates are natural logarithms per unit of time.
 
     Exponents are in the order of the frame's columns, which is descending up to fluctuations.
 
@@ -37,10 +37,10 @@ class LyapunovSpectrum(NamedTuple):
         exponents: (K,) mean growth rates. Minus infinity where a direction was lost (a singular Jacobian).
         standard_errors: (K,) of the exponents, from batch means; see `standard_error`.
         local: (L, K) growth rates of the intervals, the local exponents.
-        running: (L, K) exponents as they stood after each interval: the convergence curve.
+        running: (L, K) exponents after each interval: the convergence curve.
         state: The state after the last step.
         frame: (N, K) the frame there: with `state`, where to continue.
-        frames: (L, N, K) the frame at the end of every interval if asked for, else None. (A tuple of frames from
+        frames: (L, N, K) the frame at the end of every interval if requested, else None. (A tuple of frames from
             `lyapunov_of_maps`.)
     """
 
@@ -67,7 +67,7 @@ def random_frame(key: PRNGKeyArray, state: State, k: int) -> Float[Array, "n k"]
     Args:
         key: Random key.
         state: Any state, for its size and type.
-        k: How many.
+        k: Number of directions.
 
     Returns:
         (N, K), uniformly distributed, at least float32.
@@ -84,8 +84,8 @@ def random_frame(key: PRNGKeyArray, state: State, k: int) -> Float[Array, "n k"]
 def orthonormalise(vectors_NxK: Float[Array, "n k"]) -> tuple[Float[Array, "n k"], Float[Array, " k"]]:
     """QR decomposition: an orthonormal frame of the vectors and the logarithms of |R_ii|.
 
-    Where a vector lies in the span of those before it to within its rounding, the logarithm is minus infinity and the
-    frame gets some direction orthogonal to the others.
+    If a vector lies in the span of those before it to within its rounding, the logarithm is minus infinity and the
+    frame gets an arbitrary direction orthogonal to the others.
     """
     frame_NxK, r_KxK = jnp.linalg.qr(vectors_NxK)
     left_K = jnp.abs(jnp.diagonal(r_KxK))
@@ -114,14 +114,14 @@ def lyapunov_spectrum(
 
     Args:
         step: `step(state)`, or `step(state, input)` if there are inputs.
-        state: Where to begin.
+        state: The initial state.
         frame: (N, K) perturbations to follow, as from `random_frame`, or the frame of an earlier run.
-        steps: Steps to measure; may be left out if there are inputs.
-        inputs: What drives the steps: a pytree with a leading axis of transient + steps entries. None for none.
-        transient: Steps before those that are measured; they take state and frame to where they belong.
+        steps: Number of steps to measure; may be left out if there are inputs.
+        inputs: Inputs that drive the steps: a pytree with a leading axis of transient + steps entries. None for none.
+        transient: Number of steps before the measured ones, which bring state and frame to their long-run behaviour.
         every: Steps between orthonormalisations. The directions must not become parallel to within rounding meanwhile.
-        dt: Time that a step takes.
-        keep_frames: Whether to return the frames along the way: N · K numbers for each interval.
+        dt: Duration of a step.
+        keep_frames: Whether to return the frames of all intervals: N · K numbers each.
 
     Returns:
         Exponents per unit of time, and the rest of `LyapunovSpectrum`.
@@ -166,14 +166,14 @@ def lyapunov_of_maps(
 ) -> LyapunovSpectrum:
     """Growth rates along a sequence of different maps, such as the layers of a network.
 
-    Each map may lead into a space of its own, with at least K numbers; a rate then compares lengths in two spaces. The
-    maps are traced one by one: use `lyapunov_spectrum` with inputs where one function does for all.
+    Each map may lead into another space, with at least K numbers; a rate then compares lengths in two spaces. The maps
+    are traced one by one: use `lyapunov_spectrum` with inputs if one function serves all steps.
 
     Args:
         maps: Pure functions, the first of which takes `state`.
-        state: Where to begin.
+        state: The initial state.
         frame: (N, K) perturbations to follow, as from `random_frame`.
-        dt: Time that a map takes.
+        dt: Duration of a map.
         keep_frames: Whether to return the frame after every map, as a tuple.
 
     Returns:
@@ -225,9 +225,9 @@ def in_intervals(inputs: Any, every: int) -> Any:
 def standard_error(series: Float[Array, "l k"]) -> Float[Array, " k"]:
     """The standard error of the mean of correlated series, by non-overlapping batch means.
 
-    As many batches as the square root of the length, but at most 32; it is right once a batch is longer than the
-    correlations (Flegal and Jones 2010, Ann. Statist. 38:1034). Entries at the start that fill no batch are
-    left out. Infinite where it cannot be known: for fewer than two entries, or where one is infinite.
+    The number of batches is the square root of the length, but at most 32; it is right once a batch is longer than the
+    correlations (Flegal and Jones 2010, Ann. Statist. 38:1034). Entries at the start that do not fill a batch are
+    left out. Infinite if it cannot be estimated: for fewer than two entries, or if one is infinite.
 
     Args:
         series: (L, K).

@@ -1,12 +1,12 @@
-"""The potential: what drives a trajectory beyond its own dynamics.
+"""The potential: the force that drives a trajectory beyond its own dynamics.
 
 The undriven dynamics F0 would take the state x_t to F0(x_t), the actual motion took it to x_(t+1); the potential is the
 difference per unit of time,
 
     u_t = (x_(t+1) - F0(x_t)) / dt.
 
-In the communication dynamics of `ngc_jax.groups.dynamics` this is exactly the u that was put in. Where the undriven
-dynamics is known from a recorded trajectory r alone, its motion r_(t+1) - r_t takes the place of F0(x_t) - x_t.
+In the communication dynamics of `ngc_jax.groups.dynamics` this is exactly the input u. If the undriven dynamics is
+known only from a recorded trajectory r, its motion r_(t+1) - r_t replaces F0(x_t) - x_t.
 
 Legend: N numbers in a state, K directions of a frame, T steps of a trajectory of T + 1 states.
 """
@@ -24,14 +24,14 @@ from ngc_jax.stability.flat import State, Step, count_entries, count_steps, rave
 
 
 class Drive(NamedTuple):
-    """The potential along a trajectory, and how it stands to the undriven motion m_t = (F0(x_t) - x_t) / dt.
+    """The potential along a trajectory, and its relation to the undriven motion m_t = (F0(x_t) - x_t) / dt.
 
     Attributes:
         potential: u, like the states, with a leading axis T.
         undriven: m, likewise. The actual motion is u + m.
         magnitude: (T,) |u|.
         share: (T,) |u| / (|u| + |m|), from 0 (the dynamics alone) to 1 (the potential alone); 0 where nothing moves.
-        cosine: (T,) of the angle between u and m: 1 where the potential hastens the motion, -1 where it holds it back;
+        cosine: (T,) of the angle between u and m: 1 where the potential accelerates the motion, -1 where it opposes it;
             0 where either is zero.
     """
 
@@ -48,8 +48,8 @@ def potential_along(trajectory: State, undriven: Step, *, inputs: Any = None, dt
     Args:
         trajectory: The actual states, the first included: a pytree with a leading axis T + 1.
         undriven: F0: `undriven(state)`, or `undriven(state, input)` if there are inputs.
-        inputs: What the undriven dynamics itself depends on from step to step, with a leading axis T; None for nothing.
-        dt: Time that a step takes.
+        inputs: Inputs of the undriven dynamics itself, with a leading axis T; None for none.
+        dt: Duration of a step.
 
     Returns:
         As in `Drive`. Its rounding error is that of the states, over dt.
@@ -70,13 +70,13 @@ def potential_along(trajectory: State, undriven: Step, *, inputs: Any = None, dt
 def potential_against(trajectory: State, reference: State, *, dt: float = 1.0) -> Drive:
     """The potential of a trajectory over a recorded undriven one: actual motion minus the reference's motion.
 
-    The same as `potential_along` as long as both are at the same state. Once they have parted it also contains that the
-    undriven dynamics moves differently in different places.
+    The same as `potential_along` as long as both are at the same state. Once they have separated it also contains the
+    difference of the undriven dynamics between the two states.
 
     Args:
         trajectory: The actual states, with a leading axis T + 1.
         reference: The undriven ones, of the same kind.
-        dt: Time that a step takes.
+        dt: Duration of a step.
 
     Raises:
         UsageError: If there are fewer than two states, or the shapes do not fit.
@@ -87,10 +87,10 @@ def potential_against(trajectory: State, reference: State, *, dt: float = 1.0) -
 
 
 def share_in_span(vectors: State, frames: Float[Array, "t n k"]) -> Float[Array, "t k"]:
-    """How much of each vector's squared length lies in the span of the first directions of a frame.
+    """The share of each vector's squared length in the span of the first directions of a frame.
 
     With the frames of `lyapunov_spectrum(..., keep_frames=True)` the first k directions span the subspace that the
-    past has expanded most, and what is not in them lies in the more contracting rest. A frame at the end of a step
+    past has expanded most; the remainder lies in the more contracting directions. A frame at the end of a step
     belongs to the potential of that step, which acts there. A vector of random direction has the share k / N.
 
     Args:

@@ -1,22 +1,22 @@
-"""Stability along the sequence: how a perturbation of past activations carries on into those of later tokens.
+"""Stability along the sequence: propagation of a perturbation of past activations to those of later tokens.
 
-What a decoder remembers of a text is its cache. The map that is iterated takes the cache at token t to the cache at
-token t+1, with the text given; a perturbation of remembered keys and values enters those of the new token through
-attention. Two things about this map decide what can be asked of it:
+A decoder's memory of a text is its cache. The iterated map takes the cache at token t to the cache at token t+1, with
+the text given; a perturbation of remembered keys and values enters those of the new token through attention. Two
+properties of this map determine what can be measured:
 
-- A cache forgets nothing, so that by itself no perturbation of it could ever fade; what is asked is whether it is
-  passed on. The state is therefore the keys and values of the last M tokens in all layers, each layer's in units of
-  their own root mean square, and perturbations of older ones are dropped.
-- A layer's keys and values depend on those of lower layers only. From token to token a perturbation climbs at least one
-  layer, and after n times nothing is left: in the limit of long texts every exponent is minus infinity. Rates are
-  therefore finite-time ones, of segments of M tokens, each with a random perturbation of the M tokens before.
+- A cache forgets nothing, so that a perturbation of it could never decay; the question is whether it is passed on. The
+  state is therefore the keys and values of the last M tokens in all layers, each layer's in units of their own root
+  mean square, and perturbations of older tokens are dropped.
+- A layer's keys and values depend on those of lower layers only. From token to token a perturbation rises by at least
+  one layer, and after n tokens it is gone: in the limit of long texts every exponent is minus infinity. Rates are
+  therefore finite-time rates of segments of M tokens, each with a random perturbation of the M tokens before.
 
 The neuronal stability metric of a segment is the rate at which a perturbation of random direction grows over it,
 
     metric = (1/M) · log sqrt(mean over random unit q of |J q|²)
 
-with J the Jacobian of M tokens: of a perturbation of M tokens, the next M tokens have exp(M · metric) times as much.
-Below 0 it fades. `depth.py` has the same metric along depth. The definitions are ours, see docs/stability.md.
+with J the Jacobian of M tokens: a perturbation of M tokens is multiplied by exp(M · metric) in the next M tokens.
+Below 0 it decays. `depth.py` has the same metric along depth. The definitions are ours, see docs/stability.md.
 
 Legend: B prompts, L tokens with padding, n layers times iterations, K directions, M memory, T segments, S cache slots,
 P sources, D embed.
@@ -60,9 +60,9 @@ class SequenceStability(NamedTuple):
         error: (B,) its standard error, from the spread of the segments; NaN for a single one.
         segments: (B, T) the metric of every segment.
         exponents: (B, T, K) finite-time Lyapunov exponents of every segment. They depend on the frame.
-        growth: (B, T, M) logarithm of the size of the random perturbation after every token of a segment; it began at
-            0. The segment's metric is the last one over M.
-        layers: (B, T, n) which share of its squared size is in each layer at the segment's end.
+        growth: (B, T, M) logarithm of the size of the random perturbation after every token of a segment; it starts at
+            0. The segment's metric is the last one divided by M.
+        layers: (B, T, n) share of its squared size in each layer at the segment's end.
         ends: (T,) position of the last token of every segment.
     """
 
@@ -88,16 +88,17 @@ def sequence_stability(
 ) -> SequenceStability:
     """Exponents and metric along some texts, measured from token M on.
 
-    Prompts are taken in turn, token by token with a cache; beside the model, memory is that of K + 1 caches.
+    Prompts are processed one after the other, token by token with a cache; in addition to the model, memory is that of
+    K + 1 caches.
 
     Args:
         decoder: The module, dense or compact.
         params: Its parameters.
         tokens_BxL: Prompts, padded on the right with any token.
-        lengths_B: How many tokens of each are its own; all if None.
+        lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions, which depend on it and on the segment only.
         directions: K.
-        memory: M, how many tokens a perturbation is remembered and followed.
+        memory: M, number of tokens that a perturbation is remembered and followed.
 
     Raises:
         UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
@@ -108,7 +109,7 @@ def sequence_stability(
     if min(memory, directions) < 1 or length < 2 * memory:
         raise UsageError(
             f"rows of {length} tokens, a memory of {memory} and {directions} directions; expected at least 1 of each "
-            "and rows of two memories: take longer prompts or a shorter memory"
+            "and rows of two memories: use longer prompts or a shorter memory"
         )
 
     def one(row: tuple[Array, Array]) -> SequenceStability:
@@ -131,7 +132,7 @@ def _of_prompt(
         return after
 
     def advance(carry: tuple[Cache, KeysValues], one: tuple[Array, ...]) -> tuple[tuple[Cache, KeysValues], Array]:
-        """One token: the cache, and the perturbations of it in units."""
+        """One token: the cache, and its perturbations in units."""
         (cache, vectors), (token, position) = carry, one
 
         def new_cache(kv: KeysValues) -> tuple[KeysValues, Cache]:
@@ -210,7 +211,7 @@ def _noise(key: PRNGKeyArray, cache: Cache, directions: int) -> KeysValues:
 
 
 def _recent(vectors: KeysValues, cache: Cache, memory: int) -> KeysValues:
-    """Perturbations (last axis) of the newest `memory` tokens; those of older ones and of empty slots become 0."""
+    """Perturbations (last axis) of the newest `memory` tokens; those of older tokens and of empty slots become 0."""
     kept = []
     for (keys, values), layer in zip(vectors, cache, strict=True):
         positions_S = layer.positions[0]
@@ -243,18 +244,18 @@ def responses(
     *,
     key: PRNGKeyArray,
 ) -> Float[Array, "P m L"]:
-    """How later tokens answer to a perturbation of one token's embedding, layer by layer.
+    """Response of later tokens to a perturbation of one token's embedding, layer by layer.
 
     Args:
         decoder: The module.
         params: Its parameters.
         tokens_L: A text without padding.
-        sources_P: Positions of the perturbed tokens; each is perturbed on its own, in one random direction.
+        sources_P: Positions of the perturbed tokens; each is perturbed separately, in one random direction.
         key: For the directions.
 
     Returns:
-        (P, n+1, L): |perturbation of x_l[t]| / |x_l[t]| over what it is at the source itself for l = 0. 1 there, 0 for
-        tokens before the source. Costs one forward derivative a source.
+        (P, n+1, L): |perturbation of x_l[t]| / |x_l[t]| relative to its value at the source for l = 0. 1 there, 0 for
+        tokens before the source. Costs one forward derivative for each source.
 
     Raises:
         UsageError: If the tokens are not one text of the model's ids.

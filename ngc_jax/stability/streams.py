@@ -1,4 +1,4 @@
-"""A language model as a dynamics of its residual stream: one layer applied, a pass recorded, one token's maps.
+"""A language model as a dynamics of its residual stream: apply one layer, record a pass, form one token's maps.
 
 The state of token t after l layers is its residual stream x_l[t]; layer l takes it to x_(l+1)[t].
 
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class Recording(NamedTuple):
-    """What a forward pass of one prompt left behind.
+    """The results of a forward pass of one prompt.
 
     Attributes:
         streams: (n+1, L, D) the residual stream before the first layer and after every one.
@@ -45,7 +45,7 @@ class Recording(NamedTuple):
 
 
 def depth_of(decoder: Decoder) -> int:
-    """Layers that a token passes: those of the model times its iterations."""
+    """Number of layers that a token passes: those of the model times its iterations."""
     return decoder.config.num_layers * decoder.config.iterations
 
 
@@ -64,7 +64,7 @@ def apply_layer(
     Args:
         decoder: The module.
         params: Its parameters.
-        number: Which layer, from 0; counted on through the iterations.
+        number: Which layer, from 0; numbered consecutively through the iterations.
         x_LxD: Residual stream.
         positions_L: Positions; -1 for padding.
         cache: Of this layer, or None.
@@ -85,19 +85,19 @@ def apply_layer(
 def record(
     decoder: Decoder, params: Params, tokens_L: Int[Array, " L"], length: Int[Array, ""] | int | None = None
 ) -> Recording:
-    """Run one prompt and keep its residual streams and caches.
+    """Run one prompt and record its residual streams and caches.
 
     Args:
         decoder: The module.
         params: Its parameters.
         tokens_L: The prompt, padded on the right with any token.
-        length: How many of them are its own; all if None.
+        length: Number of tokens in the prompt, without padding; all if None.
 
     Returns:
         (n+1) · L · D numbers of streams, and the cache.
 
     Raises:
-        UsageError: If a token id is none of the model's.
+        UsageError: If a token id is not in the model's vocabulary.
     """
     check_known_ids(decoder, tokens_L)
     index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
@@ -116,7 +116,7 @@ def record(
 def token_maps(
     decoder: Decoder, params: Params, recording: Recording, position: Int[Array, ""]
 ) -> list[Callable[[Array], Array]]:
-    """The layers as maps of ONE token's stream, the streams of all other tokens held as they were recorded.
+    """The layers as maps of ONE token's stream, with the recorded streams of all other tokens held constant.
 
     Token t's own key and value change with it; those of the others are in the recorded cache. A map costs one token,
     not a sequence, and its Jacobian is the block d x_(l+1)[t] / d x_l[t] of the whole stream's.
@@ -125,7 +125,7 @@ def token_maps(
         decoder: The module.
         params: Its parameters.
         recording: Of the prompt.
-        position: t. (Of padding, -1, the maps are defined and mean nothing.)
+        position: t. (For padding, -1, the maps are defined but meaningless.)
 
     Returns:
         n maps (D,) -> (D,).
@@ -133,7 +133,7 @@ def token_maps(
     position_1 = jnp.asarray(position, jnp.int32)[None]
 
     def of_layer(number: int) -> Callable[[Array], Array]:
-        # The token is written into its own slot, t mod L, over what was recorded there.
+        # The token is written into its own slot, t mod L, over its recorded entry.
         def advance(x_D: Array) -> Array:
             return apply_layer(decoder, params, number, x_D[None], position_1, recording.cache[number])[0][0]
 
@@ -145,7 +145,7 @@ def token_maps(
 def check_prompts(
     decoder: Decoder, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"] | None
 ) -> Int[Array, " B"]:
-    """The lengths of a batch of prompts.
+    """Check a batch of prompts and return their lengths.
 
     Raises:
         UsageError: If the tokens are not a batch of at least one, or there is not one length for each row.
@@ -156,7 +156,7 @@ def check_prompts(
             "at least one"
         )
     if decoder.remat:
-        raise UsageError("the decoder recomputes its layers (remat); take LanguageModel.decoder")
+        raise UsageError("the decoder recomputes its layers (remat); use LanguageModel.decoder")
     if lengths_B is None:
         return jnp.full(tokens_BxL.shape[0], tokens_BxL.shape[1], jnp.int32)
     if jnp.shape(lengths_B) != tokens_BxL.shape[:1]:
@@ -169,15 +169,15 @@ def check_prompts(
 def jit_on_prompts(*static: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     """`jax.jit` for functions of a decoder and prompts, whose token ids and lengths are checked first.
 
-    Inside of another transformation they are not known, and not checked.
+    Inside of another transformation their values are unknown, and not checked.
 
     Args:
-        static: Names of static arguments beside `decoder`. The function's others are `tokens_BxL` or `tokens_L`, and
-            perhaps `lengths_B`.
+        static: Names of static arguments in addition to `decoder`. The function's others are `tokens_BxL` or
+            `tokens_L`, and optionally `lengths_B`.
 
     Returns:
-        A decorator. What it returns raises UsageError for ids that the decoder does not know and for lengths that rows
-        do not have.
+        A decorator. The decorated function raises UsageError for ids outside the decoder's vocabulary and for lengths
+        that exceed the rows.
     """
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -197,10 +197,10 @@ def jit_on_prompts(*static: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T
 
 
 def check_known_ids(decoder: Decoder, tokens: Any, lengths_B: Any = None) -> None:
-    """Refuse token ids that a decoder does not know, unless they are being traced; what pads rows may be any number.
+    """Refuse token ids outside a decoder's vocabulary, unless they are traced; padding may be any number.
 
     Raises:
-        UsageError: If there is one, or a length is none of its row.
+        UsageError: If there is one, or a length is not valid for its row.
     """
     if isinstance(tokens, jax.core.Tracer) or isinstance(lengths_B, jax.core.Tracer):
         return
@@ -208,7 +208,7 @@ def check_known_ids(decoder: Decoder, tokens: Any, lengths_B: Any = None) -> Non
     if lengths_B is not None and ids.ndim == 2 and np.shape(lengths_B) == ids.shape[:1]:
         lengths = np.asarray(lengths_B)
         if lengths.min(initial=0) < 0 or lengths.max(initial=0) > ids.shape[1]:
-            raise UsageError(f"lengths {lengths.tolist()} of rows of {ids.shape[1]} tokens; expected 0 to as many")
+            raise UsageError(f"lengths {lengths.tolist()} of rows of {ids.shape[1]} tokens; expected 0 to that number")
         ids = ids[np.arange(ids.shape[1]) < lengths[:, None]]
     if np.issubdtype(ids.dtype, np.integer):
         check_ids(ids, decoder.config.vocab_size)
@@ -224,7 +224,7 @@ def without_padding(result: Any, positions_L: Int[Array, " L"], instead: float) 
 
 
 def widened(tree: Any) -> Any:
-    """Every leaf in float32 at least: differences of streams in a narrower type are mostly rounding."""
+    """Every leaf in float32 at least: differences of streams in a smaller type are mostly rounding."""
     return jax.tree.map(lambda leaf: leaf.astype(working_type(leaf)), tree)
 
 

@@ -1,6 +1,6 @@
-"""Reference systems whose stability is known, for trying a measurement before trusting it.
+"""Reference systems with known stability, for testing a measurement.
 
-All are pure functions of a state; `functools.partial` fixes their parameters. What is known of them:
+All are pure functions of a state; `functools.partial` fixes their parameters. Their exponents are:
 
 | system | exponents (natural logarithms per step, or per unit of time) |
 |---|---|
@@ -94,8 +94,8 @@ def tanh_network(weights: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[A
 def mean_field_exponent(gain: float) -> float:
     """The largest exponent of `tanh_network` with `random_weights`, for infinitely many neurons.
 
-    Below gain 1 the network falls to the fixed point 0, where it is log gain. Above, activities are independent
-    normal numbers from step to step, of the variance q = gain^2 E[tanh(sqrt(q) z)^2], and it is
+    Below gain 1 the network falls to the fixed point 0, where the exponent is log gain. Above, activities are
+    independent normal numbers from step to step, with variance q = gain^2 E[tanh(sqrt(q) z)^2], and the exponent is
     log(gain^2 E[tanh'(sqrt(q) z)^2]) / 2 > 0: chaos (Molgedey, Schuchhardt and Schuster 1992, Phys. Rev. Lett. 69:3717;
     Engelken, Wolf and Abbott 2023, Phys. Rev. Research 5:043044).
 

@@ -1,7 +1,7 @@
-"""Pairs of trajectories: what happens to a perturbation of finite size, without any derivative.
+"""Pairs of trajectories: growth of a perturbation of finite size, without derivatives.
 
-An estimate of the largest exponent that shares no code with `lyapunov.py` but the averaging, and works where a step has
-no useful derivative.
+An estimate of the largest exponent that shares only the averaging with `lyapunov.py`, and works if a step has no useful
+derivative.
 
 Legend: N numbers in a state, K pairs, T steps, E steps between renormalisations, L = T / E intervals.
 """
@@ -31,28 +31,28 @@ def pair_exponents(
     dt: float = 1.0,
     distance: float | None = None,
 ) -> LyapunovSpectrum:
-    """The largest exponent from K pairs of trajectories, renormalised as they go.
+    """The largest exponent from K pairs of trajectories with regular renormalisation.
 
-    Every pair is the trajectory and a neighbour, brought back along their difference to the given distance after every
-    interval (Benettin, Galgani and Strelcyn 1976, Phys. Rev. A 14:2338). All pairs share the one
-    trajectory and each gives an estimate of the largest exponent; unlike the frame of `lyapunov_spectrum` they are not
-    kept orthogonal.
+    Every pair is the trajectory and a neighbour, which is returned along their difference to the given distance after
+    every interval (Benettin, Galgani and Strelcyn 1976, Phys. Rev. A 14:2338). All pairs share the one trajectory, and
+    each gives an estimate of the largest exponent; unlike the frame of `lyapunov_spectrum` they are not kept
+    orthogonal.
 
     Args:
         step: `step(state)`, or `step(state, input)` if there are inputs.
-        state: Where to begin.
+        state: The initial state.
         directions: (N, K) of the perturbations, as from `random_frame`; their lengths are ignored.
-        steps: Steps to measure; may be left out if there are inputs.
-        inputs: What drives both trajectories: a pytree with a leading axis of transient + steps entries.
-        transient: Steps before those that are measured.
+        steps: Number of steps to measure; may be left out if there are inputs.
+        inputs: Inputs that drive both trajectories: a pytree with a leading axis of transient + steps entries.
+        transient: Number of steps before the measured ones.
         every: Steps between renormalisations.
-        dt: Time that a step takes.
+        dt: Duration of a step.
         distance: Between the trajectories after renormalisation. By default the square root of the type's rounding
             times the length of the first state (or 1 where that is zero), which balances rounding and curvature.
 
     Returns:
         As `lyapunov_spectrum`, where a column is a pair and `frame` holds the unit vectors to the neighbours. A rate is
-        minus infinity where a neighbour fell onto the trajectory exactly; it leaves again in its old direction.
+        minus infinity if a neighbour reached the trajectory exactly; it restarts in its old direction.
 
     Raises:
         UsageError: As `lyapunov_spectrum`, and if the distance is not positive.
@@ -65,7 +65,7 @@ def pair_exponents(
     def interval(carry: tuple[Array, Array], inputs_E: Any) -> tuple[tuple[Array, Array], Array]:
         x_N, frame_NxK = carry
         neighbours_NxK = x_N[:, None] + size * frame_NxK
-        # The offsets as they were rounded, not as they were meant.
+        # The rounded offsets, not the exact ones.
         before_K = jnp.linalg.norm(neighbours_NxK - x_N[:, None], axis=0)
 
         def run(x_N: Array) -> Array:
@@ -93,17 +93,17 @@ def separation_curves(
     inputs: Any = None,
     distance: float | None = None,
 ) -> Float[Array, "t k"]:
-    """How far K perturbations have grown after each step, never renormalised.
+    """Growth of K perturbations after each step, never renormalised.
 
-    At first the slope of a curve is the largest exponent; it levels off where the distance reaches the size of the
+    At first the slope of a curve is the largest exponent; it levels off when the distance reaches the size of the
     attractor, or, in a contraction, that of rounding.
 
     Args:
         step: `step(state)`, or `step(state, input)` if there are inputs.
-        state: Where to begin.
+        state: The initial state.
         directions: (N, K) of the perturbations; their lengths are ignored.
-        steps: How many; may be left out if there are inputs.
-        inputs: What drives both trajectories: a pytree with a leading axis T.
+        steps: Number of steps; may be left out if there are inputs.
+        inputs: Inputs that drive both trajectories: a pytree with a leading axis T.
         distance: Size of the perturbations; by default as in `pair_exponents`.
 
     Returns:
@@ -139,7 +139,7 @@ def distances(one: State, other: State) -> Float[Array, " t"]:
         (T,).
 
     Raises:
-        UsageError: If they have not the same structure and shapes.
+        UsageError: If their structures or shapes differ.
     """
     shapes = [jax.tree.map(jnp.shape, trajectory) for trajectory in (one, other)]
     if shapes[0] != shapes[1]:

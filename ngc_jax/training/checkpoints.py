@@ -1,7 +1,8 @@
 """Training checkpoints: state, data position and settings, by orbax.
 
-A checkpoint is written beside the others and renamed when it is whole, in the background while training continues. One
-that is damaged all the same is moved aside at restore, and the one before it taken, so that its step is written again.
+A checkpoint is written beside the others in the background, while training continues, and is renamed when it is
+complete. A damaged checkpoint is moved aside at restore and the previous one is used; the damaged step is then written
+again.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last to be written."""
+    """The checkpoints of one run; a context manager that waits for the last one to be written."""
 
     def __init__(self, directory: str | Path, *, keep: int = 3, keep_period: int | None = None) -> None:
-        """Open or make a directory of checkpoints.
+        """Open or create a directory of checkpoints.
 
         Args:
             directory: Where they are.
-            keep: How many of the newest stay.
-            keep_period: Those at multiples of this step stay too.
+            keep: Number of the newest ones to keep.
+            keep_period: Checkpoints at multiples of this step are kept too.
         """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_period, enable_async_checkpointing=True, cleanup_tmp_directories=True
@@ -54,24 +55,24 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._manager.close()
         except OSError:
-            if error is None:  # or the first error says more
+            if error is None:  # else the first error is more informative
                 raise
         if error is not None:
-            with suppress(OSError):  # what was refused before its first step leaves nothing
+            with suppress(OSError):  # a run that failed before its first step leaves nothing
                 self._directory.rmdir()
 
     @property
     def steps(self) -> list[int]:
-        """Of all checkpoints, the newest first."""
+        """Steps of all checkpoints, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, state: TrainState, data: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; its step is the state's. Does nothing if there is one of that step.
+        """Begin to write a checkpoint of the state's step. Does nothing if there already is one.
 
         Args:
             state: Copied before this returns, so that it may be donated.
             data: Position of the data, JSON; the same on every process.
-            settings: What the run was started with, JSON; the same on every process.
+            settings: The run's settings, JSON; the same on every process.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -88,16 +89,16 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]] | None:
-        """The newest checkpoint that is whole, on whatever mesh `like` asks for.
+        """The newest complete checkpoint, on the mesh that `like` specifies.
 
         Args:
-            like: Shapes, types and shardings of the state wanted; arrays or jax.ShapeDtypeStruct.
+            like: Shapes, types and shardings of the state; arrays or jax.ShapeDtypeStruct.
 
         Returns:
             State, data position and settings; None if there is no checkpoint.
 
         Raises:
-            UsageError: If there are checkpoints and none can be read as such a state.
+            UsageError: If there are checkpoints but none can be read as such a state.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons: dict[int, str] = {}
@@ -120,23 +121,23 @@ class Checkpoints:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 reasons[step] = reason
                 _log.warning(
-                    "checkpoint %s of %s cannot be read (%s); trying the one before", step, self._directory, reason
+                    "checkpoint %s of %s cannot be read (%s); trying the previous one", step, self._directory, reason
                 )
                 continue
             self._move_aside(list(reasons))
             return found["state"], dict(found["data"]), dict(found["settings"])
         if reasons:
-            told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
+            failures = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
             raise UsageError(
-                f"no checkpoint in {self._directory} can be read ({told}); was the run made with another "
+                f"no checkpoint in {self._directory} can be read ({failures}); was the run made with another "
                 "model or other settings? Choose another --out, or remove the directory"
             )
         return None
 
     def _check_shapes(self, step: int, abstract: Any) -> None:
-        """Raises ValueError if an array has another shape than is wanted.
+        """Raises ValueError if an array has an unexpected shape.
 
-        Orbax would notice while it reads, and leave the reading of the other arrays unfinished.
+        Orbax would notice only while it reads, and leave the reads of other arrays unfinished.
         """
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.metadata(self._directory / str(step) / "state").item_metadata
@@ -148,7 +149,7 @@ class Checkpoints:
                 raise ValueError(f"{name} has shape {shapes[name]}, expected {wanted}")
 
     def _move_aside(self, steps: list[int]) -> None:
-        """Rename checkpoints that cannot be read: their steps are written again, and nothing is lost."""
+        """Rename unreadable checkpoints: their steps are written again, and nothing is lost."""
         for step in steps:
             if jax.process_index() == 0:
                 number = 0
@@ -162,7 +163,7 @@ class Checkpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Until what was begun is written."""
+        """Wait until all started writes are done."""
         with os_errors(self._directory):
             self._manager.wait_until_finished()
 

@@ -1,8 +1,8 @@
-"""From sources to batches: tokens, rows, order, shares of processes, and a position to go on from.
+"""From sources to batches: tokens, rows, order, distribution over processes, and a position to continue from.
 
-Sources that are read whole become rows once, and any step is known from its number: its rows, their order, and the
-process that has each. So the position is a number, the same on every process and for any number of them. With a
-stream among the sources the rows of a step come from a fixed number of parts, and the position says where each is.
+Sources that are read whole become rows once, and every step is determined by its number: its rows, their order, and the
+process of each. So the position is a number, the same on every process and for any number of processes. With a stream
+among the sources the rows of a step come from a fixed number of parts, and the position says where each part is.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ __all__ = ["DataConfig", "Pipeline", "PipelineIterator", "SourceReport", "make_p
 
 Gather = Callable[[Position], Sequence[Position]]
 _ENDLESS = sys.maxsize
-_FREE = ("epochs", "prefetch")  # may change while a run goes on
+_FREE = ("epochs", "prefetch")  # may change in a continued run
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of a source that was read whole; a stream's is not known.
+    """Counts of documents, tokens and rows of a source that was read whole; unknown for a stream.
 
     Attributes:
         name: The source's.
         documents: Documents with any text.
-        tokens: Their tokens, those left out included.
+        tokens: Their tokens, including those left out.
         rows: Rows made of them.
-        dropped_documents: Documents of which no token is in a row.
-        dropped_tokens: Tokens that are in no row.
+        dropped_documents: Documents with no token in a row.
+        dropped_tokens: Tokens in no row.
     """
 
     name: str
@@ -68,16 +68,16 @@ def make_pipeline(
 ) -> Pipeline:
     """Open the sources and make a dataset of batches.
 
-    The batches of all processes, one below the other in the order of the processes, are the batches that one process
-    alone would have.
+    The batches of all processes, concatenated in the order of the processes, are the batches that a single process
+    would have.
 
     Args:
         config: What to train on.
         tokenizer: The model's.
-        process_index: Which process this is.
-        process_count: How many there are.
-        vocab_size: The model's: token ids beyond it are refused. Of any size if not given.
-        given: Documents made elsewhere, by the name under which `config.sources` has them.
+        process_index: Index of this process.
+        process_count: Number of processes.
+        vocab_size: The model's: token ids beyond it are refused. Unlimited if None.
+        given: Documents made elsewhere, by their name in `config.sources`.
         gather: Returns the positions of all processes from that of this one; only used with streams and several
             processes. By default jax gathers them.
 
@@ -85,7 +85,7 @@ def make_pipeline(
         A grain dataset of batches: dicts of arrays (batch_size / process_count, sequence_length), see `packing`.
 
     Raises:
-        UsageError: If a source cannot be used or is too small, or processes do not divide the batch.
+        UsageError: If a source cannot be used or is too small, or the number of processes does not divide the batch.
     """
     if not 0 <= process_index < process_count or config.batch_size % process_count:
         raise UsageError(
@@ -143,12 +143,12 @@ def make_pipeline(
 
 
 class Pipeline(grain.IterDataset):
-    """Batches of one process; `iter` of it has `get_state` and `set_state`.
+    """Batches of one process; its `iter` has `get_state` and `set_state`.
 
     Attributes:
-        reports: What became of the sources that were read whole.
+        reports: Counts of the sources that were read whole.
         steps_per_epoch: Batches of an epoch, the same on every process; None with several sources or a stream.
-        steps: Batches in all; None if they do not end.
+        steps: Total number of batches; None if they do not end.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class PipelineIterator(grain.DatasetIterator):
         """Wraps an iterator; see `Pipeline`."""
         super().__init__(parent)
         self._identity, self._gather = identity, gather
-        weakref.finalize(self, parent.close)  # at the latest before Python ends, or its threads would end untidily
+        weakref.finalize(self, parent.close)  # at the latest before Python exits, so that its threads end cleanly
 
     def __next__(self) -> Row:
         """The next batch."""
@@ -184,14 +184,14 @@ class PipelineIterator(grain.DatasetIterator):
         return batch
 
     def get_state(self) -> Position:
-        """The position after the last batch, the same on every process; with `gather` all have to ask at once."""
+        """The position after the last batch, the same on every process; with `gather` all must ask at the same time."""
         position = self._parent.get_state()
         if self._gather is not None:
             merged: Position = {}
             for other in self._gather(position):
                 merged.update(other)
             position = merged
-        # A copy: the iterators go on changing theirs.
+        # A copy: the iterators continue to change theirs.
         state: Position = json.loads(json.dumps({"data": self._identity, "position": position}))
         return state
 
@@ -205,13 +205,13 @@ class PipelineIterator(grain.DatasetIterator):
         if found != self._identity:
             names = sorted(n for n in {*found, *self._identity} if found.get(n) != self._identity.get(n))
             raise UsageError(
-                f"the position is one in other data ({', '.join(names)} differ); give the same data, or start anew"
+                f"the position is in other data ({', '.join(names)} differ); give the same data, or start again"
             )
         self._parent.set_state(state["position"])
 
 
 class _Rows:
-    """The rows of a layout, for grain: a sequence that makes a row when it is asked for."""
+    """The rows of a layout as a sequence for grain; a row is made when it is requested."""
 
     def __init__(self, corpus: Corpus, layout: Layout, length: int, pad: int) -> None:
         self._of = (corpus, layout)
@@ -234,7 +234,7 @@ class _Steps(grain.MapDataset):
         self.per_epoch = -(-rows // self._size) if padded else rows // self._size
         if not self.per_epoch:
             raise UsageError(
-                f"{config.opened[0].label} makes {rows} rows of {config.sequence_length} tokens, and a batch needs "
+                f"{config.opened[0].label} makes {rows} rows of {config.sequence_length} tokens, but a batch needs "
                 f"{self._size}; give more text, shorter rows, a smaller batch, or remainder pad"
             )
         self._total = _ENDLESS if config.epochs is None else config.epochs * self.per_epoch
@@ -259,7 +259,7 @@ def _stream_rows(
     config: DataConfig,
     vocab_size: int | None,
 ) -> grain.IterDataset:
-    """Rows of one part of a stream: a window of documents is shuffled, tokenised and packed at once."""
+    """Rows of one part of a stream: a window of documents is shuffled, tokenised and packed together."""
 
     def window_rows(documents: list[Document], rng: np.random.Generator) -> list[Row]:
         order = rng.permutation(len(documents)) if config.shuffle else range(len(documents))
@@ -327,18 +327,18 @@ def _layout(corpus: Corpus, config: DataConfig) -> Layout:
 
 
 def _ordered(rows: _Rows, config: DataConfig, number: int) -> grain.MapDataset:
-    """Rows in another order in every epoch, if so configured."""
+    """Rows in a different order in every epoch, if configured."""
     dataset = grain.MapDataset.source(rows)
     return dataset.shuffle(seed=_seed(config.seed, number)) if config.shuffle else dataset
 
 
 def _seed(*numbers: int) -> int:
-    # Hashed, because grain counts epochs on top: seeds that are neighbours would share orders.
+    # Hashed, because grain adds the epoch: neighbouring seeds would share orders.
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _gather_by_jax(position: Position) -> list[Position]:
-    """The positions of all processes; every process has to call it."""
+    """The positions of all processes; every process must call it."""
     from jax.experimental import multihost_utils
 
     text = np.frombuffer(json.dumps(position).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""What to train on, how it is cut into batches, and how a document becomes tokens."""
+"""The training data: sources, batches, and the conversion of a document to tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ngc_jax.training.sources import Document, SourceConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on, and how it is cut into batches.
+    """The sources of training data, and how they are cut into batches.
 
     Args:
         sources: Names of sources, or sources with their options (as `SourceConfig`, or a dict of its fields as in a
-            YAML file). Of several, each row is taken from one.
+            YAML file). With several sources, each row comes from one.
         sequence_length: Tokens of a row.
         batch_size: Rows of a batch, over all processes.
         packing: concatenate joins documents and cuts them at the end of a row; pack keeps documents whole.
@@ -30,15 +30,15 @@ class DataConfig:
         mask_prompts: Whether prompts are left out of the loss.
         prompts: plain puts the separator after a prompt; chat renders it by the tokenizer's chat template.
         separator: Between a plain prompt and the text.
-        begin_token: Whether documents, and rows that go on with one, begin with the tokenizer's BOS; as its own rule
-            says if not given.
+        begin_token: Whether documents, and rows that continue one, begin with the tokenizer's BOS; by default its own
+            rule decides.
         end_token: Whether an end-of-text token follows documents. A source of one document has none if concatenated.
-        shuffle: Whether rows, or a stream's documents, are shuffled, otherwise in every epoch.
+        shuffle: Whether rows, or a stream's documents, are shuffled, differently in every epoch.
         seed: Of the order.
-        epochs: How often to go through the source; without end if not given. For one source that is read whole.
-        remainder: Drop the rows that fill no batch at an epoch's end, or pad the batch with empty rows.
+        epochs: Number of passes over the source; unlimited by default. For one source that is read whole.
+        remainder: Drop the rows that do not fill a batch at an epoch's end, or pad the batch with empty rows.
         window: Documents of a stream that are shuffled and packed at once.
-        prefetch: Batches made ahead by a thread; 0 for none.
+        prefetch: Batches prepared in advance by a thread; 0 for none.
     """
 
     sources: Sequence[SourceConfig | str | dict[str, Any]] = ("pydoc:first-half",)
@@ -59,7 +59,7 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what is out of range and what does not go together."""
+        """Raises UsageError for values out of range and incompatible options."""
         if isinstance(self.sources, str) or not self.sources:
             raise UsageError(f"sources is {self.sources!r}; expected a list of at least one source")
         check_field_types(self)
@@ -70,9 +70,7 @@ class DataConfig:
                 raise UsageError(f"{name} is {value}; expected at least {smallest}")
         opened = self.opened
         if self.epochs is not None and (len(opened) > 1 or opened[0].streaming):
-            raise UsageError(
-                "epochs are of one source that is read whole; leave epochs out, and give the steps to train"
-            )
+            raise UsageError("epochs need one source that is read whole; leave out epochs, and give the steps to train")
 
     @property
     def opened(self) -> tuple[SourceConfig, ...]:
@@ -94,10 +92,10 @@ def _source(source: SourceConfig | str | dict[str, Any]) -> SourceConfig:
 def tokenise(
     document: Document | TokenDocument, tokenizer: Tokenizer, config: DataConfig, *, ends: bool = True
 ) -> TokenDocument:
-    """Tokens of a document as `config` says; none if it has no text.
+    """Tokens of a document by the rules of `config`; empty if it has no text.
 
     Raises:
-        UsageError: If the tokenizer lacks a token or chat template that is asked for.
+        UsageError: If the tokenizer lacks a required token or chat template.
     """
     if isinstance(document, TokenDocument):
         return TokenDocument(document.tokens, document.prompt if config.mask_prompts else 0)
@@ -116,7 +114,7 @@ def tokenise(
 
 
 def prefix_of(tokenizer: Tokenizer, config: DataConfig) -> tuple[int, ...]:
-    """What comes before the part of a document that is in a row.
+    """The prefix of the part of a document that is in a row.
 
     Raises:
         UsageError: If `begin_token` is true and the tokenizer has no such token.
@@ -128,5 +126,5 @@ def prefix_of(tokenizer: Tokenizer, config: DataConfig) -> tuple[int, ...]:
 
 def _special(token: int | None, option: str) -> np.ndarray:
     if token is None:
-        raise UsageError(f"the tokenizer has no such token as {option} asks for; set {option} to false")
+        raise UsageError(f"the tokenizer lacks the token that {option} requires; set {option} to false")
     return np.array([token], np.int32)

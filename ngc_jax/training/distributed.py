@@ -1,4 +1,4 @@
-"""Several processes that train together."""
+"""Training with several processes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ngc_jax.errors import UsageError
 
 
 def start_processes(coordinator: str | None, count: int | None = None, index: int | None = None) -> None:
-    """Join the other processes; before anything else asks for a device. Does nothing without a coordinator.
+    """Join the other processes; before any other use of a device. Does nothing without a coordinator.
 
     Args:
-        coordinator: Address host:port of process 0; or "auto" where the environment tells all (Cloud TPU, SLURM,
+        coordinator: Address host:port of process 0; or "auto" if the environment provides everything (Cloud TPU, SLURM,
             Kubernetes, Open MPI).
-        count: Processes in all; needed with an address.
-        index: Which this is; needed with an address.
+        count: Number of processes; needed with an address.
+        index: Index of this process; needed with an address.
 
     Raises:
-        UsageError: If the three do not fit.
+        UsageError: If the three are inconsistent.
     """
     if coordinator is None:
         if count is not None or index is not None:

@@ -1,4 +1,4 @@
-"""Perplexity while training: of parameters on the devices of a mesh, on text that is not trained on."""
+"""Perplexity during training: of sharded parameters, on held-out text."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WINDOW = 1024
 def perplexity_on(
     tokens: np.ndarray, prefix: Sequence[int], decoder: Decoder, frozen: Params, mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
-    """A function from trained parameters to perplexity on some tokens, in windows of `WINDOW`.
+    """A function from trained parameters to perplexity on `tokens`, in windows of `WINDOW`.
 
     Args:
         tokens: (T,), one stream without special tokens.
-        prefix: What comes before each window, such as BOS; it is not scored.
-        decoder: The model, in the type that it computes in.
+        prefix: The prefix of each window, such as BOS; it is not scored.
+        decoder: The model, with its computation type.
         frozen: Its parameters that do not train.
-        mesh: Of all devices; its axes data and fsdp share out the windows.
+        mesh: Of all devices; the windows are sharded over its axes data and fsdp.
 
     Returns:
         A function for `loop.train`.

@@ -1,4 +1,4 @@
-"""Checks that options which come from a file or a flag have the types of their fields."""
+"""Check that options from a file or a flag have the types of their fields."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def check_field_types(options: Any) -> None:
-    """Compare the values of a dataclass with the types of its fields; a whole number is a number, true is none.
+    """Compare the values of a dataclass with the types of its fields; a whole number is a number, true is not.
 
     Raises:
-        UsageError: If one has another type.
+        UsageError: If a value has another type.
     """
     hints = typing.get_type_hints(type(options))
     for field in fields(options):

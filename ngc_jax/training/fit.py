@@ -27,7 +27,7 @@ from ngc_jax.training.packing import TokenDocument
 from ngc_jax.training.step import Constants, Params, Program
 from ngc_jax.training.trainable import Trainable, cast_params, merge_params, split_params
 
-# What a student learns from: its teacher's next-token distributions.
+# The objective of distillation: the teacher's next-token distributions.
 DISTILLATION = Objective(cross_entropy=0.0, divergence=1.0)
 
 
@@ -36,18 +36,18 @@ class TrainConfig:
     """How a model is trained.
 
     Attributes:
-        steps: Steps in all.
+        steps: Total number of steps.
         batch_size: Rows of a step, over all devices.
         sequence_length: Tokens of a row.
         optimizer: AdamW at 1e-4 with a cosine schedule over the steps if None.
         trainable: Which parameters train: `all`, the neuron `states`, or `states_and_norms`.
-        compute_dtype: What the models compute in; float32 on a CPU, else bfloat16 if None. Parameters that train are
-            float32.
-        microbatches: Parts that a step's rows are cut into to save memory; the result is the same.
+        compute_dtype: Type of the models' computation; if None float32 on a CPU, else bfloat16. Parameters that train
+            are float32.
+        microbatches: Number of parts that a step's rows are split into to save memory; the result is the same.
         remat: Recompute activations in the backward pass to save memory.
         parallel: jit over a named mesh, or pmap (data parallel only).
-        save_every: Steps between checkpoints, where there is a directory; 0 for only after the last.
-        seed: Of the order of the data and of what losses draw.
+        save_every: Steps between checkpoints, if there is a directory; 0 for only after the last.
+        seed: Of the order of the data and of random draws in losses.
     """
 
     steps: int = 100
@@ -64,19 +64,19 @@ class TrainConfig:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the models compute in, here."""
+        """The type of the models' computation."""
         return jnp.dtype(self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What `train` and `distil` return.
+    """The result of `train` and `distil`.
 
     Attributes:
         model: The trained model.
         step: The last step done.
         history: Metrics of every step.
-        interrupted: Whether it stopped early, for a signal.
+        interrupted: Whether a signal stopped it early.
     """
 
     model: LanguageModel
@@ -87,15 +87,15 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A model that is ready to train: what a step computes, and the arrays that it reads.
+    """A model ready to train: the computation of a step, and its arrays.
 
     Attributes:
         model: The model.
-        program: What a step computes.
+        program: The computation of a step.
         trained: Parameters that train.
         constants: The others, and the teacher's.
         mesh: Of all devices.
-        config: How it is trained.
+        config: The training config.
     """
 
     model: LanguageModel
@@ -128,13 +128,13 @@ def prepare(
     teacher: LanguageModel | None = None,
     mesh: Mesh | None = None,
 ) -> Prepared:
-    """Make a model ready to train.
+    """Prepare a model for training.
 
     Args:
         model: The model.
-        config: How it is trained.
-        objective: What is minimised.
-        teacher: Whom it learns from, where the objective needs one; nothing of it is trained.
+        config: The training config.
+        objective: The objective to minimise.
+        teacher: The model to learn from, if the objective needs one; it is not trained.
         mesh: Of all devices; data parallel over all of them if None.
 
     Raises:
@@ -169,19 +169,19 @@ def train(
     """Train a model.
 
     Args:
-        model: The model; the arrays that it has are not changed.
+        model: The model; its arrays are not changed.
         data: A text, token ids (T,), a `DataConfig`, or batches (an iterator such as `make_pipeline` returns).
-        config: How; `TrainConfig()` if None.
-        objective: What is minimised; cross entropy if None.
+        config: The training config; `TrainConfig()` if None.
+        objective: The objective to minimise; cross entropy if None.
         teacher: For objectives that need one.
-        directory: Of checkpoints, with which the same call continues an interrupted one; None for none.
+        directory: Of checkpoints, from which the same call continues an interrupted run; None for none.
         on_metrics: Called with the metrics of every step, such as loss, tokens and seconds.
 
     Returns:
-        The trained model, and what was measured on the way.
+        The trained model, and the metrics of every step.
 
     Raises:
-        UsageError: If the data are too small, nothing would train, a loss is not finite, or the checkpoints are of
+        UsageError: If the data are too small, nothing would train, a loss is not finite, or the checkpoints have
             another model or other settings.
 
     Example:
@@ -218,11 +218,11 @@ def distil(
     """Train a student on its teacher's next-token distributions (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        student: A compact model, mostly made from the teacher by `convert`.
+        student: A compact model, usually made from the teacher by `convert`.
         teacher: The dense model; it needs the student's vocabulary.
-        data: As for `train`; texts like those that the student will read.
-        config: How; the neuron states train if it is None and the student has some.
-        objective: What is minimised; the divergence from the teacher if not given.
+        data: As for `train`; texts similar to those that the student will read.
+        config: The training config; if None, the neuron states train if the student has any.
+        objective: The objective to minimise; by default the divergence from the teacher.
         directory: As for `train`.
         on_metrics: As for `train`.
 
@@ -251,10 +251,10 @@ def distil(
 
 
 def batches_of(data: Any, model: LanguageModel, config: TrainConfig) -> Batches:
-    """Batches of what `train` is given.
+    """Batches from the `data` of `train`.
 
     Raises:
-        UsageError: If it is none of that, or too small for a row.
+        UsageError: If it is none of the accepted forms, or too small for a row.
     """
     if hasattr(data, "__next__") and hasattr(data, "get_state"):
         return data
@@ -277,7 +277,7 @@ def batches_of(data: Any, model: LanguageModel, config: TrainConfig) -> Batches:
 
 
 def _settings(config: TrainConfig, objective: Objective) -> dict[str, Any]:
-    """What a run that continues must share with the one before, as JSON gives it back."""
+    """The settings that a continued run must share with the original, after a round trip through JSON."""
     both = {**dataclasses.asdict(config), "objective": dataclasses.asdict(objective)}
     free = ("microbatches", "remat", "parallel", "save_every")
     return {name: _plain(value) for name, value in both.items() if name not in free}

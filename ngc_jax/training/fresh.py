@@ -45,7 +45,7 @@ def uniform_plan(
         UsageError: If not exactly one of `keep` and `rank` is given, or a group is left without a rank.
     """
     if (keep is None) == (rank is None):
-        raise UsageError("give a keep ratio or a rank, not both and not neither")
+        raise UsageError("give either a keep ratio or a rank")
     groups = all_candidates(candidate_cells(config, topology))
     plans = []
     for group in groups:
@@ -80,7 +80,7 @@ def fresh_model(
         load_tokenizer: Returns its tokenizer.
         key: Randomness.
         plan_of: From the architecture to the plan; None for a dense model.
-        name: What to call it.
+        name: The model's name.
 
     Raises:
         UsageError: If the architecture is not supported or the plan does not fit.

@@ -1,4 +1,4 @@
-"""The training loop: from batches and a program to a trained state, on any mesh, interruptible at any moment."""
+"""The training loop: from batches and a program to a trained state, on any mesh, interruptible at any time."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HostMetrics = dict[str, float]
 class Batches(Protocol):
     """An iterator over this process's rows, usually endless.
 
-    Its position says how far all processes are: they take the same number of batches, and one that goes on may be one
-    of another number of processes.
+    Its position covers all processes, which take the same number of batches; it can be continued with another number of
+    processes.
     """
 
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
@@ -51,13 +51,13 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, and what on the way.
+    """The length of training, and its evaluations and checkpoints.
 
     Attributes:
-        steps: In all, those before a restored checkpoint included.
+        steps: Total number of steps, including those before a restored checkpoint.
         evaluate_every: Steps between evaluations; 0 for only before the first and after the last step.
         save_every: Steps between checkpoints; 0 for only after the last.
-        keep: Checkpoints that stay.
+        keep: Number of checkpoints to keep.
         parallel: jit over a named mesh, or pmap (data parallel only).
         profile: Directory for a trace of the fourth to the sixth step that this process takes; None for none.
     """
@@ -76,13 +76,13 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of `train`.
+    """The result of `train`.
 
     Attributes:
-        params: The trained parameters, float32; on the host, whole.
+        params: The trained parameters, float32; on the host, not sharded.
         step: The last step done.
         history: Metrics of every step of this run, and of every evaluation.
-        interrupted: Whether it stopped early, for a signal.
+        interrupted: Whether a signal stopped it early.
     """
 
     params: Params
@@ -100,14 +100,14 @@ class Placed:
         """Place the arrays.
 
         Args:
-            program: What a step computes.
+            program: The computation of a step.
             trained: Parameters that train.
             constants: The others.
             mesh: Of all devices.
             parallel: jit or pmap.
 
         Raises:
-            UsageError: If parameters cannot be split over the mesh, or pmap is to split them.
+            UsageError: If parameters cannot be sharded over the mesh, or pmap would have to shard them.
         """
         self.mesh, self.parallel = mesh, parallel
         shapes = jax.eval_shape(lambda p: init_state(program, p), trained)
@@ -148,13 +148,13 @@ class Placed:
         return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0))[0], self.state)
 
     def set_single(self, state: TrainState) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         if self.parallel == "pmap":
             state = sharding.stack_for_pmap(jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), state))
         self.state = state
 
     def host_params(self) -> Params:
-        """The trained parameters on every host, whole."""
+        """The trained parameters on every host, not sharded."""
         if self.parallel == "pmap":
             params = self._first().params
         elif jax.process_count() > 1:
@@ -179,25 +179,25 @@ def train(
     on_metrics: Callable[[HostMetrics], None] | None = None,
     on_start: Callable[[int], None] | None = None,
 ) -> Result:
-    """Train, or go on training.
+    """Train, or continue training.
 
     Args:
-        program: What a step computes.
+        program: The computation of a step.
         trained: Parameters that train, before the first step.
         constants: The others, and the teacher's.
         batches: Rows; set to the position of the checkpoint if there is one.
-        config: How long.
+        config: The loop's config.
         mesh: Of all devices.
         directory: Of checkpoints; None for none.
-        settings: JSON, kept with checkpoints; a checkpoint made with other settings is refused.
+        settings: JSON, stored with checkpoints; a checkpoint made with other settings is refused.
         evaluate: From the trained parameters, on the devices, to numbers; called as `config` says.
         on_metrics: Called with the metrics of every step, one step late, and of every evaluation.
         on_start: Called with the step that the run begins after, 0 or a checkpoint's. An evaluation that is due after
-            that very step is made again.
+            that same step is made again.
 
     Returns:
-        What came out. After SIGTERM or SIGINT a checkpoint is saved and `interrupted` is true. Where the batches end
-        before the steps do, so does the run.
+        The result. After SIGTERM or SIGINT a checkpoint is saved and `interrupted` is true. If the batches end before
+        the steps do, so does the run.
 
     Raises:
         UsageError: If the loss is not finite, with the step; or a checkpoint does not fit.
@@ -219,7 +219,7 @@ def train(
     def look(step: int) -> None:
         if evaluate is not None:
             if keeper is not None:
-                keeper.wait()  # an evaluation may end the process, for example for want of memory
+                keeper.wait()  # an evaluation may end the process, for example out of memory
             report({"step": step, **evaluate(placed.single.params)})
 
     with stop_signals() as stopped, keeper or _nothing(), _Trace(config.profile) as trace:
@@ -247,7 +247,7 @@ def train(
                 break
             placed.state, metrics = placed.step(placed.state, placed.constants, placed.batch(rows))
             step += 1
-            # Reading the metrics of a step waits for it; one step later the next is under way.
+            # Reading the metrics of a step waits for it; one step later the next one is already running.
             if waiting is not None:
                 began = _take(waiting, began, report, keeper)
             waiting = (step, metrics)
@@ -258,7 +258,7 @@ def train(
             if interrupted or evaluates or saves or step == config.steps:
                 began = _take(waiting, began, report, keeper)
                 waiting = None
-                # First of all: an evaluation takes long, and may fail.
+                # First, because an evaluation takes long and may fail.
                 save()
                 if evaluates and not interrupted:
                     look(step)
@@ -307,7 +307,7 @@ def _restore(keeper: Checkpoints | None, placed: Placed, batches: Batches, setti
     if found is None:
         return 0
     state, data, before = found
-    # What an older version did not keep is not known.
+    # Settings that an older version did not store are unknown.
     names = sorted(name for name in {*before} & {*settings} if before[name] != settings[name])
     if names:
         raise UsageError(
@@ -346,7 +346,7 @@ def _local(value: jax.Array) -> jax.Array:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM, and the first SIGINT, set in place of ending the program. In the main thread only."""
+    """An event that SIGTERM, and the first SIGINT, set instead of ending the program. In the main thread only."""
     event, before = threading.Event(), {}
 
     def set_event(number: int, frame: FrameType | None) -> None:
@@ -366,7 +366,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def _agreed(stopped: threading.Event) -> bool:
-    """Whether to stop after this step; the same on every process, or the others would wait for it for ever."""
+    """Whether to stop after this step; the same on every process, or the others would wait forever."""
     if jax.process_count() == 1:
         return stopped.is_set()
     return bool(multihost_utils.process_allgather(np.asarray(stopped.is_set())).any())

@@ -1,9 +1,9 @@
-"""What training minimises: masked sums over tokens and their counts, never the logits of a whole batch.
+"""Training objectives: masked sums over tokens and their counts, without the logits of a whole batch.
 
-A loss here is a sum and a count, because the mean over a batch that is spread over devices or cut into microbatches is
-the sum of sums over the sum of counts; a mean of means is another number when masks are ragged.
+A loss here is a sum and a count, because the mean over a batch that is sharded over devices or split into microbatches
+is the sum of sums over the sum of counts; a mean of means differs when masks are ragged.
 
-Legend: B batch, L tokens, c tokens of a chunk, D residual width, V vocabulary, K teacher's likeliest tokens.
+Legend: B batch, L tokens, c tokens of a chunk, D residual width, V vocabulary, K teacher's top-k tokens.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Objective:
     Attributes:
         cross_entropy: Weight of the cross entropy with the text, in nats per token.
         divergence: Weight of KL(teacher || student) of the next-token distributions, in nats per token. At temperature
-            t both distributions are those of the logits over t, and the divergence counts t^2-fold, so that its
-            gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
+            t both distributions are those of the logits over t, and the divergence is multiplied by t^2, so that its
+            gradient keeps its magnitude (Hinton et al. 2015, arXiv 1503.02531, section 2).
         temperature: t.
-        top_k: Divergence over the teacher's so many likeliest tokens and all others as one; 0 for the whole vocabulary.
+        top_k: Divergence over the teacher's top-k tokens and all others as one; 0 for the whole vocabulary.
         hidden: Weight of the squared distance of student's and teacher's residual streams after `hidden_layers`,
             relative to the teacher's square, averaged over the layers.
         hidden_layers: Which layers, counted from 0; negative ones from the end.
         stability: Weight of the squared distance of student's and teacher's local growth rates along depth, per layer
             and direction; see `stability_loss`.
-        stability_directions: Perturbations that are followed.
-        stability_tokens: In so many tokens of each row.
-        chunk: Tokens of a row whose logits exist at once.
+        stability_directions: Number of perturbations that are followed.
+        stability_tokens: Number of tokens of each row that are used.
+        chunk: Number of tokens of a row whose logits exist at once.
 
     Raises:
         UsageError: If a number is out of range, or nothing has a weight.
@@ -100,13 +100,13 @@ def objective_sums(
     """The objective summed over a batch's tokens.
 
     Args:
-        objective: What to sum.
+        objective: The objective.
         decoder: The student.
         params: Its parameters.
         batch: tokens, positions (-1 padding), starts (int32) and weights (float32), each (B, L); see `packing`. The
             loss of predicting a token counts with the token's weight.
         teacher: Decoder and parameters; no gradient flows into them.
-        key: For what the stability loss draws; the same for all parts of a batch. Needed with it only.
+        key: For the stability loss's random draws; the same for all parts of a batch. Needed with it only.
 
     Returns:
         The weighted sum and the count (float32 scalars), and every loss's own sum by name.
@@ -115,9 +115,9 @@ def objective_sums(
         UsageError: If a teacher or a key is needed and missing, or a layer does not exist.
     """
     if objective.needs_teacher and teacher is None:
-        raise UsageError("this objective compares with a teacher; give one")
+        raise UsageError("this objective needs a teacher; give one")
     if objective.stability > 0 and key is None:
-        raise UsageError("the stability loss draws directions; give a key")
+        raise UsageError("the stability loss draws random directions; give a key")
     weights_BxL = jnp.concatenate(
         [batch["weights"][:, 1:], jnp.zeros_like(batch["weights"][:, :1])], axis=1
     )  # of predicting the next token, at the token before it
@@ -196,8 +196,8 @@ def divergence(
         teacher: (..., V) logits, float32.
         student: (..., V).
         temperature: t.
-        top_k: Of the teacher's so many likeliest tokens and the mass of all others, which by the data-processing
-            inequality is at most the divergence over the whole vocabulary; 0 for that.
+        top_k: Over the teacher's top-k tokens and the mass of all others, which by the data-processing
+            inequality is at most the divergence over the whole vocabulary; 0 for the latter.
     """
     teacher, student = teacher / temperature, student / temperature
     theirs = teacher - jax.nn.logsumexp(teacher, axis=-1, keepdims=True)
@@ -210,16 +210,16 @@ def divergence(
 
 
 def _rest(log_probabilities: Array, index: Array) -> Array:
-    """Log of the mass that is not at `index`, (..., 1); summed, not subtracted from 1, which would lose it."""
+    """Log of the mass outside `index`, (..., 1); summed, because subtracting from 1 would cancel."""
     others = jnp.put_along_axis(log_probabilities, index, jnp.finfo(jnp.float32).min, axis=-1, inplace=False)
     return jax.nn.logsumexp(others, axis=-1, keepdims=True)
 
 
 def hidden_distance(teacher: Float[Array, "... D"], student: Float[Array, "... D"]) -> Float[Array, ...]:
-    """Squared distance over the teacher's square, token by token.
+    """Squared distance over the teacher's square, for each token.
 
-    Each token has its own scale: the first one's square is thousands of times the others' in trained models, and would
-    be all that counts.
+    Each token has its own scale: in trained models the first one's square is thousands of times the others' and would
+    dominate the sum.
 
     Args:
         teacher: (..., D) residual stream.
@@ -253,7 +253,7 @@ def _run(
     decoder: Decoder, params: Params, batch: Batch, layers: list[int], recorded: bool
 ) -> tuple[Array, dict[int, Array], tuple[Any, ...]]:
     """Final hidden states, the residual stream after some layers, and streams and cache of all if they are recorded."""
-    # A cache without slots becomes the tokens as they are.
+    # A cache without slots becomes the tokens in order.
     rows = batch["tokens"].shape[0]
     cache = init_cache(decoder.config, rows, 0, decoder.param_dtype) if recorded else None
     arguments = ({"params": params}, batch["tokens"], batch["positions"], cache, batch["starts"])

@@ -1,4 +1,4 @@
-"""Bytes on every device of a mesh, from shapes alone."""
+"""Bytes on every device of a mesh, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plan_memory(
     optimizer: str = "adamw",
     compile: bool = False,
 ) -> dict[str, Any]:
-    """What the student's state, the teacher and the activations kept between layers take on a device.
+    """Memory per device of the student's state, the teacher and the activations kept between layers.
 
     Args:
         config: The dense architecture.
@@ -40,19 +40,19 @@ def plan_memory(
         batch_size: Rows of a step, over all devices.
         sequence_length: Tokens of a row.
         mesh_shape: Devices along data, fsdp and tensor.
-        teacher: Whether the dense model itself is the teacher, beside the student.
-        trainable: What trains.
-        compute_dtype: Type that the models run in.
-        optimizer: Any of optax's by name.
-        compile: Also compile the step, on as many devices of this machine as the mesh has, for the compiler's own
+        teacher: Whether the dense model itself is the teacher, in addition to the student.
+        trainable: Which parameters train.
+        compute_dtype: Type of the models' computation.
+        optimizer: Any of optax's optimisers, by name.
+        compile: Also compile the step, on the mesh's number of devices of this machine, for the compiler's own
             account of temporaries.
 
     Returns:
         bytes_per_device by part, parameters, trained, devices, and replicated_share: bytes of the student's parameters
-        that no mesh axis splits, over all its bytes; with `compile` also compiled_bytes_per_device.
+        that are not sharded, over all its bytes; with `compile` also compiled_bytes_per_device.
 
     Raises:
-        UsageError: If the plan does not fit the model, or the mesh cannot split it.
+        UsageError: If the plan does not fit the model, or the mesh cannot shard it.
     """
     dtype = jnp.dtype(compute_dtype)
     decoder = Decoder(config, plan, dtype, remat=True)
@@ -92,7 +92,7 @@ def plan_memory(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "devices": devices,
-        # x = split + alike on each device, whole = devices-fold split at best + alike once.
+        # x = split + alike on each device; the whole is at best devices * split, plus alike once.
         "replicated_share": max((student_bytes * devices - whole) / (devices - 1) / whole, 0.0) if devices > 1 else 1.0,
     }
     if compile:
@@ -134,6 +134,6 @@ def _shapes(decoder: Decoder) -> Any:
 
 
 def _bytes(tree: Any, shardings: Any) -> int:
-    """On each device."""
+    """Bytes on each device."""
     each = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings)
     return sum(jax.tree.leaves(each))

@@ -24,15 +24,15 @@ _FLUSH_SECONDS = 30.0
 class MetricsWriter:
     """Writes `metrics.jsonl` and `tensorboard/` of a directory; a context manager. Only process 0 writes.
 
-    Nothing is opened or made before the first entry. A run that continues appends, after `continue_after` has removed
-    what was lost with a process and is done again.
+    Nothing is opened or created before the first entry. A continued run appends, after `continue_after` has removed
+    the entries of steps that a lost process had done and that are repeated.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Name the directory.
+        """Set the directory.
 
         Args:
-            directory: Of the run; made if missing.
+            directory: Of the run; created if missing.
         """
         self._directory = Path(directory)
         self._file = self._directory / "metrics.jsonl"
@@ -42,7 +42,7 @@ class MetricsWriter:
         self._board: _Board | None = None
 
     def continue_after(self, step: int) -> None:
-        """Remove the lines of later steps, and evaluations of this one, which are made again."""
+        """Remove the lines of later steps, and evaluations of this one, which are repeated."""
         if not self._writes or not self._file.exists():
             return
         lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -57,7 +57,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The first error says more than that a full disk could not be written again.
+        # The first error is more informative than another failure to write on a full disk.
         with suppress(OSError) if error is not None else _named(self._directory):
             try:
                 if self._lines is not None:
@@ -67,7 +67,7 @@ class MetricsWriter:
                     self._board.close()
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """One entry; `step` is its step, all others are scalars.
+        """Write one entry; `step` is its step, all others are scalars.
 
         Raises:
             OSError: If it cannot be written, with the file's name.
@@ -86,7 +86,7 @@ class MetricsWriter:
             self._board.add(metrics)
 
     def entries(self) -> list[dict[str, float]]:
-        """What the run has written, the processes before this one included; nothing on other processes than 0."""
+        """All entries of the run, including those of earlier processes; empty on processes other than 0."""
         if not self._writes or not self._file.exists():
             return []
         return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
@@ -95,13 +95,13 @@ class MetricsWriter:
 class _Board:
     """TensorBoard's events, written by the calling thread.
 
-    tensorboardX's own writer has a thread, which ends when it cannot write; then the queue to it fills, and the run
-    waits for ever.
+    tensorboardX's own writer has a thread that ends when it cannot write; then its queue fills, and the run waits
+    forever.
     """
 
     def __init__(self, directory: Path, purge: int | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        # A name of its own, or a run that is restarted within a second would replace the file.
+        # A unique name, or a run that is restarted within a second would replace the file.
         self._writer: Any = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         self._flushed = 0.0
         if purge is not None:
@@ -124,7 +124,7 @@ class _Board:
 
 @contextmanager
 def _named(place: Path) -> Iterator[None]:
-    """Give the operating system's errors the name of what was written, which they lack where a file is open."""
+    """Add the name of the written file to the operating system's errors, which lack it for an open file."""
     try:
         yield
     except OSError as error:
@@ -134,7 +134,7 @@ def _named(place: Path) -> Iterator[None]:
 
 
 def _comes_before(line: str, step: int) -> bool:
-    """Whether a line is of a step up to this one; a line that was cut short is of none."""
+    """Whether a line belongs to a step up to this one; a truncated line belongs to none."""
     try:
         metrics = json.loads(line)
         return bool(metrics["step"] < step or (metrics["step"] == step and "loss" in metrics))

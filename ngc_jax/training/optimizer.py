@@ -1,4 +1,4 @@
-"""The optimiser, made of optax's parts from plain data."""
+"""The optimiser, composed of optax transforms from plain data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move.
+    """How parameters are updated.
 
     Attributes:
-        name: Any optimiser of optax by its name there, such as adamw, sgd, lion, adafactor, muon is in optax.contrib.
-        learning_rate: At its highest.
+        name: Any optimiser of optax by its name there, such as adamw, sgd, lion, adafactor; muon is in optax.contrib.
+        learning_rate: Peak learning rate.
         options: Further arguments of the optimiser, such as b2 or weight_decay.
-        schedule: The way of the learning rate from its highest to `final_fraction` of it: `cosine` or `linear`; or it
-            stays `constant`.
-        warmup_steps: Steps in which it rises from 0 before.
-        steps: Steps in all; the schedule's end.
-        final_fraction: Of the highest learning rate, at the end.
+        schedule: Decay of the learning rate from its peak to `final_fraction` of it: `cosine` or `linear`; or
+            `constant`.
+        warmup_steps: Steps over which it rises from 0 before that.
+        steps: Total number of steps; the schedule's end.
+        final_fraction: Final learning rate relative to the peak.
         clip_norm: Gradients of a greater global norm are scaled to it; None for no clipping.
-        scales: Pairs of a regular expression and a factor: the updates of a parameter whose path, joined with "/",
-            holds the expression are multiplied by the factor of the first that it holds. A group's states are at
+        scales: Pairs of a regular expression and a factor: the updates of a parameter are multiplied by the factor of
+            the first expression found in its path, joined with "/". A group's states are at
             "groups/<group>/input_states" and "groups/<group>/output_states/<block>".
 
     Raises:
@@ -82,13 +82,13 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
         raise UsageError(f"schedule is {config.schedule!r}; expected cosine, linear or constant")
     if not config.warmup_steps:
         return after
-    # From one step's share, not from 0: the first step would do nothing.
+    # From one step's share, not from 0, with which the first step would do nothing.
     start = peak / (config.warmup_steps + 1)
     return optax.join_schedules([optax.linear_schedule(start, peak, config.warmup_steps), after], [config.warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, the optimiser with its schedule, and scaling by path, in this order.
+    """Compose clipping, the optimiser with its schedule, and scaling by path, in this order.
 
     Raises:
         UsageError: If optax has no such optimiser or it does not take the options.
@@ -112,7 +112,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def scale_by_path(scales: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiply updates by the factor of the first expression that their path, joined with "/", holds; else by 1."""
+    """Multiply updates by the factor of the first expression found in their path, joined with "/"; else by 1."""
 
     def factor(path: Any) -> float:
         joined = "/".join(str(getattr(key, "key", key)) for key in path)

@@ -1,15 +1,15 @@
-"""Rows of one length from tokenised documents; NumPy only, and the same rows every time.
+"""Rows of one length from tokenised documents; NumPy only, and deterministic.
 
-Grain has packing of its own, but as transformations of a stream. Here the same functions serve what is read whole,
-where any row has to be at hand by its number, and a stream's windows; and they count what they leave out.
+Grain has its own packing, but as transformations of a stream. Here the same functions serve sources that are read
+whole, where any row must be accessible by its number, and a stream's windows; and they count what they leave out.
 
 A row is a dict of arrays (L,), a batch one of arrays (B, L):
 
 - `tokens`, int32;
-- `positions`, int32: the index in the row, 0 to L - 1; -1 where the row is filled up;
+- `positions`, int32: the index in the row, 0 to L - 1; -1 for padding;
 - `starts`, int32: the index at which the token's document begins in this row;
 - `weights`, float32: 1 where this token is to be predicted and counts in the loss, else 0. The first token of a
-  document in a row is never predicted, nor is a prompt's, nor what a row is filled up with.
+  document in a row is never predicted, nor are a prompt's tokens or padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TokenDocument:
 
     Attributes:
         tokens: (T,) token ids.
-        prompt: How many of the first ones are a prompt, which is read and not predicted.
+        prompt: Number of its first tokens that are a prompt, which is read but not predicted.
     """
 
     tokens: np.ndarray
@@ -48,7 +48,7 @@ class Corpus:
 
     Attributes:
         tokens: (T,) int32.
-        predicted: (T,) bool: not a prompt's.
+        predicted: (T,) bool: false for a prompt's tokens.
         offsets: (D + 1,) int64: document d is tokens[offsets[d] : offsets[d + 1]].
     """
 
@@ -58,20 +58,20 @@ class Corpus:
 
     @property
     def documents(self) -> int:
-        """How many."""
+        """Number of documents."""
         return len(self.offsets) - 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which pieces of a corpus each row consists of.
+    """The pieces of a corpus that each row consists of.
 
     Attributes:
         offsets: (R + 1,) int64: row r has the pieces offsets[r] to offsets[r + 1] - 1, side by side.
         begins: (pieces,) int64: where a piece begins in the corpus.
         lengths: (pieces,) int64: its tokens, all of one document.
-        dropped_documents: Documents of which no token is in a row.
-        dropped_tokens: Tokens that are in no row, those of cut documents included.
+        dropped_documents: Documents with no token in a row.
+        dropped_tokens: Tokens in no row, including those of cut documents.
     """
 
     offsets: np.ndarray
@@ -82,12 +82,12 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of rows."""
         return len(self.offsets) - 1
 
 
 def join(documents: Iterable[TokenDocument]) -> Corpus:
-    """Put documents one after the other; those without tokens are left out."""
+    """Concatenate documents; those without tokens are left out."""
     kept = [document for document in documents if len(document.tokens)]
     if not kept:
         return Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64))
@@ -100,7 +100,7 @@ def join(documents: Iterable[TokenDocument]) -> Corpus:
 
 
 def clip(corpus: Corpus, skip: int, most: int | None) -> Corpus:
-    """Leave out the first `skip` tokens of a corpus and all but `most` of the rest; documents at the ends are cut."""
+    """Keep at most `most` tokens of a corpus after the first `skip`; documents at the ends are cut."""
     end = len(corpus.tokens) if most is None else min(skip + most, len(corpus.tokens))
     skip = min(skip, end)
     inner = corpus.offsets[(corpus.offsets > skip) & (corpus.offsets < end)]
@@ -109,18 +109,19 @@ def clip(corpus: Corpus, skip: int, most: int | None) -> Corpus:
 
 
 def begin_pieces(corpus: Corpus, prefix: Sequence[int], length: int | None) -> Corpus:
-    """Put a model's first tokens, such as BOS, where a row begins to read a document.
+    """Insert a model's prefix, such as BOS, wherever a row begins to read a document.
 
     Args:
         corpus: The documents.
-        prefix: The tokens; may be empty. A document that begins with them already gets them no second time.
-        length: Tokens of a row if documents are to be concatenated: those that a row ends in begin again in the next.
+        prefix: The tokens; may be empty. A document that already begins with them is not changed.
+        length: Tokens of a row if documents are to be concatenated: a document that a row cuts gets the prefix again in
+            the next row.
 
     Returns:
-        The corpus, longer by the prefixes, which are read and not predicted.
+        The corpus, longer by the prefixes, which are read but not predicted.
 
     Raises:
-        UsageError: If a row has no room for the prefix and two tokens more.
+        UsageError: If a row has no room for the prefix and two more tokens.
     """
     if not prefix or not len(corpus.tokens):
         return corpus
@@ -135,7 +136,7 @@ def begin_pieces(corpus: Corpus, prefix: Sequence[int], length: int | None) -> C
             begin += len(first)
         while begin < end:
             room = end - begin if length is None else length - total % length - len(first)
-            if room < 2 and length is not None:  # too little is left of the row: filled up with what begins the next
+            if room < 2 and length is not None:  # too little room: filled with the start of the next
                 fill = length - total % length
                 tokens.append(np.resize(first, fill))
                 predicted.append(np.zeros(fill, bool))
@@ -151,7 +152,7 @@ def begin_pieces(corpus: Corpus, prefix: Sequence[int], length: int | None) -> C
 
 
 def concatenate(corpus: Corpus, length: int) -> Layout:
-    """Cut a corpus into rows, all but the last of them full; a document may go on in the next row.
+    """Cut a corpus into rows, all but the last of them full; a document may continue in the next row.
 
     Args:
         corpus: The documents.
@@ -174,24 +175,24 @@ def concatenate(corpus: Corpus, length: int) -> Layout:
 def pack(corpus: Corpus, length: int, *, long: LongDocuments = "cut", open_rows: int = OPEN_ROWS) -> Layout:
     """Put whole documents into rows: each into the first row with room for it ("first fit").
 
-    Only the newest rows are looked at: where none has room and `open_rows` are open, the fullest is closed.
+    Only the newest rows are considered: if none has room and `open_rows` are open, the fullest is closed.
 
     Args:
         corpus: The documents.
         length: L, tokens of a row.
-        long: Documents of more than L tokens lose what is beyond, or are dropped. So is, with either, a document in
-            which nothing is left to predict.
-        open_rows: How many rows may still get documents.
+        long: Documents of more than L tokens are cut or dropped. In both cases a document with nothing to predict is
+            dropped too.
+        open_rows: Number of rows that may still get documents.
 
     Returns:
         The layout; rows in the order in which they were begun.
 
     Raises:
-        UsageError: If the length is below 2, or there is no such way to treat long documents.
+        UsageError: If the length is below 2, or `long` is unknown.
     """
     _check_length(length)
     if long not in ("cut", "drop"):
-        raise UsageError(f"long documents are to be {long!r}; expected cut or drop")
+        raise UsageError(f"long is {long!r}; expected cut or drop")
     whole = np.diff(corpus.offsets)
     sizes = np.minimum(whole, length)
     counted = np.append(0, np.cumsum(corpus.predicted))
@@ -218,9 +219,9 @@ def make_row(corpus: Corpus, layout: Layout, row: int, length: int, pad: int = 0
     Args:
         corpus: The documents.
         layout: From the same corpus and length.
-        row: Which, 0 to `layout.rows` - 1.
+        row: Its index, 0 to `layout.rows` - 1.
         length: L.
-        pad: The token that fills up.
+        pad: The padding token.
 
     Returns:
         Arrays (L,); see the head of this module.

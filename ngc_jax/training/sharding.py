@@ -1,7 +1,7 @@
-"""Where arrays are: a mesh, and one table from a parameter's path to the mesh axes of its dimensions.
+"""Placement of arrays: a mesh, and one table from a parameter's path to the mesh axes of its dimensions.
 
-The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits parameters, which are gathered
-where they are used; `tensor` splits heads and MLP neurons, so that a block's work itself is shared.
+The mesh has three axes. `data` and `fsdp` both shard the batch; `fsdp` also shards parameters, which are gathered
+where they are used; `tensor` shards heads and MLP neurons, so that the work within a block is distributed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ngc_jax.training.step import TrainState
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
-# Mesh axis of every logical one; None is replicated.
+# Mesh axis of every logical axis; None is replicated.
 LOGICAL_AXES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -31,7 +31,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "latent": "tensor",
     "latent_of_hidden": "fsdp",
 }
-# Path of a parameter joined with "/", a regular expression -> logical axes. The first that matches holds.
+# Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies.
 RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"(embed/embedding|unembed/kernel)$", ("vocab", "embed")),
     (r"attn/q/kernel$", ("heads", "embed")),
@@ -44,8 +44,8 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"mlp/[ug]/bias$", ("mlp",)),
     (r"attn/o/bias$|mlp/d/bias$", ("embed",)),
     (r"scale$", (None,)),
-    # States are split both ways, as kernels are. A signal is split along the latent space over `tensor` when it is made
-    # and gathered where it is read: what passes between devices is of the size of the rank.
+    # States are sharded both ways, like kernels. A signal is sharded along the latent space over `tensor` when it is
+    # computed and gathered where it is read: the communication between devices has the size of the rank.
     (r"output_states/[^/]*attn\.q$", ("heads", "latent_of_hidden")),
     (r"output_states/[^/]*attn\.[kv]$", ("kv", "latent_of_hidden")),
     (r"output_states/[^/]*mlp\.[ug]$", ("mlp", "latent_of_hidden")),
@@ -63,7 +63,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     """A mesh of all devices of all processes.
 
     Args:
-        data: Devices along `data`; -1 for as many as are left. So for the others; only one may be -1.
+        data: Devices along `data`; -1 for all remaining ones. Likewise for the others; only one may be -1.
         fsdp: Along `fsdp`.
         tensor: Along `tensor`.
         devices: All if None.
@@ -88,9 +88,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """Of one parameter.
+    """The partition spec of one parameter.
 
-    A dimension of states is whatever rank the budget gave; where its mesh axis does not divide it, it is replicated. A
+    A dimension of states is whatever rank the budget gave; it is replicated if its mesh axis does not divide it. A
     dimension of any other parameter must be divisible.
 
     Args:
@@ -99,7 +99,7 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.Ab
         mesh: The mesh.
 
     Raises:
-        UsageError: If no rule matches, the rule has another number of dimensions, or a dimension cannot be split.
+        UsageError: If no rule matches, the rule has another number of dimensions, or a dimension cannot be sharded.
     """
     axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
     if axes is None:
@@ -135,11 +135,11 @@ def params_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Shardings of a train state: the optimiser's moments are where their parameters are, all else is replicated.
+    """Shardings of a train state: the optimiser's moments follow their parameters, everything else is replicated.
 
     Args:
         state: Arrays or shapes.
-        optimizer: That made its opt_state.
+        optimizer: The optimiser of its opt_state.
         mesh: The mesh.
     """
     params, everywhere = params_shardings(state.params, mesh), NamedSharding(mesh, PartitionSpec())
@@ -155,7 +155,7 @@ def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, 
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, each put where it belongs; only the own shards reach a device."""
+    """Place arrays that every process holds whole; each device receives only its own shards."""
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(leaf)
@@ -165,7 +165,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def check_rows(rows: int, mesh: Mesh) -> None:
-    """Refuse a batch that the devices of a mesh cannot share out.
+    """Refuse a batch that cannot be sharded over the devices of a mesh.
 
     Raises:
         UsageError: If they do not divide its rows.

@@ -4,13 +4,14 @@ A source is named by
 
 - `pydoc`, `pydoc:first-half`, `pydoc:second-half` or the path of a text file: one document (see `ngc_jax.text`);
 - the path or glob pattern of .jsonl, .json, .parquet or .txt files, or several of one kind: a row is a document, or,
-  where there are several .txt files, a file is;
+  if there are several .txt files, each file is;
 - `hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a dataset of the Hugging Face hub or a local directory of one: a row is a
   document;
-- `reasoning-gym:TASK`, procedurally made questions (https://github.com/open-thought/reasoning-gym): the question is
-  the prompt and the answer the text.
+- `reasoning-gym:TASK`, procedurally generated questions (https://github.com/open-thought/reasoning-gym): the question
+  is the prompt and the answer the text.
 
-What is read whole is a sequence of documents. A stream (`streaming`) is never held whole and has no known length.
+A source that is read whole is a sequence of documents. A stream (`streaming`) is never held whole and has no known
+length.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ _GYM = "reasoning-gym"
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where documents come from.
+    """A source of documents.
 
     Args:
         name: The source's name, or a list of files of one kind.
         weight: Its share of the rows, relative to the other sources'.
         column: Column of the text.
         prompt_column: Column of the prompt, if there is one.
-        streaming: Read it as it is needed, over and over, and never whole.
-        joined: Take all its rows as one document, joined by newlines.
-        skip_tokens: Tokens to leave out at its beginning.
-        max_tokens: Tokens to take after that; all if not given.
-        size: Questions to make, for reasoning-gym.
+        streaming: Read it as needed, repeatedly, and never whole.
+        joined: Treat all its rows as one document, joined by newlines.
+        skip_tokens: Number of tokens to skip at its start.
+        max_tokens: Number of tokens to take after that; all by default.
+        size: Number of questions, for reasoning-gym.
         seed: Of the questions.
-        arguments: What the task takes, for example {"max_digits": 3}.
+        arguments: Arguments of the task, for example {"max_digits": 3}.
     """
 
     name: str | list[str]
@@ -71,7 +72,7 @@ class SourceConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for other types, numbers out of range and options that do not go together."""
+        """Raises UsageError for wrong types, numbers out of range and incompatible options."""
         check_field_types(self)
         if not self.name:
             raise UsageError("a source has no name; give a file, pydoc, hub:NAME or reasoning-gym:TASK")
@@ -94,13 +95,13 @@ class SourceConfig:
 
     @property
     def label(self) -> str:
-        """The name, in messages."""
+        """The name, for messages."""
         return self.name if isinstance(self.name, str) else ", ".join(self.name)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what comes before it and is read but not learnt."""
+    """A text and its prompt, which is read but not predicted."""
 
     text: str
     prompt: str = ""
@@ -108,13 +109,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents that come one by one.
+    """Documents that arrive one by one.
 
     Attributes:
-        shards: How many parts can be read apart from each other, usually files.
+        shards: Number of parts that can be read independently, usually files.
         open_part: From (index, count) to every count-th shard, as a Hugging Face IterableDataset.
         read: From its rows to documents.
-        label: The source's name, in messages.
+        label: The source's name, for messages.
     """
 
     shards: int
@@ -124,7 +125,7 @@ class Stream:
 
 
 class TableRows(Sequence[Document]):
-    """The rows of a Hugging Face dataset as documents; read from its file on disk when asked for."""
+    """The rows of a Hugging Face dataset as documents; read from its file on disk when requested."""
 
     def __init__(self, table: Any, read: Callable[[Mapping[str, Any]], Document]) -> None:
         """Wraps a datasets.Dataset; `read` makes a document of a row."""
@@ -146,7 +147,7 @@ class TableRows(Sequence[Document]):
 
 @contextmanager
 def _utf8_only() -> Iterator[None]:
-    """Tables hold bytes; that they are no text is found when a row is read."""
+    """Tables hold bytes, so that invalid text is found only when a row is read."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -157,7 +158,7 @@ def open_source(config: SourceConfig) -> Sequence[Document] | Stream:
     """Open a source.
 
     Args:
-        config: Which.
+        config: The source's config.
 
     Returns:
         Its documents, or a stream of them if `streaming`.
@@ -186,15 +187,15 @@ def sampled_source(
     batch_size: int = 32,
     prefix: Sequence[int] = (),
 ) -> list[TokenDocument]:
-    """Documents that a model writes itself, to train on without any data; see `ngc_jax.models.sample_text`.
+    """Documents that a model generates itself, to train on without any data; see `ngc_jax.models.sample_text`.
 
     Args:
         model: The model, usually the teacher.
-        count: Tokens in all.
+        count: Total number of tokens.
         key: Randomness.
-        length: Tokens of a document, the last one's may be fewer; best a row's. Cut to the model's longest sequence.
+        length: Tokens of a document, fewer for the last; best a row's length. Limited to the model's longest sequence.
         batch_size: Documents sampled at once.
-        prefix: What comes before each when it is sampled, such as BOS; no part of it.
+        prefix: Tokens before each document during sampling, such as BOS; not part of it.
 
     Returns:
         Documents without an end-of-text token.
@@ -212,7 +213,7 @@ def sampled_source(
 
 
 def _read_whole(config: SourceConfig) -> None:
-    """Of sources that are no table: no streams, and no columns."""
+    """Check sources that are not tables: no streams, and no columns."""
     if config.streaming:
         raise UsageError(f"{config.label} is not streamed; set streaming to false")
     if config.prompt_column is not None:
@@ -257,7 +258,7 @@ def _hub(config: SourceConfig, name: str) -> Sequence[Document] | Stream:
 
 
 def _load(config: SourceConfig, column: str, *args: Any, **options: Any) -> Sequence[Document] | Stream:
-    """What `datasets.load_dataset` of these arguments finds, as documents."""
+    """The result of `datasets.load_dataset` with these arguments, as documents."""
     import datasets
 
     def refuse(error: Exception) -> UsageError:
@@ -265,12 +266,12 @@ def _load(config: SourceConfig, column: str, *args: Any, **options: Any) -> Sequ
         reason = " ".join(str(cause or error).split())[:160] or type(error).__name__
         return UsageError(f"{config.label} cannot be loaded ({reason}); check its name, its format and the network")
 
-    # StopIteration is what datasets raises for an empty .jsonl.
+    # datasets raises StopIteration for an empty .jsonl.
     errors = (OSError, ValueError, ConnectionError, StopIteration, datasets.exceptions.DatasetsError)
     try:
         rows = datasets.load_dataset(*args, streaming=config.streaming, **options)
         names = rows.column_names
-        if names is None:  # a stream that has to be begun to be known
+        if names is None:  # a stream whose columns are known only once it is read
             names = list(next(iter(rows), {}))
     except errors as error:
         raise refuse(error) from error
@@ -286,7 +287,7 @@ def _load(config: SourceConfig, column: str, *args: Any, **options: Any) -> Sequ
     if config.streaming:
 
         def part(index: int, count: int) -> Any:
-            return rows.shard(count, index, contiguous=False)  # even of one: with a position of its own
+            return rows.shard(count, index, contiguous=False)  # even for one part: it has its own position
 
         return Stream(max(rows.num_shards, 1), part, read, config.label)
     documents: Sequence[Document] = TableRows(rows, read)
@@ -312,7 +313,7 @@ def _text(config: SourceConfig, column: str, row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class GymTask(Sequence[Document]):
-    """Questions of a reasoning-gym task; each is made when it is asked for, from the seed and its number."""
+    """Questions of a reasoning-gym task, each generated on request from the seed and its number."""
 
     questions: Any
     label: str
@@ -323,7 +324,7 @@ class GymTask(Sequence[Document]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):  # reasoning-gym would make one, and iteration never end
+        if not -len(self) <= index < len(self):  # reasoning-gym would generate one, and iteration would never end
             raise IndexError(index)
         entry = self.questions[index % len(self)]
         if entry["answer"] is None:
@@ -342,7 +343,7 @@ def _gym(config: SourceConfig, task: str) -> GymTask:
         raise UsageError(f"{_GYM} has no task {task!r}; it has {len(DATASETS)}, such as {', '.join(near)}")
     try:
         questions = reasoning_gym.create_dataset(task, seed=config.seed, size=config.size, **config.arguments)
-    except (AssertionError, TypeError, ValueError) as error:  # how tasks refuse what they are given
+    except (AssertionError, TypeError, ValueError) as error:  # how tasks refuse their arguments
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UsageError(f"{config.label} refuses its arguments ({reason}); check them") from error
     return GymTask(questions, config.label)

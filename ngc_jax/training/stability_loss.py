@@ -1,23 +1,23 @@
-"""How far a student's finite-time Lyapunov spectrum along depth is from its teacher's, as a loss.
+"""Distance of a student's finite-time Lyapunov spectrum along depth from its teacher's, as a loss.
 
 For a token t, K perturbations of its residual stream pass through the layers as in `ngc_jax.stability.depth`: the keys
-and values of all other tokens are held, an orthonormal frame is pushed forward by every layer's Jacobian and made
-orthonormal again, and layer l has the local rates, relative to the stream (the layers read it through norms),
+and values of all other tokens are held constant, an orthonormal frame is pushed forward by every layer's Jacobian and
+orthonormalised again, and layer l has the local rates, relative to the stream (the layers read it through norms),
 
     r_lk = log R_kk - log(|x_(l+1)| / |x_l|)                       (natural logarithms per layer)
 
-Student and teacher begin with the same random frame, each then follows its own. The loss of a token is
+Student and teacher begin with the same random frame; each then follows its own. The loss of a token is
 
     (1 / (n K)) · sum over layers l and directions k of (r_lk of the student - r_lk of the teacher)²
 
 in squared rates per layer. Every row of a batch has the loss of m of its tokens, drawn in proportion to their weights,
-times the sum of the weights: without bias the weighted sum over all of them. A document's first token has no part, as
-it has none in a prompt's metric: nothing comes before it.
+times the sum of the weights: an unbiased estimate of the weighted sum over all of them. A document's first token is
+excluded, as in a prompt's metric: it has no context.
 
-What is drawn depends on the key alone, and is the same for every row: however a batch is cut or spread, the value is
-the same. Streams, keys and values are those of the passes that a step makes anyway, and gradients go through them too.
-Beside those passes a row costs m tokens of a forward pass and m · K of forward derivatives for the teacher, and as much
-with its backward pass for the student: with 8 tokens and 4 directions of 512 tokens a twelfth of the step.
+The random draws depend on the key alone and are the same for every row, so that the value does not depend on how a
+batch is split or sharded. Streams, keys and values are those of the step's own forward passes, and gradients flow
+through them too. In addition a row costs m tokens of a forward pass and m · K forward derivatives for the teacher, and
+the same with its backward pass for the student: with 8 tokens and 4 directions of 512 tokens a twelfth of the step.
 
 Legend: B rows, L tokens, m chosen tokens, D embed, n layers times iterations (the depth), K directions.
 """
@@ -45,7 +45,7 @@ Batch = Mapping[str, Array]
 
 
 class Pass(NamedTuple):
-    """A decoder and what a forward pass over a batch left behind.
+    """A decoder and the results of its forward pass over a batch.
 
     Attributes:
         decoder: The module.
@@ -74,7 +74,7 @@ def stability_sum(
 
     Args:
         student: Gradients flow into its parameters, streams and cache.
-        teacher: Of the same width and depth; what is to get no gradients has to be stopped by the caller.
+        teacher: Of the same width and depth; the caller must stop gradients that are not wanted.
         batch: tokens, positions (-1 padding) and starts, each (B, L); see `packing`.
         weights_BxL: Of every token in the sum.
         key: For tokens and directions; fold the step into it.
@@ -82,7 +82,7 @@ def stability_sum(
         tokens: m.
 
     Raises:
-        UsageError: If the two are not of one width and depth, or there are more directions than dimensions.
+        UsageError: If the two differ in width or depth, or there are more directions than dimensions.
     """
     sizes = [(depth_of(one.decoder), one.decoder.config.embed_dim) for one in (student, teacher)]
     if sizes[0] != sizes[1]:
@@ -92,7 +92,7 @@ def stability_sum(
         )
     width = sizes[0][1]
     if directions > width:
-        raise UsageError(f"{directions} directions in a stream of {width} dimensions; expected at most as many")
+        raise UsageError(f"{directions} directions in a stream of {width} dimensions; expected no more than that")
     of_tokens, of_frame = jax.random.split(key)
     own_BxL = jnp.where(batch["positions"] > batch["starts"], weights_BxL, 0.0)
     index_Bxm = draw_tokens(of_tokens, own_BxL, tokens)
@@ -107,10 +107,10 @@ def stability_sum(
 
 
 def draw_tokens(key: PRNGKeyArray, weights_BxL: Float[Array, "B L"], count: int) -> Int[Array, "B m"]:
-    """Draw tokens of every row in proportion to their weights, with equal distances in the cumulative weight.
+    """Draw tokens of every row in proportion to their weights, at equal distances in the cumulative weight.
 
     A token of weight w is drawn count · w / (sum of the row's) times on average (systematic sampling, Madow 1949), and
-    one of weight 0 never unless all are. All rows share one random number.
+    one of weight 0 never unless all are 0. All rows share one random number.
 
     Args:
         key: Randomness.
@@ -120,7 +120,7 @@ def draw_tokens(key: PRNGKeyArray, weights_BxL: Float[Array, "B L"], count: int)
     Returns:
         (B, m) indices in the row, ascending.
     """
-    # Above 0 and up to 1: the place 0 would belong to a first token without weight.
+    # Above 0 and up to 1: the value 0 would select a first token without weight.
     place_m = (jnp.arange(count) + 1.0 - jax.random.uniform(key)) / count
     sums_BxL = jnp.cumsum(weights_BxL, axis=1)
     return jax.vmap(lambda sums_L: jnp.searchsorted(sums_L, place_m * sums_L[-1]))(sums_BxL).astype(jnp.int32)
@@ -134,8 +134,8 @@ def local_rates(
     Args:
         one: The decoder and its pass over the batch.
         batch: tokens, positions and starts.
-        index_Bxm: Which tokens of every row.
-        frame_mxDxK: The frame that each begins with, orthonormal columns.
+        index_Bxm: The chosen tokens of every row.
+        frame_mxDxK: The initial frame of each, with orthonormal columns.
     """
     decoder = one.decoder
 
@@ -163,7 +163,7 @@ def _step(advance: Callable[[Array], Array], x_BxmxD: Array, frame_BxmxDxK: Arra
 
 
 def gram_schmidt(vectors: Float[Array, "*batch D K"]) -> tuple[Float[Array, "*batch D K"], Float[Array, "*batch K"]]:
-    """As `lyapunov.orthonormalise`, for a batch, and without a call of LAPACK.
+    """As `lyapunov.orthonormalise`, for a batch, and without LAPACK.
 
     For a few directions it is as accurate, runs on the devices that hold the rows, and has derivatives of plain sums.
     (With jaxlib 0.10.2, a step that has a batched QR of every layer and its derivative hung on a CPU of one device.)
@@ -188,7 +188,7 @@ def gram_schmidt(vectors: Float[Array, "*batch D K"]) -> tuple[Float[Array, "*ba
 
 
 def _layer(one: Pass, number: int, positions_Bxm: Array, starts_Bxm: Array) -> Callable[[Array], Array]:
-    """A layer as a map of chosen tokens, each on its own."""
+    """A layer as a map of chosen tokens, each separately."""
     decoder = one.decoder
     layer = number % decoder.config.num_layers
     module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype, hold_others=True)

@@ -1,4 +1,4 @@
-"""One step of training: a pure function of the state and a batch, the same on one device and on a pod."""
+"""One training step: a pure function of the state and a batch, the same on one device and on a pod."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metrics = dict[str, Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
         step: Steps done, () int32.
@@ -49,15 +49,16 @@ class Constants(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a step computes; nothing here is an array.
+    """The computation of a step, without arrays.
 
     Attributes:
-        decoder: The student; its param_dtype is what it computes in.
-        objective: What is minimised.
-        optimizer: Moves the parameters.
+        decoder: The student; its param_dtype is the type of the computation.
+        objective: The objective to minimise.
+        optimizer: Updates the parameters.
         teacher: The teacher's decoder; None without one.
-        microbatches: A batch is cut into so many, one after the other, to save memory; the result is the same.
-        seed: Of what the stability loss draws, each step anew.
+        microbatches: Number of parts that a batch is split into, one after the other, to save memory; the result is the
+            same.
+        seed: Of the stability loss's random draws, which differ in each step.
     """
 
     decoder: Decoder
@@ -71,7 +72,7 @@ class Program:
         if self.microbatches < 1:
             raise UsageError(f"microbatches is {self.microbatches}; expected at least 1")
         if self.objective.needs_teacher and self.teacher is None:
-            raise UsageError("this objective compares with a teacher; give one")
+            raise UsageError("this objective needs a teacher; give one")
 
 
 def init_state(program: Program, trained: Params) -> TrainState:
@@ -79,9 +80,9 @@ def init_state(program: Program, trained: Params) -> TrainState:
 
     Args:
         program: The program.
-        trained: Parameters that train, of any float type; kept in float32.
+        trained: Parameters that train, of any float type; stored in float32.
     """
-    # A copy even of what is float32 already: the step donates its state, and the caller's arrays must live on.
+    # A copy even of float32 arrays: the step donates its state, and the caller's arrays must remain valid.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), dict(trained))
     return TrainState(jnp.zeros((), jnp.int32), params, program.optimizer.init(params))
 
@@ -91,7 +92,7 @@ def loss_sums(
 ) -> tuple[Array, tuple[Array, Metrics]]:
     """The objective's sum over a batch, then the count and each loss's sum; see `losses.objective_sums`.
 
-    What is drawn depends on the program's seed and the step: the same on every device and in every microbatch, and
+    Random draws depend on the program's seed and the step: they are the same on every device, in every microbatch, and
     after a restart.
     """
     dtype = program.decoder.param_dtype
@@ -126,7 +127,7 @@ def gradient_sums(
     rows = next(iter(batch.values())).shape[0]
     if rows % parts:
         raise UsageError(f"{rows} rows of a batch cannot be cut into {parts} microbatches; choose a divisor")
-    # Every n-th row, so that each microbatch has a share of what every device holds.
+    # Every n-th row, so that each microbatch has an equal part of every device's rows.
     cut = {name: jnp.swapaxes(x.reshape(rows // parts, parts, -1), 0, 1) for name, x in batch.items()}
 
     def add(sums: Any, part: Batch) -> tuple[Any, None]:
@@ -142,14 +143,14 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step.
 
-    If the loss or the gradient is not finite, the parameters stay as they are and `finite` is 0.
+    If the loss or the gradient is not finite, the parameters are not changed and `finite` is 0.
 
     Args:
-        program: What to do; static under jit.
+        program: The computation; static under jit.
         state: Before the step.
-        constants: Arrays that stay.
+        constants: Arrays that do not change.
         batch: Arrays (B, L); under pmap a device's rows.
-        axis_name: Of pmap, over which sums are added; None under jit, which adds over a sharded batch by itself.
+        axis_name: Of pmap, over which sums are added; None under jit, where sums over a sharded batch are global.
 
     Returns:
         The state after the step, and float32 scalars: loss and each loss by name (means per counted token), tokens
@@ -174,12 +175,12 @@ TrainStep = Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]
 
 
 def jit_step(program: Program, *, state_shardings: Any = None, replicated: Any = None) -> TrainStep:
-    """`train_step` compiled for arrays sharded as they come; the state's memory is reused.
+    """`train_step` compiled for arrays with their own shardings; the state is donated.
 
     Args:
-        program: What to do.
-        state_shardings: Of the state after the step; as the compiler likes if None. Give it, so that the state comes
-            out as it went in.
+        program: The computation.
+        state_shardings: Of the state after the step; chosen by the compiler if None. Give it, so that the output state
+            has the same sharding as the input.
         replicated: Sharding of the metrics.
     """
     shardings: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, replicated)}

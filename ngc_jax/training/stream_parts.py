@@ -1,4 +1,4 @@
-"""Streams as grain iterators: parts that are read over and over, and batches of rows from several parts."""
+"""Streams as grain iterators: parts that are read repeatedly, and batches of rows from several parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PartSteps(grain.IterDataset):
 
 
 class Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's iterator that a thread runs ahead of, but closed only once: twice fails when Python ends."""
+    """Grain's prefetching iterator, but closed only once: closing it twice fails when Python exits."""
 
     def close(self) -> None:
         """Ends the thread."""
@@ -45,7 +45,7 @@ class _PartStepsIterator(grain.DatasetIterator):
         rows = []
         for number, parent in zip(self._numbers, self._parents, strict=True):
             for row in range(number * self._each, (number + 1) * self._each):
-                made = next(parent)  # also where it is another process's
+                made = next(parent)  # also if it belongs to another process
                 if row in self._mine:
                     rows.append(made)
         return stack(rows)
@@ -63,7 +63,7 @@ class _PartStepsIterator(grain.DatasetIterator):
 
 
 class StreamPart(grain.IterDataset):
-    """The documents of one part of a stream, over and over."""
+    """The documents of one part of a stream, repeatedly."""
 
     def __init__(self, stream: Stream, part: int, parts: int) -> None:
         super().__init__()
@@ -104,13 +104,13 @@ class _StreamPartIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         closed = self._closed
-        super().close()  # first, because closing the rows may free what closes this again
+        super().close()  # first, because closing the rows may close this again
         if not closed:
             self._rows.close()
 
 
 class Each(grain.experimental.FlatMapTransform):
-    """Every row of a window by itself."""
+    """Emits every row of a window separately."""
 
     def flat_map(self, element: list[Row]) -> list[Row]:
         """The rows."""

@@ -16,14 +16,14 @@ Trainable = Literal["states", "states_and_norms", "all"]
 
 
 def split_params(params: Params, trainable: Trainable) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part parameters into those that train and those that stay.
+    """Split parameters into those that train and those that are frozen.
 
     Args:
         params: A decoder's.
         trainable: The neuron `states` of all groups, `states_and_norms` (the scales of every norm too), or `all`.
 
     Returns:
-        Trained and frozen, two trees that `merge_params` puts together again. No array is copied.
+        Trained and frozen, two trees that `merge_params` joins again. No array is copied.
 
     Raises:
         UsageError: If nothing would train.
@@ -45,7 +45,7 @@ def _trains(path: tuple[str, ...], trainable: Trainable) -> bool:
 
 
 def merge_params(trained: Params, frozen: Params) -> dict[str, Any]:
-    """The tree of both."""
+    """Join both trees."""
     flat = traverse_util.flatten_dict(dict(frozen)) | traverse_util.flatten_dict(dict(trained))
     return traverse_util.unflatten_dict(flat)
 

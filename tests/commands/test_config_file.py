@@ -77,11 +77,11 @@ def test_later_files_override_earlier_ones_and_null_is_not_given(tmp_path):
 
 BAD_FILES = {
     "keeep: 0.3": "did you mean 'keep'",
-    "- a": "holds no options",
-    "hello": "holds no options",
+    "- a": "has no options",
+    "hello": "has no options",
     "keep: many": "keep is 'many'",
     "model: {a: 1}": "model is",
-    "keep: 0.3\nkeep: 0.4": "stands twice",
+    "keep: 0.3\nkeep: 0.4": "occurs twice",
     'keep: !!python/object/apply:os.system ["true"]': "tag",
     "keep: [1": "not valid YAML",
     "a: &a [*a]": "aliases are not supported",

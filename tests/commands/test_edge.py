@@ -357,7 +357,7 @@ sys.argv = ["ngc-jax", "info"]
 sys.exit(__main__.main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (130, "ngc-jax: interrupted; nothing half written was left behind\n")
+    assert (done.returncode, done.stderr) == (130, "ngc-jax: interrupted; no partial output was left\n")
 
 
 def test_a_signal_that_is_ignored_is_left_alone(monkeypatch):

@@ -26,7 +26,7 @@ def pruning_of(config, recipe):
 
 
 def measured(model, recipe, tokens, held=False, first=False, **options):
-    """What a recipe needs; `held` and `first` as told, not as its passes ask."""
+    """The needs of a recipe, with `held` and `first` as given instead of by its passes."""
     calibration = Calibration.of(model, tokens, bos="never", **options)
     needs = recipe.chain.needs(model.config, recipe.keep, calibration)
     return measure(model, dataclasses.replace(needs, held=held, first=first), calibration)

@@ -61,7 +61,7 @@ def test_what_some_tokens_tell_is_carried_over_to_all():
     moment, cross = carried_over(x.T @ x / len(x), *few)
     for ours, true, of_few in ((moment, y.T @ y / len(x), few[2]), (cross, x.T @ y / len(x), few[1])):
         assert np.linalg.norm(ours - true) < 0.05 * np.linalg.norm(true) < 0.05 * np.linalg.norm(of_few - true)
-    # All tokens told of: just theirs.
+    # The sample is all tokens: exactly theirs.
     whole = x.T @ x / len(x), x.T @ y / len(x), y.T @ y / len(x)
     np.testing.assert_allclose(
         carried_over(whole[0], *whole)[0], whole[2], rtol=0.02, atol=0.02 * np.abs(whole[2]).max()

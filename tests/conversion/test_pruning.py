@@ -128,7 +128,7 @@ def test_moments_that_rounding_made_indefinite():
     [name if name in ("llama", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in HF_CONFIGS],
 )
 def test_neurons_that_others_double_are_no_loss(architecture):
-    """Every hidden neuron twice: half as many do the same, whatever the architecture makes of biases and gates."""
+    """Every hidden neuron twice: half of them compute the same, for any biases and gates of the architecture."""
     model = tiny_model(architecture)
     half = model.config.mlp_dim // 2
     layers = {}
@@ -145,7 +145,7 @@ def test_neurons_that_others_double_are_no_loss(architecture):
     tokens = random_tokens(40, seed=9)
     dense = logits(model, tokens)
     assert np.abs(logits(narrow.model, tokens) - dense).max() < 2e-3 * np.abs(dense).max()
-    # What the narrow model's statistics should be can be measured on it, for it is the same function.
+    # The pruned model computes the same function, so that its statistics can be measured on it.
     own = list(measured(narrow.model, Recipe("ngc", keep=0.5, keep_neurons=1.0), TOKENS, window=60))
     for layer, expected in zip(statistics, own, strict=True):
         assert layer.keys() == expected.keys()
@@ -256,7 +256,7 @@ def test_nystrom_keeps_mlps_dense():
 
 
 def test_errors_of_narrowing_are_propagated():
-    """Fitting on what the converted layers send brings the narrow model nearer to the wide one."""
+    """Fitting on the inputs from converted layers brings the pruned model nearer to the original."""
     model = tiny_model("llama_untied")
     tokens = random_tokens(240, seed=8)
     dense = jax.nn.softmax(logits(model, tokens))

@@ -260,7 +260,7 @@ def test_the_soft_cap_bounds_the_logits() -> None:
 
 
 def test_no_program_is_compiled_twice() -> None:
-    """Decoders are values: one made anew is the same static argument."""
+    """Decoders are values: an equal one is the same static argument."""
     model = compact_model()
     traced = 0
 

@@ -131,7 +131,7 @@ def test_all_that_does_not_fit_is_named_at_once() -> None:
     assert str(raised.value) == (
         "the tensors of some/model do not fit its config.json: missing model.norm.weight; "
         "misshapen model.layers.12.mlp.down_proj.weight is (36, 24), expected (24, 36); "
-        "left over model.layers.0.self_attn.q_proj.scales. Get the whole model again"
+        "left over model.layers.0.self_attn.q_proj.scales. Download the whole model again"
     )
 
 

@@ -27,7 +27,7 @@ def directory(tmp_path):
 
 
 def rewrite(directory, change, config):
-    """Replace every projection by what `change` makes of it: a dict of suffixes and tensors."""
+    """Replace every projection by the result of `change`: a dict of suffixes and tensors."""
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         tensors |= {name + suffix: value for suffix, value in change(tensors.pop(name)).items()}
@@ -140,7 +140,7 @@ def test_scales_of_activations_are_not_needed(config, directory):
 def test_float8_without_scales_is_read_as_it_is(directory, caplog):
     tensors = rewrite(directory, lambda weight: {"": weight.astype(ml_dtypes.float8_e5m2)}, None)
     with open_source(str(directory)):
-        assert "has weights in float8 without scales; they are read as they are" in caplog.text
+        assert "has float8 weights without scales; they are read unscaled" in caplog.text
     found = np.asarray(load_model(str(directory)).params["layers"]["0"]["attn"]["q"]["kernel"])
     np.testing.assert_array_equal(found, tensors["model.layers.0.self_attn.q_proj.weight"].astype(np.float32))
 

@@ -127,7 +127,7 @@ def test_unknown_dtypes_matter_only_when_read(tmp_path: Path) -> None:
         (lambda path: None, ["config.json"]),
         (lambda path: (path / "m.gguf").touch(), ["config.json", "m.gguf"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json", "JSON"]),
-        (lambda path: (path / "config.json").write_text("[1]"), ["config.json", "no JSON object"]),
+        (lambda path: (path / "config.json").write_text("[1]"), ["config.json", "not hold a JSON object"]),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "JSON"]),
         (lambda path: (path / "config.json").mkdir(), ["config.json"]),
     ],
@@ -184,7 +184,7 @@ def test_one_file_beside_the_index_of_another_model(tmp_path: Path, caplog: pyte
     with SafetensorsSource(directory) as source:
         for name, tensor in new.items():
             np.testing.assert_array_equal(source.read(name), tensor)
-    assert "model.safetensors is read; model.safetensors.index.json and its files are not" in caplog.text
+    assert "reading model.safetensors; model.safetensors.index.json and its files are ignored" in caplog.text
     caplog.clear()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     SafetensorsSource(directory).close()

@@ -211,7 +211,7 @@ def test_files_are_never_overwritten_and_dead_links_are_written_through(tmp_path
     with pytest.raises(UsageError, match="exists"):
         check_output(tmp_path / "link", overwrite=False)
     assert check_output(tmp_path / "link", overwrite=True) == tmp_path / "nowhere"
-    with pytest.raises(UsageError, match=r"cannot be made in .*/file; choose an --out that can be written"):
+    with pytest.raises(UsageError, match=r"cannot be created in .*/file; choose an --out that can be written"):
         check_output(tmp_path / "file" / "out", overwrite=False)
 
 

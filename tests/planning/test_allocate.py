@@ -172,7 +172,7 @@ def test_keep_one_leaves_everything_dense():
     rng = np.random.default_rng(1)
     shapes = [(8, 20, 160), (20, 8, 165), (13, 13, 169)]
     energies = [rng.exponential(size=min(m, n)) for m, n, _ in shapes]
-    # What calibration never saw has no energy, or what rounding makes of none; the budget is there all the same.
+    # Directions that calibration never reached have no energy, or rounding noise; the budget is available nevertheless.
     energies[0][3:], energies[1][5:] = 0.0, -1e-17
     for gauge in (False, True):
         curves = [

@@ -60,8 +60,8 @@ def test_what_is_nothing_is_refused_with_what_was_looked_for(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("stability.json", "{", "is no JSON"),
-        ("stability.json", "[]", "holds no object"),
+        ("stability.json", "{", "is not JSON"),
+        ("stability.json", "[]", "does not hold an object"),
         ("stability.json", {"along": "width", "prompts": [1]}, "along depth or sequence"),
         ("stability.json", {}, "no 'along'"),
         ("results.json", {"settings": {}}, "no dense, entries"),

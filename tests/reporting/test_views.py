@@ -81,7 +81,7 @@ def test_tokens_carry_their_numbers_and_the_first_no_colour():
         assert rates.lowest == -rates.highest == -limits[0]
         for told, rate, share in zip(text.told, prompt["tokens_metric"], prompt["tokens_potential_share"], strict=True):
             assert signed(rate) in told
-            assert ("grows" if rate > 0 else "fades") in told
+            assert ("grows" if rate > 0 else "decays") in told
             assert percent(share) in told
         assert "not counted" in text.told[0]
         assert len(text.rows) == len(prompt["tokens"])

@@ -320,7 +320,7 @@ def test_the_kaplan_yorke_dimension(exponents, dimension):
         ({"frame": jnp.ones((2, 3))}, "k from 1 to 2: use random_frame"),
         ({"state": jnp.array([1, 2])}, "int32 at the state itself; expected floating point"),
         ({"state": {}}, "a state without numbers"),
-        ({"step": lambda x: x[:1]}, r"makes float32\[1\] of a state float32\[2\]"),
+        ({"step": lambda x: x[:1]}, r"maps a state float32\[2\] to float32\[1\]"),
         ({"step": lambda x: x.astype(jnp.bfloat16)}, "expected the same shapes and types"),
     ],
 )

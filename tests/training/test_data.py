@@ -192,7 +192,7 @@ def test_the_batches_of_all_processes_make_up_that_of_one(tmp_path, name, proces
     assert_equal_batches(together(5), expected[:5])
     states = [part.get_state() for part in parts]
     assert all(state == states[0] for state in states)
-    again = start(**options)  # one process goes on where several were
+    again = start(**options)  # one process continues where several stopped
     again.set_state(json.loads(json.dumps(states[0])))
     assert_equal_batches(take(again, 4), expected[5:])
     back = start(**options)
@@ -235,7 +235,7 @@ def test_a_mixture_has_rows_in_proportion_and_all_of_each_source():
     numbers = [row for row in rows if row.startswith("<row")]
     assert len(numbers) == 180
     assert set(numbers) == {f"<row {row:03d}>\n" for row in range(41)}
-    with pytest.raises(UsageError, match="epochs are of one source"):
+    with pytest.raises(UsageError, match="epochs need one source"):
         DataConfig(sources=("pydoc", "pydoc"), epochs=1)
 
 
@@ -343,7 +343,7 @@ def test_a_position_of_one_process_alone_is_refused_with_streams(tmp_path):
         ({"long_documents": "split"}, "expected cut or drop"),
         ({"prompts": "raw"}, "expected plain or chat"),
         ({"remainder": "keep"}, "expected drop or pad"),
-        ({"sources": (SourceConfig("a.jsonl", streaming=True),), "epochs": 1}, "epochs are of one source"),
+        ({"sources": (SourceConfig("a.jsonl", streaming=True),), "epochs": 1}, "epochs need one source"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -354,7 +354,7 @@ def test_bad_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"given": numbered(11)}, "makes 11 rows of 10 tokens, and a batch needs 12"),
+        ({"given": numbered(11)}, "makes 11 rows of 10 tokens, but a batch needs 12"),
         ({"given": {"numbers": [Document("")]}}, "nothing to train on: 0 documents"),
         ({"sources": (SourceConfig("numbers", skip_tokens=999),)}, "0 are left after skip_tokens"),
         ({"packing": "pack", "given": {"numbers": [Document("a", "too long a prompt")]}}, "none fits a row"),

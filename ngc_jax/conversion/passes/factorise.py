@@ -28,24 +28,24 @@ KernelName = Literal["bilinear", "riemannian", "lifted"]
 @register_pass(after="prune_neurons")
 @dataclasses.dataclass(frozen=True)
 class Factorise(Pass):
-    """Replace the weight matrices of each group by input states that its members share and output states of their own.
+    """Replace the weight matrices of each group by shared input states and output states of each member.
 
     Attributes:
         factorisation: How states are found, one of `FACTORISATIONS`.
-        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family, or auto for the sharing
-            that pays.
+        topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; auto chooses the
+            topology by the expected loss.
         rank: Give every group this rank, or "full", instead of a keep ratio.
-        allocation: How ranks are found: uniform, neurons (MLPs lose hidden neurons only), svd_llm_v2 or loss (one
-            multiplier over all groups).
+        allocation: How ranks are chosen: uniform, neurons (prune hidden neurons of MLPs only), svd_llm_v2, or loss (one
+            Lagrange multiplier over all groups).
         gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs).
         rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
-        gradients: How much of the gradients' second moments is measured: full, or diagonal, which needs far less
+        gradients: Which part of the gradients' second moments is measured: full, or diagonal, which needs far less
             memory.
-        shrinkage: How far the inputs' second moments are shrunk towards their diagonals, 0 to 1. More, such as 0.3,
-            makes a model that is better on text unlike the calibration text.
+        shrinkage: How far the inputs' second moments are shrunk towards their diagonals, 0 to 1. A higher value, such
+            as 0.3, gives a model that generalises better to text unlike the calibration text.
         kernel: How two states make a weight: bilinear; or riemannian or lifted, whose states are fitted by gradient
             steps, group by group, which takes much longer.
-        metric_rank: For riemannian: rank of the metric's part beside the diagonal.
+        metric_rank: For riemannian: rank of the metric's low-rank part, added to its diagonal.
         lift: For lifted: number of lifted features, above every group's rank.
         fit_steps: For riemannian and lifted: gradient steps for each group.
 
@@ -75,7 +75,7 @@ class Factorise(Pass):
         if self.rank is not None and self.rank != "full" and self.rank < 1:
             raise UsageError(f"rank {self.rank} is too small; expected at least 1, or full")
         if self.rank is not None and self.allocation != "uniform":
-            raise UsageError(f"a given rank leaves nothing to allocate; leave out rank or allocation {self.allocation}")
+            raise UsageError(f"a fixed rank leaves nothing to allocate; leave out rank or allocation {self.allocation}")
         if self.rank_multiple < 1:
             raise UsageError(f"rank multiple {self.rank_multiple} is too small; expected at least 1")
         if self.rank_multiple > 1 and self.allocation != "loss":
@@ -85,7 +85,7 @@ class Factorise(Pass):
         if not self.is_bilinear and self.gauge:
             raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
         if self.fit_steps < 0:
-            raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the states that fitting would start from")
+            raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the initial states")
         self.interaction  # noqa: B018  (its options are checked when it is made)
         if self.topology != AUTO:
             parse(self.topology)
@@ -93,7 +93,7 @@ class Factorise(Pass):
             raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
 
     def with_options(self, options: Mapping[str, Any]) -> Factorise:
-        """The method's own allocation and gauge are given up where the user's options exclude them."""
+        """The method's allocation and gauge are dropped where the user's options exclude them."""
         own: dict[str, Any] = {}
         if options.get("rank") is not None:
             own["allocation"] = "uniform"
@@ -103,7 +103,7 @@ class Factorise(Pass):
 
     @property
     def definition(self) -> Factorisation:
-        """How states are found."""
+        """The factorisation function and its needs."""
         return FACTORISATIONS[self.factorisation]
 
     @property
@@ -117,7 +117,7 @@ class Factorise(Pass):
         return Kernel(self.kernel, metric_rank=self.metric_rank, lift=self.lift)
 
     def rule(self, keep: float, method: str = "custom") -> RankRule:
-        """How ranks are found at a keep ratio; errors name the method."""
+        """How ranks are chosen at a keep ratio; errors name the method."""
         return RankRule(
             keep,
             self.allocation,
@@ -135,7 +135,7 @@ class Factorise(Pass):
             raise UsageError("a chain factorises once; leave out the other factorise")
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """What the factorisation looks at."""
+        """The statistics that the factorisation needs."""
         measures = self.definition.measures
         return measures if measures.gradients is None else dataclasses.replace(measures, gradients=self.gradients)
 
@@ -154,7 +154,7 @@ class Factorise(Pass):
             held: list[dict[str, Statistics]] = []
             stream, statistics = _kept(statistics, held), held
         elif state.fits is None:
-            # Nothing looks at them again: shrunk in their own arrays, which saves a copy of the largest.
+            # No longer needed: shrunk in place, which saves a copy of the largest arrays.
             stream = map(functools.partial(shrunk_in_place, shrinkage=self.shrinkage), statistics)
             factorise = dataclasses.replace(self, shrinkage=0.0)
         else:
@@ -174,7 +174,7 @@ class Factorise(Pass):
         return dataclasses.replace(state, compact=compact, statistics=statistics)
 
     def _fit_key(self) -> tuple[Any, ...]:
-        """What fits at full rank depend on; they serve any allocation, gauge and keep ratio."""
+        """Everything that full-rank fits depend on; they serve any allocation, gauge and keep ratio."""
         kind = self.definition.function, self.definition.measures, self.topology, self.gradients
         return *kind, self.shrinkage, self.is_bilinear
 

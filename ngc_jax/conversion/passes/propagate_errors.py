@@ -65,7 +65,7 @@ class PropagateErrors(Pass):
         return Needs() if self.is_off else Needs(held=True, first=same)
 
     def apply(self, state: ConversionState) -> ConversionState:
-        """Refit the groups at the ranks that they have."""
+        """Refit the groups at their ranks."""
         if self.is_off:
             return state
         from ngc_jax.conversion.propagation import propagate

@@ -17,14 +17,14 @@ from ngc_jax.planning.widths import Pruning, plan_pruning
 @register_pass()
 @dataclasses.dataclass(frozen=True)
 class PruneNeurons(Pass):
-    """Prune the hidden neurons of every MLP that the others replace best (Nystrom), before blocks are factorised.
+    """Prune the hidden neurons of MLPs that the others reconstruct best (Nystrom), before blocks are factorised.
 
-    The result has MLPs of one smaller width. Pruned parameters count as dense parameters that are not stored.
+    All MLPs of the result have the same smaller width. Pruned parameters count as dense ones that are not stored.
 
     Attributes:
         keep_neurons: Share of hidden neurons that every MLP keeps, above 0 and at most 1.
-        flexible: The share is a suggestion: all neurons are kept where the topology leaves MLPs out, fewer where the
-            smallest ranks need the room. No option: a share that the user gives is met.
+        flexible: Whether the share is a default: all neurons are kept where the topology leaves MLPs out, fewer where
+            the smallest ranks need the room. Not an option: a share that the user gives is exact.
     """
 
     name: ClassVar[str] = "prune_neurons"
@@ -43,7 +43,7 @@ class PruneNeurons(Pass):
         return self.keep_neurons == 1
 
     def with_options(self, options: dict[str, float]) -> PruneNeurons:  # type: ignore[override]
-        """A share that the user gives is met."""
+        """A share that the user gives is exact."""
         return PruneNeurons(options["keep_neurons"])
 
     def check(self, chain: Chain) -> None:
@@ -54,7 +54,7 @@ class PruneNeurons(Pass):
         if not factorise.definition.measures.anything:
             raise UsageError(f"method {chain.method} measures no inputs; leave out keep-neurons")
         if factorise.rank is not None:
-            raise UsageError("a given rank is of the dense model's blocks; leave out rank or keep-neurons")
+            raise UsageError("a fixed rank refers to the dense model's blocks; leave out rank or keep-neurons")
 
     def is_default_in(self, chain: Chain) -> bool:
         """Not where states are fitted by gradient steps."""
@@ -62,12 +62,12 @@ class PruneNeurons(Pass):
         return super().is_default_in(chain) and (factorise is None or factorise.is_bilinear)
 
     def plan(self, config: DecoderConfig, keep: float, chain: Chain) -> tuple[DecoderConfig, float]:
-        """The architecture with narrower MLPs."""
+        """The architecture with pruned MLPs."""
         planned = self._pruning(config, keep, chain)
         return planned.config, planned.keep
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """Inputs, and G of u and g themselves."""
+        """Inputs, and G itself of u and g."""
         return Needs(inputs=True, whole=True) if self._pruning(config, keep, chain).removed else Needs()
 
     def apply(self, state: ConversionState) -> ConversionState:

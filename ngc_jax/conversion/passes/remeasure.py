@@ -21,8 +21,8 @@ class Remeasure(Pass):
     Attributes:
         rounds: How often gradients are measured again on the converted model, which is then factorised again. 0 takes
             less time and holds the statistics of one layer at a time.
-        sensitivities: When measured again, also correct the expected loss of each layer and role by the slope of the
-            loss measured there.
+        sensitivities: In each round, also correct the expected loss of each layer and role by the slope of the loss
+            measured there.
     """
 
     name: ClassVar[str] = "remeasure"
@@ -39,7 +39,7 @@ class Remeasure(Pass):
         return self.rounds == 0
 
     def with_options(self, options: Mapping[str, Any]) -> Remeasure:
-        """Sensitivities are corrected unless the user says otherwise.
+        """Sensitivities are corrected unless the user disables it.
 
         Raises:
             UsageError: If they are to be corrected without a round.
@@ -78,7 +78,7 @@ class Remeasure(Pass):
         assert factorise is not None
         last = state.last
         for left in reversed(range(self.rounds)):
-            # In the list itself, so that the gradients before are freed.
+            # In the list itself, so that the previous gradients are freed.
             held = state.statistics
             assert isinstance(held, list)
             held[:] = remeasured(state, factorise, sensitivities=self.sensitivities)

@@ -1,4 +1,4 @@
-"""Writes the Hugging Face config.json that a GGUF file's metadata stands for."""
+"""Derives the Hugging Face config.json from a GGUF file's metadata."""
 
 import difflib
 import math
@@ -22,9 +22,9 @@ _FAMILIES = {
 # Blocks that may have biases, by GGUF's names.
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP = ("ffn_gate", "ffn_up", "ffn_down")
-# What files say where there is no such token: -1, which may have been stored without its sign.
+# The id that files store for an absent token: -1, possibly as an unsigned number.
 NO_TOKEN = (-1, 2**32 - 1)
-# Gemma 3's published constants, which its GGUF files leave out.
+# Gemma 3's published constants, which its GGUF files omit.
 _GEMMA3_SLIDING_PATTERN = 6
 _GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 _GEMMA3_27B_LAYERS = 62
@@ -38,7 +38,7 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
     {"rope_type": "explicit", "factors": [...]}: one factor per pair of dimensions that divides its frequency.
 
     Raises:
-        UsageError: the architecture is not supported or metadata is missing or not understood.
+        UsageError: the architecture is not supported, or metadata is missing or invalid.
     """
     keys = _Keys(file)
     model_type, class_name = _FAMILIES[keys.arch]
@@ -79,7 +79,7 @@ def biased_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _biases(keys: "_Keys") -> dict[str, Any]:
     """Settings of the Hugging Face class that has a place for every bias of the file.
 
-    That of llama has biases on all four of attention or on none, and on all three of the MLP or on none; that of qwen2
+    Llama's class has biases on all four attention blocks or on none, and on all three of the MLP or on none; qwen2's
     has them on q, k and v alone.
     """
     biased = _biased(keys.file) & {*ATTENTION, *MLP}
@@ -101,17 +101,17 @@ def _biased(file: GgufFile) -> set[str]:
 def rope_scaling_from_factors(factors: np.ndarray, theta: float) -> dict[str, Any]:
     """Recovers Llama 3's rotary scaling from the factors by which it divides the frequencies.
 
-    Llama 3 leaves waves shorter than L/high alone, divides the frequency of waves longer than L/low by F, and
-    blends in between: 1/factor = (1 - s)/F + s with s = (L/wavelength - low)/(high - low). So s is a straight
-    line in 1/wavelength, and its two numbers fix low/L and high/L; low = 1 is our choice, as of all published
-    models.
+    Llama 3 does not change waves shorter than L/high, divides the frequency of waves longer than L/low by F, and
+    interpolates in between: 1/factor = (1 - s)/F + s with s = (L/wavelength - low)/(high - low). So s is a straight
+    line in 1/wavelength, and its two coefficients determine low/L and high/L; low = 1 is our choice, as in all
+    published models.
 
     Args:
         factors: (H/2,) divisors, fastest pair of dimensions first.
         theta: the rotary base.
 
     Returns:
-        A rope_scaling dict of type "llama3", or of type "explicit" when no such rule gives these factors.
+        A rope_scaling dict of type "llama3", or of type "explicit" if no such rule gives these factors.
     """
     divisors = factors.astype(np.float64)
     explicit = {"rope_type": "explicit", "factors": [_shortest(factor) for factor in divisors]}
@@ -145,7 +145,7 @@ class _Keys:
         self.file = file
         kind = file.metadata.get("general.type", "model")
         if kind != "model":
-            raise UsageError(f"{file.path}: holds no model but {_brief(kind)}; give the file of the model itself")
+            raise UsageError(f"{file.path}: holds {_brief(kind)} instead of a model; give the file of the model itself")
         self.arch = str(file.metadata.get("general.architecture"))
         if self.arch not in _FAMILIES:
             near = difflib.get_close_matches(self.arch, _FAMILIES, n=1)
@@ -166,7 +166,7 @@ class _Keys:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
         if isinstance(value, list) and len(set(map(str, value))) == 1:
-            value = value[0]  # one number per layer, all alike
+            value = value[0]  # one number per layer, all equal
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -197,7 +197,7 @@ class _Keys:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that names a float32: what the author wrote, 1e-05 and not 9.99999974e-06."""
+    """The shortest decimal that identifies a float32: what the author wrote, 1e-05 and not 9.99999974e-06."""
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))
 
@@ -233,7 +233,7 @@ def _rope_scaling(keys: _Keys, head_dim: int, theta: float) -> dict[str, Any] | 
                 "one per pair of a head's dimensions; convert the model again"
             )
         return rope_scaling_from_factors(keys.file.read(ROPE_FACTORS), theta)
-    # As llama.cpp: a factor alone is linear scaling, and 0 is none.
+    # As in llama.cpp: a factor alone is linear scaling, and 0 means none.
     kind, factor = keys.get("rope.scaling.type") or "linear", 1.0
     for key in ("rope.scale_linear", "rope.scaling.factor"):
         if keys.get(key) not in (None, 0):
@@ -251,7 +251,7 @@ def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
-        # As llama.cpp does where the file is silent.
+        # The default of llama.cpp.
         "original_max_position_embeddings": keys.integer(
             "rope.scaling.original_context_length", keys.integer("context_length")
         ),
@@ -267,7 +267,7 @@ def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
 
 def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     n_layers = config["num_hidden_layers"]
-    # Every size scales queries by the head size except the largest, which uses hidden size per head.
+    # Every model size scales queries by the head size except the largest, which uses hidden size per head.
     largest = n_layers == _GEMMA3_27B_LAYERS
     scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
     caps = ("final_logit_softcapping", "attn_logit_softcapping")
@@ -283,7 +283,7 @@ def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sliding(keys: _Keys, n_layers: int) -> list[bool]:
-    """Which layers look only at a window: a list in the file, or all but every n-th."""
+    """Which layers use a sliding window: a list in the file, or all but every n-th."""
     key = "attention.sliding_window_pattern"
     pattern = keys.get(key)
     if isinstance(pattern, list):

@@ -34,7 +34,7 @@ class GgufFile:
         """Opens the file, and its companions if it is split, and reads their headers.
 
         Raises:
-            UsageError: a file cannot be read, is no GGUF file, is truncated or corrupt, or a companion is
+            UsageError: a file cannot be read, is not a GGUF file, is truncated or corrupt, or a companion is
                 missing.
         """
         self.path = path
@@ -94,7 +94,7 @@ class GgufFile:
         file = self._open[info.path]
         file.seek(info.offset)
         tensor = np.empty((math.prod(info.shape[:-1]), info.shape[-1]), np.float32)
-        # In slabs of rows: dequantising takes as much again as it returns.
+        # In slabs of rows: dequantising needs temporary memory as large as its result.
         step = max(1, _SLAB_NUMBERS // info.shape[-1])
         for rows in (tensor[start : start + step] for start in range(0, len(tensor), step)):
             stored = np.empty((len(rows), info.shape[-1] // block * block_bytes), np.uint8)
@@ -131,7 +131,7 @@ class GgufFile:
 
 @lru_cache
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:
-    # The gguf package says what it can do only by doing it.
+    # The gguf package has no list of supported types: try one.
     _, block_bytes = GGML_QUANT_SIZES[kind]
     try:
         dequantize(np.zeros((1, block_bytes), np.uint8), kind)
@@ -165,10 +165,10 @@ def _companions(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
 
 
 def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
-    """Refuses a part that says that it is another than its name says."""
+    """Refuses a part whose metadata contradicts its name."""
     says = metadata.get("split.no", number), metadata.get("split.count", count)
     if says != (number, count):
         raise UsageError(
-            f"{path}: is part {number + 1} of {count} by its name and says that it is another (split.no {says[0]!r}, "
+            f"{path}: is part {number + 1} of {count} by its name, but not by its metadata (split.no {says[0]!r}, "
             f"split.count {says[1]!r}); download or copy all files again"
         )

@@ -1,8 +1,8 @@
 """Parses the header of a GGUF file: its metadata and the table of its tensors.
 
-Not done through `gguf.GGUFReader`: that takes seconds over a vocabulary, with several small arrays per token;
+Not done through `gguf.GGUFReader`: that takes seconds for a vocabulary, with several small arrays per token;
 it maps the weights into memory; and it loops or fails anywhere on a corrupt file. Here every length is
-checked against the file before it is believed. Format: GGUF specification, versions 2 and 3, little-endian.
+checked against the file before it is used. Format: GGUF specification, versions 2 and 3, little-endian.
 """
 
 import math
@@ -42,7 +42,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and how it is stored.
+    """The location and storage type of one tensor.
 
     Attributes:
         path: the file that holds it.
@@ -60,9 +60,9 @@ class TensorInfo:
 
 
 class Header(NamedTuple):
-    """What stands before the weights: metadata as plain Python data, and GGUF tensor name -> TensorInfo.
+    """The part before the weights: metadata as plain Python data, and GGUF tensor name -> TensorInfo.
 
-    Bytes of a text that are not UTF-8 are lone surrogates, as of `errors="surrogateescape"`.
+    Bytes of a text that are not UTF-8 become lone surrogates, as with `errors="surrogateescape"`.
     """
 
     metadata: dict[str, Any]
@@ -70,7 +70,7 @@ class Header(NamedTuple):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Whether a file begins with the bytes GGUF."""
     try:
         with path.open("rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
@@ -86,7 +86,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
         path: its path, for messages and for the TensorInfo.
 
     Raises:
-        UsageError: it is no GGUF file, of an unsupported version or byte order, truncated or corrupt.
+        UsageError: it is not a GGUF file, of an unsupported version or byte order, truncated or corrupt.
     """
     cursor = _Cursor(file, path)
     n_tensors, n_keys = _read_preamble(cursor)
@@ -100,7 +100,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
 
 
 class _Cursor:
-    """Walks through the header and refuses to pass the end of the file."""
+    """Reads through the header and refuses to pass the end of the file."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path = path
@@ -193,7 +193,7 @@ def _locate(cursor: _Cursor, name: str, shape: tuple[int, ...], raw_type: int, o
         ) from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
-        raise cursor.corrupt(f"tensor {name!r} of shape {shape} is no whole number of {kind.name} blocks")
+        raise cursor.corrupt(f"tensor {name!r} of shape {shape} is not a whole number of {kind.name} blocks")
     n_bytes = math.prod(shape) // block * block_bytes
     if offset + n_bytes > cursor.size:
         raise cursor.truncated(f"tensor {name!r}")

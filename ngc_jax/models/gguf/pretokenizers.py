@@ -1,7 +1,7 @@
-"""How byte-level tokenizers cut text into words before merging: one entry per `tokenizer.ggml.pre` name.
+"""How byte-level tokenizers split text into words before merging: one entry per `tokenizer.ggml.pre` name.
 
 A GGUF file does not contain its pre-tokenizer, only a name for it. The regular expressions are those of the
-published tokenizer.json files of the models that the names stand for. Listed are the names that occur with the
+published tokenizer.json files of the models that the names stand for. The list has the names that occur with the
 supported architectures.
 """
 
@@ -21,7 +21,7 @@ _LLAMA3 = "|".join((_ENDINGS, _WORD, r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _QWEN2 = "|".join((_ENDINGS, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", _SPACES))
 _SEED = "|".join((_ENDINGS, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACES))
 
-# A word is capitals, then small letters; letters without case, and marks, count as both.
+# A word is uppercase letters, then lowercase ones; letters without case, and marks, count as both.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
 _TEKKEN = "|".join((*_CASED, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
@@ -31,11 +31,11 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-�
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A way to cut text.
+    """A way to split text into words.
 
     Attributes:
-        patterns: regular expressions applied one after the other; matches and what lies between become words.
-        nfc: whether text is first brought to Unicode normal form C.
+        patterns: regular expressions applied in order; matches and the text between them become words.
+        nfc: whether text is first normalised to Unicode form C.
         whole_words: whether a word that is itself a token skips the merges.
         add_bos: whether encoding with special tokens begins with BOS when the file does not say.
     """
@@ -55,7 +55,7 @@ class PreTokenizer:
 _LLAMA3_KIND = PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    # What converters write when they know no better.
+    # The name that converters write as a default.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer((_GPT2,)),
     "phi-2": PreTokenizer((_GPT2,)),

@@ -79,7 +79,7 @@ class GgufSource:
         self._tokenizer: Tokenizer | None = None
 
     def _missing_biases(self) -> dict[str, tuple[int, ...]]:
-        """Biases that the architecture has and this file does not, with their shapes: they are 0."""
+        """Biases of the architecture that this file does not have, with their shapes: they are 0."""
         missing = {}
         for layer in range(self.config["num_hidden_layers"]):
             for part in biased_parts(self.config):
@@ -101,7 +101,7 @@ class GgufSource:
         gguf_name = self._gguf_names[name]
         tensor = self._file.read(gguf_name)
         if self._arch == "gemma3" and gguf_name.endswith("norm.weight"):
-            # GGUF stores the factor 1 + w that multiplies, Hugging Face stores w.
+            # GGUF stores the factor 1 + w, Hugging Face stores w.
             return tensor - np.float32(1)
         part = gguf_name.rpartition(".")[0].rpartition(".")[2]
         if self._arch == "llama" and part in ("attn_q", "attn_k"):
@@ -122,7 +122,7 @@ class GgufSource:
         Raises:
             UsageError: the file has no tokenizer, one of an unsupported kind, or one of more tokens than the model has.
         """
-        if self._tokenizer is None:  # what is guessed is said once
+        if self._tokenizer is None:  # warn about guesses once
             tokenizer = tokenizer_from_gguf(self._file.metadata, str(self._file.path))
             if tokenizer.vocab_size > self.config["vocab_size"]:
                 raise UsageError(

@@ -96,7 +96,7 @@ class _Vocabulary:
         return {token: index for index, token in enumerate(self.tokens)}
 
     def added(self) -> Iterator[AddedToken]:
-        """Tokens that are looked for in a text before it is split."""
+        """Tokens that are matched in a text before it is split."""
         for token, kind in zip(self.tokens, self.types, strict=True):
             if token and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
                 yield AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
@@ -106,7 +106,7 @@ def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[st
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not _all(str, tokens):
         raise UsageError(
-            f"{where}: tokenizer.ggml.tokens is no list of texts; "
+            f"{where}: tokenizer.ggml.tokens is not a list of texts; "
             "convert the model again, or give its directory "
             "with tokenizer.json"
         )
@@ -129,7 +129,7 @@ def _vocabulary(metadata: Mapping[str, Any], where: str, default_ids: Mapping[st
 
 
 def is_utf8(value: Any) -> bool:
-    """Whether a text of the header, or every one of a list, was UTF-8 in the file."""
+    """Whether a text of the header, or every text of a list, was UTF-8 in the file."""
     texts = value if isinstance(value, list) else [value]
     try:
         "".join(text for text in texts if isinstance(text, str)).encode()
@@ -143,10 +143,10 @@ def _all(kind: type, values: Sequence[Any]) -> bool:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
-    """Byte-level BPE as of GPT-2; also whether texts begin with BOS when the file does not say."""
+    """Byte-level BPE as in GPT-2; also whether texts begin with BOS when the file does not say."""
     merges = vocabulary.metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list) or not _all(str, merges):
-        raise vocabulary.error("tokenizer.ggml.merges is no list of texts")
+        raise vocabulary.error("tokenizer.ggml.merges is not a list of texts")
     # "left right"; a space at the very start belongs to the left part.
     gaps = [merge.find(" ", 1) for merge in merges]
     if -1 in gaps:
@@ -155,8 +155,8 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
     named = vocabulary.metadata.get("tokenizer.ggml.pre")
     if named is None:
         _LOG.warning(
-            "%s: does not say how text is cut into words (no tokenizer.ggml.pre); the default is a guess, and other "
-            "tokens than the model was trained on may come of it: give the tokenizer of the original model",
+            "%s: does not say how text is split into words (no tokenizer.ggml.pre); the default is a guess, and the "
+            "tokens may differ from those of training: give the tokenizer of the original model",
             vocabulary.where,
         )
     cut = pre_tokenizer("default" if named is None else str(named), vocabulary.where)
@@ -169,7 +169,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
-    """SentencePiece BPE: merges follow from scores; characters that are no token become bytes."""
+    """SentencePiece BPE: merges follow from scores; characters without a token become bytes."""
     scores = vocabulary.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens) or not all(map(_is_score, scores)):
         raise vocabulary.error("tokenizer.ggml.scores does not have one number for each token")
@@ -212,5 +212,5 @@ def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> lis
 def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: Any) -> models.BPE:
     try:
         return models.BPE(vocabulary.ids(), list(merges), **options)
-    except Exception as error:  # of the library's own unnamed kind
+    except Exception as error:  # the library's own error types are not public
         raise vocabulary.error(f"its merges do not fit its tokens ({one_line(error)})") from None

@@ -1,7 +1,7 @@
 """Colours of reports, for light and dark: one source for the pages and for matplotlib.
 
-Ramps are interpolated in OKLab (Ottosson 2020), in which equal steps look equal. Blue to orange and single hues are
-told apart by people who cannot tell red from green, and the lightness of every ramp is monotone on either side.
+Ramps are interpolated in OKLab (Ottosson 2020), in which equal steps look equal. Blue to orange and single hues can be
+distinguished with red-green colour blindness, and the lightness of every ramp is monotone on either side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 Theme = Literal["light", "dark"]
 THEMES: tuple[Theme, ...] = ("light", "dark")
 
-# What a page is made of. `ours` is the one series that is set off, `s0` to `s7` are the others.
+# Colours of a page's elements. `ours` is the highlighted series, `s0` to `s7` are the others.
 INKS: dict[Theme, dict[str, str]] = {
     "light": {
         "paper": "#f5f4ef",
@@ -57,7 +57,7 @@ _ANCHORS: dict[Theme, dict[str, tuple[str, ...]]] = {
         "potential": ("#222932", "#463a68", "#7450b4"),
     },
 }
-# Colours of each ramp. An odd number has a middle, for 0.
+# Colours of each ramp. An odd number of colours has a middle one, for 0.
 BINS = {"kept": 10, "loss": 10, "stability": 11, "potential": 8}
 
 # OKLab: linear sRGB to cone responses, and their cube roots to lightness and two opponent colours.
@@ -86,7 +86,7 @@ def ramp(name: str, theme: Theme) -> tuple[str, ...]:
 
 
 def colour_bin(name: str, value: float | None, lowest: float, highest: float) -> int | None:
-    """The place of a value in a ramp, ends included; None for no value."""
+    """The index of a value in a ramp, ends included; None for no value."""
     if value is None or math.isnan(value):
         return None
     share = (value - lowest) / (highest - lowest)
@@ -100,7 +100,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def text_on(background: str) -> str:
-    """Black or white, whichever is easier to read there: one of them has a contrast of 4.5 on every colour."""
+    """Black or white, whichever is more legible there: one of them has a contrast of 4.5 on every colour."""
     return max(("#000000", "#ffffff"), key=lambda ink: contrast(ink, background))
 
 

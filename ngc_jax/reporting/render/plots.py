@@ -4,7 +4,7 @@
     from ngc_jax.reporting.views import growth
     draw(growth(json.load(open("runs/stability/stability.json"))))
 
-The charts come from `views.py`, `texts.py` and `blocks.py`, as those of a page do.
+The charts come from `views.py`, `texts.py` and `blocks.py`, like those of a page.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def draw(chart: Lines | Bars | BlockMap | Text) -> Figure:
     """A figure of a chart, with its title and description.
 
     Raises:
-        TypeError: If it is no chart.
+        TypeError: If it is not a chart.
     """
-    raise TypeError(f"{type(chart).__name__} is no chart; expected Lines, Bars, BlockMap or Text")
+    raise TypeError(f"{type(chart).__name__} is not a chart; expected Lines, Bars, BlockMap or Text")
 
 
 @draw.register
@@ -106,8 +106,8 @@ def _(chart: Bars) -> Figure:
                 continue
             length = min(value, chart.highest)
             axes.barh(row, length, color=_colour(chart.styles[row]), height=0.7)
-            told = f"{value:.3g}" if value <= chart.highest else "broken"
-            axes.annotate(told, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            label = f"{value:.3g}" if value <= chart.highest else "broken"
+            axes.annotate(label, (length, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_title(as_text(title), fontsize=9, loc="left")
         axes.set_xlabel(chart.x_label, fontsize=8)
         axes.margins(x=0.2)
@@ -185,7 +185,7 @@ def _(chart: Text) -> Figure:
 
 
 def _wrapped(pieces: Sequence[str], width: int) -> tuple[list[tuple[int, int, int, str]], int]:
-    """Where each part of a piece stands: (the piece's place, line, first column, text); and the columns used."""
+    """The position of each part of a piece: (the piece's index, line, first column, text); and the column count."""
     found, line, column = [], 0, 0
     for place, piece in enumerate(pieces):
         left = piece.replace("\n", "↵") or "␣"
@@ -213,7 +213,7 @@ def _add_title(axes: Any, title: str) -> None:
 
 
 def _noted(figure: Figure, note: str) -> Figure:
-    """With what the picture leaves out below it."""
+    """Add below a figure what it omits."""
     if note:
         columns = int(15 * figure.get_figwidth())
         figure.supxlabel(as_text(textwrap.fill(note, columns)), fontsize=8, x=0.01, ha="left", color=_INK["muted"])

@@ -1,23 +1,23 @@
-"""Axes: where values lie, how far an axis reaches, and the round numbers it is labelled with."""
+"""Axes: positions of values, ranges of axes, and their round labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-# The asinh scale is linear up to about here.
+# The asinh scale is linear up to about this value.
 ASINH_WIDTH = 0.05
 
 
 def scaled(value: float, scale: str) -> float:
-    """Where a value lies on an axis, up to the axis's own shift and stretch."""
+    """The position of a value on an axis, up to the axis's own shift and stretch."""
     if scale == "log":
         return math.log(value)
     return math.asinh(value / ASINH_WIDTH) if scale == "asinh" else value
 
 
 def padded_range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """From the lowest to the highest, with some air; never empty."""
+    """From the lowest to the highest value, with a margin; never empty."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if high == low:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
@@ -32,7 +32,7 @@ def scale_ticks(scale: str, low: float, high: float) -> list[float]:
     if scale == "asinh":
         ends = ASINH_WIDTH * math.sinh(low), ASINH_WIDTH * math.sinh(high)
         sizes = [0.1 * factor for factor in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)]
-        # Every other one, where there would be many.
+        # Every other one, if there would be many.
         sizes = sizes[1::2] if max(high, -low) > 5 else sizes
         return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if ends[0] <= tick <= ends[1]]
     return ticks(low, high)
@@ -48,11 +48,11 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers at which a logarithmic axis is labelled."""
+    """Round numbers for the labels of a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 8), (1, 2, 5), (1,)):
         found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
         if len(found) <= 8:
             break
-    # Within a small factor there may be none.
+    # Within a small factor there may be no such number.
     return found if len(found) > 1 else ticks(low, high)

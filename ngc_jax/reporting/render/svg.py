@@ -50,7 +50,7 @@ def lines(chart: Lines, key: str) -> Markup:
         parts.append(_line(_LEFT, place_y(y), _WIDTH - _RIGHT, place_y(y), "zero" if not label else "mark"))
         if label:
             parts.append(text(_WIDTH - _RIGHT, place_y(y) - 5, label, "label", "end"))
-    # The strongest, and the one that is set off, come last and lie on top.
+    # The strongest and the highlighted line are drawn last, on top.
     for one in sorted(chart.series, key=lambda one: (one.style == -1, one.strength)):
         points = [(place_x(x), place_y(y)) for x, y in zip(one.x, one.y, strict=True) if _drawable(y)]
         parts.append(_band(one, place_x, place_y))
@@ -62,7 +62,7 @@ def lines(chart: Lines, key: str) -> Markup:
 
 
 def swatch(one: Series) -> Markup:
-    """A line's sign in the legend."""
+    """A line's symbol in the legend."""
     parts = [_path([(1, 7), (27, 7)], one)]
     if one.markers:
         parts.append(marker(14, 7, one.style))
@@ -72,7 +72,7 @@ def swatch(one: Series) -> Markup:
 
 
 def bars(chart: Bars, key: str) -> Markup:
-    """Horizontal bars in panels side by side."""
+    """Horizontal bars in adjacent panels."""
     step, top, left = 24, 26, 150
     width = max(220, 420 // len(chart.panels))
     height = top + step * len(chart.names) + 34
@@ -102,7 +102,7 @@ def bars(chart: Bars, key: str) -> Markup:
 
 
 def token_bars(measure: Measure, key: str, title: str) -> Markup:
-    """One bar for each token, up or down from 0; stretches to the width it is given."""
+    """One bar for each token, up or down from 0; stretches to the available width."""
     count = len(measure.values)
     height, zero = 60, 30 if measure.diverges else 58
     reach = zero - 2
@@ -118,7 +118,7 @@ def token_bars(measure: Measure, key: str, title: str) -> Markup:
                 measure.key, place, index, index * 10 + 0.5, round(y, 1), size
             )
         )
-    what = f"{title}, token by token" + (": up grows, down fades" if measure.diverges else "")
+    what = f"{title}, token by token" + (": up grows, down decays" if measure.diverges else "")
     return Markup(
         '<svg class="tokenbars" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-labelledby="{}">'
         '<title id="{}">{}</title>{}</svg>'
@@ -126,7 +126,7 @@ def token_bars(measure: Measure, key: str, title: str) -> Markup:
 
 
 def marker(x: float, y: float, style: int) -> Markup:
-    """A point; the shape tells lines apart as well as the colour."""
+    """A point; its shape distinguishes lines in addition to the colour."""
     shapes = (
         f"M{x - 4} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         f"M{x - 4} {y - 4}h8v8h-8z",
@@ -144,7 +144,7 @@ def document(
     height: float,
     key: str,
     title: str,
-    told: str,
+    description: str,
     parts: Iterable[Markup],
     role: str = "img",
     kind: str = "",
@@ -154,7 +154,7 @@ def document(
         '<svg class="chart {}" viewBox="0 0 {} {}" width="{}" height="{}" role="{}" aria-labelledby="{}" '
         'aria-describedby="{}"><title id="{}">{}</title><desc id="{}">{}</desc>{}</svg>'
     ).format(
-        kind, width, height, width, height, role, f"{key}-t", f"{key}-d", f"{key}-t", title, f"{key}-d", told,
+        kind, width, height, width, height, role, f"{key}-t", f"{key}-d", f"{key}-t", title, f"{key}-d", description,
         Markup("").join(parts),
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ def _axes(chart: Lines, x_ticks: list[tuple[float, float]], y_ticks: list[tuple[
 
 
 def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
-    """Invisible columns that tell a pointer all values at an x."""
+    """Invisible columns that show a pointer all values at an x."""
     places = sorted({x for one in chart.series for x in one.x})
     if len(places) > 400 or not places:
         return Markup("")
@@ -186,14 +186,14 @@ def _strips(chart: Lines, place_x: Callable[[float], float]) -> Markup:
     for index, x in enumerate(places):
         begin = _LEFT if index == 0 else (spots[index - 1] + spots[index]) / 2
         end = _WIDTH - _RIGHT if index == len(places) - 1 else (spots[index] + spots[index + 1]) / 2
-        told = [f"{chart.x_label}: {number(x)}"]
+        values = [f"{chart.x_label}: {number(x)}"]
         for one in chart.series:
-            told += [
+            values += [
                 f"{one.name}: {number(y)}" for at, y in zip(one.x, one.y, strict=True) if at == x and y is not None
             ]
         parts.append(
             Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}" data-tip="{}"/>').format(
-                round(begin, 1), _TOP, round(max(end - begin, 1), 1), _HEIGHT - _TOP - _BOTTOM, "; ".join(told)
+                round(begin, 1), _TOP, round(max(end - begin, 1), 1), _HEIGHT - _TOP - _BOTTOM, "; ".join(values)
             )
         )
     return Markup("").join(parts)
@@ -222,7 +222,7 @@ def _path(points: Sequence[tuple[float, float]], one: Series, *, dashed: bool = 
 
 
 def _drawable(y: Number) -> TypeGuard[float]:
-    """Whether there is a number at all, and not an infinite one (a direction that was lost)."""
+    """Whether there is a number, and it is finite (an infinite one is a lost direction)."""
     return y is not None and math.isfinite(y)
 
 

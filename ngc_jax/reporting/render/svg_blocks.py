@@ -1,4 +1,4 @@
-"""The blocks of a model as inline SVG: a grid that the keyboard and a screen reader can walk through."""
+"""The blocks of a model as inline SVG: a grid that can be navigated by keyboard and screen reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngc_jax.reporting.render.svg import document, text
 
 
 def block_map(chart: BlockMap, key: str) -> Markup:
-    """The blocks of a model; a grid whose cells can be reached by the keyboard."""
+    """The blocks of a model; a grid whose cells can be reached by keyboard."""
     roles = [role for role in ROLE_NAMES if any(cell.role == role for cell in chart.cells)]
     width = min(max(1000 // chart.layers, 13), 44)
     gap, height, left, top, right = 4 if width > 18 else 2, 32, 66, 58, 112
@@ -102,7 +102,7 @@ def _layer_bars(chart: BlockMap, left: int, top: int, width: int, gap: int) -> M
 
 
 def _margin(chart: BlockMap, role: str, corner: tuple[int, int], height: int) -> Markup:
-    """A bar and a percentage behind each role."""
+    """A bar and a percentage after each role."""
     value = chart.by_role.get(role)
     if value is None:
         return Markup("")

@@ -135,7 +135,7 @@ def test_rotary_factors_that_old_files_repeat_are_not_left_over(tmp_path):
 def test_an_adapter_is_no_model(tmp_path):
     lora = {"blk.0.attn_q.weight.lora_a": np.ones((4, D), np.float32), "x.lora_b": np.ones((N * H + K, 4), np.float32)}
     path = write(tmp_path / "m.gguf", "llama", lora, metadata("llama") | {"general.type": "adapter"})
-    with pytest.raises(UsageError, match="holds no model but 'adapter'"):
+    with pytest.raises(UsageError, match="holds 'adapter' instead of a model"):
         GgufSource(path)
 
 

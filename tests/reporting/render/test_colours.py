@@ -1,4 +1,4 @@
-"""Colours can be read and told apart, in both themes; the references are those of WCAG 2 and of Ottosson."""
+"""Colours are legible and distinguishable, in both themes; the references are those of WCAG 2 and of Ottosson."""
 
 import numpy as np
 import pytest
