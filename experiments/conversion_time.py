@@ -26,8 +26,9 @@ from ngc_jax.commands.console import console, table
 from ngc_jax.conversion import Recipe
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel, Params, load_model
+from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.text import read_text, split_windows
+from ngc_jax.types import Params
 
 WINDOW = 1024
 BATCH = 4

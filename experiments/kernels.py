@@ -19,7 +19,7 @@ import numpy as np
 
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import calibration_tokens
-from ngc_jax.conversion.closed_form import States, best_states
+from ngc_jax.conversion.closed_form import Factors, best_states
 from ngc_jax.conversion.kernel_fit import fit_kernel, local_loss, loss_roots
 from ngc_jax.conversion.measure import measure
 from ngc_jax.conversion.state import Calibration, Needs
@@ -39,7 +39,7 @@ def compare_kernels(
     best = best_states([weight], statistics.second_moment, [statistics.gradients])
     roots, dense = [loss_roots(weight, statistics)], [jnp.asarray(weight, jnp.float32)]
 
-    def bilinear(states: States) -> float:
+    def bilinear(states: Factors) -> float:
         params = {"input_states": states.input_states, "output_states": {name: states.output_states[0]}}
         return float(local_loss(Kernel(), [name], params, dense, roots))
 

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from ngc_jax.conversion.closed_form import RIDGE, States, eigenvectors, mean_diagonal, solve_transposed, square_root
+from ngc_jax.conversion.closed_form import (
+    RIDGE,
+    Factors,
+    eigenvectors,
+    mean_diagonal,
+    solve_transposed,
+    square_root,
+)
 from ngc_jax.errors import UsageError
 
 # Relative threshold below which values cannot be distinguished from rounding error.
@@ -29,7 +36,7 @@ def pad_square(matrix: np.ndarray, width: int) -> np.ndarray:
 
 def pooled_states(
     weights: Sequence[np.ndarray], second_moments: Sequence[np.ndarray], pulled: Sequence[np.ndarray]
-) -> States:
+) -> Factors:
     """Nested input states of the pooled geometry, with each member's own best output states.
 
     The input states are exact if the sums of the C_m and of the H_m stand in for each member's own matrices. The output
@@ -41,7 +48,7 @@ def pooled_states(
         pulled: H of each member, (d_in, d_in).
 
     Returns:
-        States of rank at most I with the true energies, in the pooled order.
+        Factors of rank at most I with the true energies, in the pooled order.
     """
     width = max(weight.shape[1] for weight in weights)
     moments = [positive_definite(c) for c in second_moments]
@@ -59,7 +66,7 @@ def pooled_states(
         reached = moment @ basis
         energies += np.einsum("ir,ij,jr->r", reached, metric, reached, optimize=True)
         outputs.append(weight @ reached @ np.linalg.inv(triangle))
-    return States(input_states, tuple(outputs), energies)
+    return Factors(input_states, tuple(outputs), energies)
 
 
 def _triangle(gram: np.ndarray, input_states: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
@@ -111,10 +118,10 @@ def _ridge(gram: np.ndarray) -> float:
 def alternate(
     weights: Sequence[np.ndarray],
     second_moments: Sequence[np.ndarray],
-    states: States,
+    states: Factors,
     sweeps: int,
     pulled: Sequence[np.ndarray] | None = None,
-) -> States:
+) -> Factors:
     """Alternating least squares on shared input states; the loss decreases with every sweep.
 
     Given the X_m, Q_in solves sum_m C_m Q_in (X_m^T H_m X_m) = sum_m C_m H_m X_m. Two members are solved in the
@@ -158,7 +165,7 @@ def alternate(
             input_states = _conjugate_gradients(operator, right, input_states, factors)
     input_states = _orthonormal(input_states)
     outputs = [best_outputs(w, c, input_states) for w, c in zip(weights, second_moments, strict=True)]
-    return States(input_states, tuple(outputs))
+    return Factors(input_states, tuple(outputs))
 
 
 def _orthonormal(input_states: np.ndarray) -> np.ndarray:

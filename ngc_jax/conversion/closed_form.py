@@ -29,7 +29,7 @@ _NO_GRADIENT = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class States:
+class Factors:
     """The bilinear states of a group.
 
     Attributes:
@@ -53,11 +53,11 @@ class States:
         """The members' weights, each (d_out, I)."""
         return [output @ self.input_states.T for output in self.output_states]
 
-    def truncated(self, rank: int) -> States:
+    def truncated(self, rank: int) -> Factors:
         """Keep the first `rank` latent dimensions."""
         energies = None if self.energies is None else self.energies[:rank]
         outputs = tuple(q[:, :rank] for q in self.output_states)
-        return States(self.input_states[:, :rank], outputs, energies, self.nested)
+        return Factors(self.input_states[:, :rank], outputs, energies, self.nested)
 
 
 def best_states(
@@ -67,7 +67,7 @@ def best_states(
     *,
     damping: float = DAMPING,
     rank: int | None = None,
-) -> States:
+) -> Factors:
     """The exact minimiser for members that read the same input, by one eigenproblem on the smaller side.
 
     With L L^T = G, the eigenvectors U of L^T W C W^T L give Q_out = L^-T U and Q_in = W^T L U, so C is neither inverted
@@ -79,10 +79,10 @@ def best_states(
         second_moment_IxI: C; symmetric, positive semidefinite, possibly singular.
         gradients: Of each member; None for G = I.
         damping: Added to G, relative to its mean diagonal.
-        rank: R; min(M, I) if None. States of lower rank are the first columns of those of higher rank.
+        rank: R; min(M, I) if None. Factors of lower rank are the first columns of those of higher rank.
 
     Returns:
-        States with energies.
+        Factors with energies.
     """
     gradients = gradients or [None] * len(weights)
     stacked = np.concatenate(weights)
@@ -114,10 +114,10 @@ def split_members(
     output_states: np.ndarray,
     weights: Sequence[np.ndarray],
     energies: np.ndarray | None = None,
-) -> States:
+) -> Factors:
     """Split stacked output states (M, R) by member; nested if the energies are known."""
     splits = np.cumsum([len(weight) for weight in weights])[:-1]
-    return States(input_states, tuple(np.split(output_states, splits)), energies, nested=energies is not None)
+    return Factors(input_states, tuple(np.split(output_states, splits)), energies, nested=energies is not None)
 
 
 def output_metric(gradients: OutputGradients | None, outputs: int, damping: float = DAMPING) -> np.ndarray | None:

@@ -25,10 +25,10 @@ from ngc_jax.conversion.state import Needs
 from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from ngc_jax.conversion.closed_form import States
+    from ngc_jax.conversion.closed_form import Factors
     from ngc_jax.conversion.statistics import Statistics
 
-Factorise = Callable[[Sequence[np.ndarray], "Sequence[Statistics]", int], "States"]
+Factorise = Callable[[Sequence[np.ndarray], "Sequence[Statistics]", int], "Factors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _second_moments(statistics: Sequence[Statistics]) -> list[np.ndarray]:
     return list(by_site.values())
 
 
-def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> States:
+def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], rank: int) -> Factors:
     """Optimal states of the stacked members in the pooled geometry."""
     from ngc_jax.conversion.closed_form import best_states, split_members
 
@@ -81,12 +81,12 @@ def _shared(weights: Sequence[np.ndarray], geometries: Sequence[np.ndarray], ran
     return split_members(states.input_states, states.output_states[0], weights, states.energies)
 
 
-def svd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
+def svd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> Factors:
     """Truncated singular value decomposition: C is the identity."""
     return _shared(weights, [np.eye(weight.shape[1]) for weight in weights], rank)
 
 
-def fwsvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
+def fwsvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> Factors:
     """FWSVD (arXiv 2207.00112, eq. 6): C is the diagonal of each input's summed Fisher information.
 
     Raises:
@@ -100,12 +100,12 @@ def fwsvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank:
     return _shared(weights, geometries, rank)
 
 
-def asvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, alpha: float = 0.5) -> States:
+def asvd(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, alpha: float = 0.5) -> Factors:
     """ASVD (arXiv 2312.05821, eq. 7): inputs scaled by their mean magnitude to the power alpha."""
     return _shared(weights, [np.diag(entry.absolute_mean ** (2 * alpha)) for entry in statistics], rank)
 
 
-def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
+def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> Factors:
     """SVD-LLM's truncation-aware whitening (arXiv 2403.07378, section 3.1) without its parameter update: C = E[x x^T].
 
     The authors decompose W S with S the Cholesky factor of C; the Gram matrix of W S gives the same subspace.
@@ -113,7 +113,7 @@ def svd_llm(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], ran
     return _shared(weights, _second_moments(statistics), rank)
 
 
-def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> States:
+def basis_sharing(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int) -> Factors:
     """Basis Sharing (arXiv 2410.03765, section 3): adjacent layers are stacked and their second moments pooled."""
     return _shared(weights, _second_moments(statistics), rank)
 
@@ -125,7 +125,7 @@ def ngc_paper(
     iterations: int = 4,
     oversampling: int = 10,
     seed: int = 0,
-) -> States:
+) -> Factors:
     """The recipe published with NGC (arXiv 2510.16851).
 
     A low-rank SVD of stacked inputs times stacked weights gives the output states. The input states follow by least
@@ -153,7 +153,7 @@ def ngc_paper(
     return split_members(stacked.T @ output_states, output_states, weights)
 
 
-def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> States:
+def ngc(weights: Sequence[np.ndarray], statistics: Sequence[Statistics], rank: int, sweeps: int = 4) -> Factors:
     """States that minimise the sum over members of || G_m^(1/2) (W_m - Q_out_m Q_in^T) C_m^(1/2) ||^2.
 
     Members with the same input have an exact, nested solution. Members with different inputs are solved by alternating

@@ -11,9 +11,10 @@ import numpy as np
 
 from ngc_jax.evaluation.likelihood import token_log_likelihoods
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import as_tokens
+from ngc_jax.types import Params
 
 
 @partial(jax.jit, static_argnames=("decoder",))

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.closed_form import Factors
 from ngc_jax.conversion.fitting import assemble, fit_all, shrunk
 from ngc_jax.conversion.kernel_fit import fit_kernel
 from ngc_jax.conversion.spill import Fitted, Spill
-from ngc_jax.conversion.state import Progress
 from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.planning.allocate import DENSE
 from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
 from ngc_jax.planning.ranks import RankRule, choose_ranks, given_ranks
+from ngc_jax.types import Progress
 
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import Factorise
@@ -153,7 +153,7 @@ def build_compact(
         return assemble(model, chosen, ranks, states, gauge=factorise.gauge, donate=donate)
     kernel, made = factorise.interaction, 0
 
-    def params_of(group: Candidate, found: States) -> dict[str, Any]:
+    def params_of(group: Candidate, found: Factors) -> dict[str, Any]:
         nonlocal made
         names = [member.name for member in group.members]
         dense = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.closed_form import Factors
 from ngc_jax.conversion.spill import Fitted
 from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.conversion.thread_map import thread_map
@@ -19,10 +19,11 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import fix_gauge
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import GroupPlan, Plan
-from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.planning.allocate import DENSE
 from ngc_jax.planning.candidates import Candidate
 from ngc_jax.planning.ranks import full_rank
+from ngc_jax.types import Params
 
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import Factorise
@@ -132,7 +133,7 @@ def assemble(
     gauge: bool,
     donate: bool = False,
     kernel: Kernel | None = None,
-    params_of: Callable[[Candidate, States], dict[str, Any]] | None = None,
+    params_of: Callable[[Candidate, Factors], dict[str, Any]] | None = None,
 ) -> LanguageModel:
     """The compact model of fitted states: states replace the grouped kernels, all other parameters are shared.
 
@@ -147,13 +148,13 @@ def assemble(
         params_of: Computes a group's parameters from its bilinear states; None stores the states themselves.
     """
 
-    def states(group: Candidate) -> tuple[States, tuple[int, ...] | None]:
+    def states(group: Candidate) -> tuple[Factors, tuple[int, ...] | None]:
         fitted = states_of(group.name)
         found = fitted.states.truncated(ranks[group.name])
         if not gauge:
             return found, None
         pivots, rest, outputs = fix_gauge(found.input_states, found.output_states, fitted.input_scale)
-        return States(rest, tuple(outputs)), pivots
+        return Factors(rest, tuple(outputs)), pivots
 
     kernel = kernel or Kernel()
     grouped = [group for group in groups if ranks[group.name] != DENSE]
@@ -178,7 +179,7 @@ def assemble(
     return dataclasses.replace(model, plan=plan, params=params)
 
 
-def _group_params(group: Candidate, states: States, dtype: jnp.dtype) -> dict[str, Any]:
+def _group_params(group: Candidate, states: Factors, dtype: jnp.dtype) -> dict[str, Any]:
     outputs = zip(group.members, states.output_states, strict=True)
     # Not jnp.asarray, which compiles a program for every new shape, and every rank is a new shape.
     return {

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from ngc_jax.conversion.closed_form import DAMPING, States, output_metric, square_root
+from ngc_jax.conversion.closed_form import DAMPING, Factors, output_metric, square_root
 from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.groups.kernels import Kernel, from_bilinear, weights
 
@@ -36,7 +36,7 @@ def fit_kernel(
     members: Sequence[str],
     dense: Sequence[np.ndarray],
     statistics: Sequence[Statistics],
-    states: States,
+    states: Factors,
     *,
     steps: int,
     learning_rate: float = 0.05,
@@ -162,7 +162,7 @@ def _descend(
     return best, jnp.append(losses, last)
 
 
-def _balanced(members: Sequence[str], states: States) -> dict[str, Any]:
+def _balanced(members: Sequence[str], states: Factors) -> dict[str, Any]:
     """The same bilinear group with latent dimensions scaled equally on the input and the output side."""
     inputs = np.linalg.norm(states.input_states, axis=0)
     outputs = np.sqrt(sum(np.square(q).sum(axis=0) for q in states.output_states))

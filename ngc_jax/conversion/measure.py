@@ -9,11 +9,12 @@ from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.layerwise import BATCHES_PER_CALL
 from ngc_jax.conversion.output_gradients import measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
-from ngc_jax.conversion.state import Calibration, Needs, Progress
+from ngc_jax.conversion.state import Calibration, Needs
 from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import give_back_freed, handed_over
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.types import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.output_gradients import measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
-from ngc_jax.conversion.state import Calibration, Needs, Progress
+from ngc_jax.conversion.state import Calibration, Needs
 from ngc_jax.conversion.statistics import Statistics, calibrate
 from ngc_jax.conversion.statistics_file import load_statistics, save_statistics
-from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.models.load import LanguageModel, kernel_of
+from ngc_jax.types import Params, Progress
 
 
 class MeasurementCache:

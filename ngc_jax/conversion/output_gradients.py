@@ -29,8 +29,8 @@ from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gr
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
-from ngc_jax.models.load import Params
 from ngc_jax.tokens import as_tokens
+from ngc_jax.types import Params
 
 GradientGeometry = Literal["full", "diagonal"]
 Loss = Literal["text", "sampled", "teacher"]

@@ -10,12 +10,13 @@ import numpy as np
 from ngc_jax.conversion.chains import Chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
-from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, Progress
+from ngc_jax.conversion.state import Calibration, ConversionState, Measurements
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.planning.candidates import candidate_cells, planned_blocks
 from ngc_jax.planning.ranks import check_budget
+from ngc_jax.types import Progress
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel

@@ -28,7 +28,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.closed_form import Factors
 from ngc_jax.conversion.fitting import assemble, fit_group
 from ngc_jax.conversion.input_drift import carried_over, regression
 from ngc_jax.conversion.layerwise import Compensated, each_batch, stack_batches
@@ -41,8 +41,9 @@ from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
-from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
+from ngc_jax.types import Params
 
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import Factorise
@@ -272,7 +273,7 @@ def _add_both(
     return each_batch(step, params, data, theirs, sums, mesh=mesh)
 
 
-def _with_states(layer: Params, groups: Mapping[str, tuple[Any, States]], dtype: jnp.dtype) -> Params:
+def _with_states(layer: Params, groups: Mapping[str, tuple[Any, Factors]], dtype: jnp.dtype) -> Params:
     """A layer whose grouped kernels are formed from these states."""
     flat = traverse_util.flatten_dict(dict(layer))
     for members, states in groups.values():

@@ -34,7 +34,8 @@ from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.types import Params
 
 # Blocks whose outputs are hidden neurons: their G must be measured whole.
 PRUNED_ROLES = "ug"

@@ -19,7 +19,8 @@ from ngc_jax.conversion.statistics import OutputGradients, Statistics
 from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.models.config import ROLES
-from ngc_jax.models.load import LanguageModel, Params, kernel_of
+from ngc_jax.models.load import LanguageModel, kernel_of
+from ngc_jax.types import Params
 
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import Factorise

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.closed_form import Factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Fitted:
         input_scale: (I,) root mean square of every input neuron; None without statistics.
     """
 
-    states: States
+    states: Factors
     input_scale: np.ndarray | None
 
 
@@ -39,7 +39,7 @@ class Spill:
         arrays = [states.input_states, *states.output_states]
         # Contiguous, because the file's bytes are read that way.
         save_file({str(i): np.ascontiguousarray(a, np.float32) for i, a in enumerate(arrays)}, self._path(number))
-        self._kept[name] = Fitted(States(np.empty((0, 0)), (), states.energies, states.nested), fitted.input_scale)
+        self._kept[name] = Fitted(Factors(np.empty((0, 0)), (), states.energies, states.nested), fitted.input_scale)
 
     def energies(self, name: str) -> np.ndarray | None:
         """Loss that each latent dimension of a group saves."""
@@ -56,7 +56,7 @@ class Spill:
         found = load_file(self._path(self._numbers[name]))
         arrays = [found[str(i)] for i in range(len(found))]
         kept = self._kept[name]
-        return Fitted(States(arrays[0], tuple(arrays[1:]), kept.states.energies, kept.states.nested), kept.input_scale)
+        return Fitted(Factors(arrays[0], tuple(arrays[1:]), kept.states.energies, kept.states.nested), kept.input_scale)
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number}.safetensors"

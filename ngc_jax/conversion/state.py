@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
+from ngc_jax.types import Progress
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 GRADIENT_TOKENS = 16_384
 PROPAGATION_TOKENS = 16_384
 # Called with (stage, done, total).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

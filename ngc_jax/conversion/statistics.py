@@ -23,8 +23,8 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
-from ngc_jax.models.load import Params
 from ngc_jax.tokens import as_tokens
+from ngc_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

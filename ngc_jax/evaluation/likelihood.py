@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import Params
+from ngc_jax.types import Params
 
 
 def token_log_likelihoods(

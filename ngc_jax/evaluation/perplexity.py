@@ -16,10 +16,11 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import token_log_likelihoods
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import Bos, as_tokens, begin_windows
+from ngc_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

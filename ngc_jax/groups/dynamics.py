@@ -20,7 +20,7 @@ Shape suffixes: G groups (H senders), N neurons of a group, R rank, S signal wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -32,8 +32,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.kernels import encode, read
 from ngc_jax.groups.states import init_states
+from ngc_jax.types import Params
 
-Params: TypeAlias = Mapping[str, Any]
 Activation: TypeAlias = Callable[[Array], Array]
 
 # The name under which a group of the dynamics reads its own latent space.

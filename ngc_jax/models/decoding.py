@@ -10,7 +10,6 @@ Legend: B batch, L prompt tokens with padding, V vocabulary, T tokens decoded in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from ngc_jax.models.attention import Cache, init_cache, to_rings
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.sampling import SamplingArrays, sample
-
-Params = Mapping[str, Any]
+from ngc_jax.types import Params
 
 MAX_STEPS = 64
 """Most tokens that one call of `decode` makes. Control returns to the host between calls, so that Ctrl-C works."""

@@ -20,8 +20,7 @@ from ngc_jax.models.keys import match_tensors, plain_names
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
-
-Params = Mapping[str, Any]
+from ngc_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

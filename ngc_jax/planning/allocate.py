@@ -31,7 +31,7 @@ DENSE = 0
 # budget is spent on directions that calibration never reached, and a full budget leaves everything dense.
 _ROUNDING = 1e-12
 # Alternative groupings of the same blocks, each with a curve for every group; one is chosen.
-Cell = Sequence[Sequence[Curve]]
+CurveCell = Sequence[Sequence[Curve]]
 # The chosen alternative of a cell, and an index into the curve of each of its groups.
 Choice = tuple[int, tuple[int, ...]]
 
@@ -63,7 +63,7 @@ def rank_curve(
     )
 
 
-def allocate(cells: Sequence[Cell], budget: int) -> list[Choice]:
+def allocate(cells: Sequence[CurveCell], budget: int) -> list[Choice]:
     """Minimise the sum of losses over the choices of all cells, within a budget of stored parameters.
 
     At a multiplier every cell takes the choice with the least loss + multiplier * parameters; bisection finds the
@@ -104,7 +104,7 @@ def allocate(cells: Sequence[Cell], budget: int) -> list[Choice]:
     return _spend(cells, choices, budget - stored(choices))
 
 
-def _best_way(cell: Cell, multiplier: float) -> Choice:
+def _best_way(cell: CurveCell, multiplier: float) -> Choice:
     ways = []
     for way in cell:
         prices = [curve.losses + multiplier * curve.parameters for curve in way]
@@ -113,12 +113,12 @@ def _best_way(cell: Cell, multiplier: float) -> Choice:
     return best, ways[best][1]
 
 
-def _parameters(cell: Cell, choice: Choice) -> int:
+def _parameters(cell: CurveCell, choice: Choice) -> int:
     way, indices = choice
     return sum(int(curve.parameters[index]) for curve, index in zip(cell[way], indices, strict=True))
 
 
-def _spend(cells: Sequence[Cell], choices: Sequence[Choice], left: int) -> list[Choice]:
+def _spend(cells: Sequence[CurveCell], choices: Sequence[Choice], left: int) -> list[Choice]:
     """Spend the remaining budget, one group's step at a time; the chosen alternative of each cell is kept."""
     curves = [curve for cell, (way, _) in zip(cells, choices, strict=True) for curve in cell[way]]
     taken = [index for _, indices in choices for index in indices]

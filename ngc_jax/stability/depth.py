@@ -30,7 +30,6 @@ from ngc_jax.groups.kernels import encode
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import init_cache
 from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer, input_site
-from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
 from ngc_jax.stability.streams import (
@@ -42,6 +41,7 @@ from ngc_jax.stability.streams import (
     widened,
     without_padding,
 )
+from ngc_jax.types import Params
 
 
 class DepthStability(NamedTuple):

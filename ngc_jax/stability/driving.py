@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.decoding import Params
 from ngc_jax.stability.potential import Drive, potential_against, potential_along, share_in_span
 from ngc_jax.stability.streams import (
     apply_layer,
@@ -32,6 +31,7 @@ from ngc_jax.stability.streams import (
     widened,
     without_padding,
 )
+from ngc_jax.types import Params
 
 
 @jit_on_prompts()

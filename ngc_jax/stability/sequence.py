@@ -34,7 +34,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
 from ngc_jax.stability.streams import (
@@ -47,6 +46,7 @@ from ngc_jax.stability.streams import (
     widened,
     without_padding,
 )
+from ngc_jax.types import Params
 
 # Of every layer: keys and values, without positions, which are not perturbed.
 KeysValues = tuple[tuple[Array, Array], ...]

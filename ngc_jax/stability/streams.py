@@ -22,9 +22,9 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
 from ngc_jax.models.decoder import Decoder, DecoderLayer
-from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.tokens import check_ids
+from ngc_jax.types import Params
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

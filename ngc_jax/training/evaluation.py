@@ -15,8 +15,8 @@ from ngc_jax.models.decoder import Decoder
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import begin_windows
 from ngc_jax.training import sharding
-from ngc_jax.training.step import Params
 from ngc_jax.training.trainable import cast_params, merge_params
+from ngc_jax.types import Params
 
 WINDOW = 1024
 

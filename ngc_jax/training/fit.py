@@ -24,8 +24,9 @@ from ngc_jax.training.loop import train as run_loop
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.packing import TokenDocument
-from ngc_jax.training.step import Constants, Params, Program
+from ngc_jax.training.step import Constants, Program
 from ngc_jax.training.trainable import Trainable, cast_params, merge_params, split_params
+from ngc_jax.types import Params
 
 # The objective of distillation: the teacher's next-token distributions.
 DISTILLATION = Objective(cross_entropy=0.0, divergence=1.0)

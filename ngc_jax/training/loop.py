@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ngc_jax.errors import UsageError
 from ngc_jax.training import sharding
 from ngc_jax.training.checkpoints import Checkpoints
-from ngc_jax.training.step import Constants, Params, Program, TrainState, TrainStep, init_state, jit_step, pmap_step
+from ngc_jax.training.step import Constants, Program, TrainState, TrainStep, init_state, jit_step, pmap_step
+from ngc_jax.types import Params
 
 HostMetrics = dict[str, float]
 

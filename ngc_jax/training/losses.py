@@ -22,8 +22,8 @@ from ngc_jax.evaluation.likelihood import in_chunks
 from ngc_jax.models.attention import init_cache
 from ngc_jax.models.decoder import RESIDUALS, Decoder
 from ngc_jax.training.stability_loss import Pass, stability_sum
+from ngc_jax.types import Params
 
-Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Sums = dict[str, Array]
 

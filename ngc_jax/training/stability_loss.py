@@ -36,10 +36,10 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import Cache
 from ngc_jax.models.decoder import Decoder, DecoderLayer
-from ngc_jax.models.decoding import Params
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import RESOLUTION
 from ngc_jax.stability.streams import depth_of, log_length, widened
+from ngc_jax.types import Params
 
 Batch = Mapping[str, Array]
 

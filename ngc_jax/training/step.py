@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.training.losses import Batch, Objective, objective_sums
 from ngc_jax.training.trainable import cast_params, merge_params
+from ngc_jax.types import Params
 
-Params = Mapping[str, Any]
 Metrics = dict[str, Array]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from ngc_jax.errors import UsageError
+from ngc_jax.types import Params
 
-Params = Mapping[str, Any]
 Trainable = Literal["states", "states_and_norms", "all"]
 
 

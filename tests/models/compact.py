@@ -12,7 +12,8 @@ from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.types import Params
 from tests.tiny import HF_CONFIGS, tiny_tokenizer
 
 # Name -> (members as layer and role, rank, kernel).

@@ -16,7 +16,8 @@ from ngc_jax.models.attention import Cache, LayerCache, init_cache, to_rings, wr
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.decoding import prefill
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.types import Params
 from tests.models.compact import compact_model, dense_model
 from tests.tiny import HF_CONFIGS
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.load import LanguageModel, Params
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.types import Params
 
 VOCAB, LENGTH, BATCH = 53, 45, 2
 

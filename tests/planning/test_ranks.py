@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ngc_jax.conversion import Recipe
-from ngc_jax.conversion.closed_form import States
+from ngc_jax.conversion.closed_form import Factors
 from ngc_jax.conversion.spill import Fitted, Spill
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
@@ -244,7 +244,7 @@ def test_states_wait_on_disk(tmp_path):
     rng, spill = np.random.default_rng(0), Spill(tmp_path)
     for name, energies in (("a", np.arange(4.0)), ("b/with: a name", None)):
         outputs = tuple(rng.standard_normal((size, 4)) for size in (3, 5))
-        states = States(rng.standard_normal((6, 4)), outputs, energies, nested=energies is not None)
+        states = Factors(rng.standard_normal((6, 4)), outputs, energies, nested=energies is not None)
         scale = rng.uniform(size=6) if energies is None else None
         for _ in range(2):  # Another round writes over the first.
             spill.put(name, Fitted(states, scale))
