@@ -133,7 +133,7 @@ def _pre_tokenizer(backend: Backend, model: Mapping[str, Any], name: str) -> str
         if same and [_cut(normalizer, pre_tokenizer, text) for text in _PROBES] == wanted:
             return known
     raise UsageError(
-        f"the tokenizer of {name} splits text in a way that has no known GGUF name (known: "
+        f"the tokenizer of {name} splits text in a way that has no name in GGUF (known: "
         f"{', '.join(PRE_TOKENIZERS)}); export it as a Hugging Face directory instead"
     )
 

@@ -45,7 +45,7 @@ def uniform_plan(
         UsageError: If not exactly one of `keep` and `rank` is given, or a group is left without a rank.
     """
     if (keep is None) == (rank is None):
-        raise UsageError("give either a keep ratio or a rank")
+        raise UsageError("give either a keep ratio or a rank, not both")
     groups = all_candidates(candidate_cells(config, topology))
     plans = []
     for group in groups:

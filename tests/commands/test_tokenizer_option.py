@@ -79,7 +79,7 @@ def test_a_guess_is_warned_of_and_another_tokenizer_takes_its_place(files, tmp_p
         flags += ["--text", str(files / "text.txt"), "--window", "32", "--json", str(tmp_path / "x.json")]
         assert cli.main(["evaluate", *flags]) == 0
         found[case] = json.loads((tmp_path / "x.json").read_text())
-        said[case] = [line for line in capfd.readouterr().err.splitlines() if "does not say how text is cut" in line]
+        said[case] = [line for line in capfd.readouterr().err.splitlines() if "does not say how text is split" in line]
     assert (said["named"], said["given"]) == ([], [])
     assert len(said["silent"]) == 1
     assert found["silent"]["tokens"] != found["named"]["tokens"]
@@ -104,7 +104,7 @@ def test_a_converted_model_keeps_the_tokenizer_that_was_given(files, tmp_path, c
         str(tmp_path / "x.json"),
     ]
     assert cli.main(["convert", silent, *flags]) == 0
-    assert "does not say how text is cut" not in capfd.readouterr().err
+    assert "does not say how text is split" not in capfd.readouterr().err
     assert json.loads((tmp_path / "x.json").read_text())["tokenizer"] == named
     text = (files / "text.txt").read_text()
     with sources.open_source(named) as dense, sources.open_source(out) as compact:
@@ -125,4 +125,4 @@ def test_a_report_gives_it_to_the_dense_model(files, model, tmp_path, monkeypatc
     monkeypatch.setattr(sources, "open_source", open_and_tell)
     assert cli.main([*flags, "--dense", str(files / "silent.gguf")]) == 0
     assert {("silent.gguf", "named.gguf"), ("model", None)} <= set(asked)
-    assert "does not say how text is cut" not in capsys.readouterr().err
+    assert "does not say how text is split" not in capsys.readouterr().err

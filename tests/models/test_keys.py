@@ -117,7 +117,7 @@ def test_a_tied_model_may_repeat_its_embedding() -> None:
 
 def test_an_untied_model_needs_its_unembedding() -> None:
     tensors = {name: shape for name, shape in TENSORS.items() if name != "lm_head.weight"}
-    with pytest.raises(UsageError, match=r"config\.json: missing lm_head\.weight\. Get"):
+    with pytest.raises(UsageError, match=r"config\.json: missing lm_head\.weight\. Download"):
         match(tensors)
 
 
@@ -161,7 +161,7 @@ def test_long_lists_are_cut_short() -> None:
 
 
 def test_a_tensor_that_is_there_under_two_names_is_left_over() -> None:
-    with pytest.raises(UsageError, match=r"json: left over language_model\.model\.norm\.weight\. Get"):
+    with pytest.raises(UsageError, match=r"json: left over language_model\.model\.norm\.weight\. Download"):
         match({**TENSORS, "language_model.model.norm.weight": (24,)})
 
 

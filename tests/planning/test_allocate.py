@@ -138,7 +138,7 @@ def test_the_way_that_is_cheaper_at_the_budget_is_taken():
         (choice,) = allocate(cells, budget)
         assert choice[0] == way
         assert loss(cells, [choice]) == expected
-    with pytest.raises(UsageError, match="14 parameters, and these groups store 15"):
+    with pytest.raises(UsageError, match="14 parameters, and these groups store at least 15"):
         allocate(cells, 14)
 
 

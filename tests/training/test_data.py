@@ -307,7 +307,7 @@ def test_a_position_in_other_data_is_refused():
     with pytest.raises(UsageError, match="sources differ"):
         start(given=numbered(41), sources=(SourceConfig("numbers", weight=2.0),)).set_state(state)
     start(prefetch=0, epochs=5).set_state(state)
-    with pytest.raises(UsageError, match="position is one in other data"):
+    with pytest.raises(UsageError, match="position is in other data"):
         start().set_state({"batches": 3})
 
 

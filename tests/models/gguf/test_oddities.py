@@ -147,7 +147,7 @@ def test_a_file_that_does_not_say_how_text_is_cut_is_read_with_a_warning(caplog)
     with caplog.at_level(logging.WARNING):
         tokenizer_from_gguf(keys, "m.gguf")
     (record,) = caplog.records
-    assert "m.gguf: does not say how text is cut" in record.getMessage()
+    assert "m.gguf: does not say how text is split" in record.getMessage()
 
 
 def test_more_tokens_than_rows_of_the_embedding(tmp_path):

@@ -83,5 +83,5 @@ def test_the_text_is_all_there_for_each_measure():
 
 
 def test_anything_else_is_refused():
-    with pytest.raises(TypeError, match="no chart"):
+    with pytest.raises(TypeError, match="not a chart"):
         draw({})
