@@ -20,7 +20,7 @@ from ngc_jax import cli
 from ngc_jax.errors import UsageError
 from ngc_jax.files import lock_directory
 from ngc_jax.models.save import save_model
-from ngc_jax.training import evaluation, loop, metrics, sharding
+from ngc_jax.training import fit, loop, metrics, sharding
 from ngc_jax.training.checkpoints import Checkpoints
 from tests.tiny import tiny_model
 
@@ -144,13 +144,13 @@ def test_a_stopped_run_saves_first_and_evaluates_nothing(place, tmp_path, monkey
     out, order = tmp_path / "run", []
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, *a: (order.append("save"), save(self, *a))[1])
-    build = evaluation.perplexity_on
+    build = fit.perplexity_on
 
     def perplexity_on(*arguments):
         evaluate = build(*arguments)
         return lambda trained: (order.append("evaluate"), evaluate(trained))[1]
 
-    monkeypatch.setattr(evaluation, "perplexity_on", perplexity_on)
+    monkeypatch.setattr(fit, "perplexity_on", perplexity_on)
     flags = ("--evaluate-every", "2", "--save-every", "2", "--evaluation-tokens", "64")
     assert run(place, out, 4, *flags) == 0
     assert order == ["evaluate", "save", "evaluate", "save", "evaluate"]

@@ -177,6 +177,7 @@ SCALE = '''
 '''
 
 
+@pytest.mark.slow
 def test_a_new_pass_is_one_file(tmp_path):
     """On the command line, in a YAML file, in a comparison's key and row, with nothing else changed."""
     (tmp_path / "more").mkdir()

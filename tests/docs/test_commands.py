@@ -259,6 +259,7 @@ def prepare(arguments: list[str], tiny: Path) -> None:
 RUN = [page for page in PAGES if any(line.startswith("ngc-jax ") for line in commands(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md"])
 def test_the_commands_of_the_first_page_run(page, tiny, folder):
     assert run_commands(page, tiny) >= 8
@@ -273,6 +274,7 @@ def test_the_commands_of_a_page_run(page, tiny, folder):
 # --- Python -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_pages_python_runs(folder, monkeypatch):
     monkeypatch.setattr("ngc_jax.models.load.load_model", lambda name, **_: tiny_model())
     monkeypatch.setattr("ngc_jax.text.read_text", lambda name: "Groups of neurons tell others what they see. " * 20)

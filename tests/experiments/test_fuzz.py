@@ -98,6 +98,7 @@ def test_what_is_right_and_what_is_not(code, stderr, written, outcome):
     assert judge(code, stderr, written).startswith(outcome)
 
 
+@pytest.mark.slow
 def test_the_short_form_finds_no_fault(tmp_path, capsys):
     assert fuzz.main(["--count", "150", "--seed", "3", "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -174,7 +174,7 @@ def fixed(dtype=jnp.float32, rank=RANK, pivots=PIVOTS, d_in=D_IN):
 @pytest.mark.parametrize("width", [D_IN, 10, 9, 2, 1, 0])
 def test_the_fixed_gauge_computes_what_the_free_one_does(width):
     states, free = fixed()
-    x = np.random.default_rng(1).standard_normal((2, 5, width)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, width)), jnp.float32)
     signal = jax.jit(encode, static_argnums=0, static_argnames="pivots")(BILINEAR, states, x, pivots=PIVOTS)
     np.testing.assert_allclose(signal, x @ free["input_states"][:width], atol=2e-6)
     for member in D_OUTS:
@@ -188,7 +188,7 @@ def test_the_fixed_gauge_computes_what_the_free_one_does(width):
 def test_at_full_rank_the_signal_is_the_input():
     states, _ = fixed(rank=5, pivots=tuple(range(5)), d_in=5)
     assert states["input_states"].shape == (0, 5)
-    x = np.random.default_rng(1).standard_normal((3, 5)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5)), jnp.float32)
     np.testing.assert_array_equal(encode(BILINEAR, states, x, pivots=range(5)), x)
     np.testing.assert_array_equal(weights(BILINEAR, states, "a", pivots=range(5)), states["output_states"]["a"])
     narrow = encode(BILINEAR, states, x[:, :3], pivots=range(5))
@@ -240,7 +240,7 @@ def test_gradients_reach_the_stored_states():
         slope, epsilon = jax.grad(loss)(0.0), 1e-6
         assert slope.dtype == jnp.float64
         np.testing.assert_allclose(slope, (loss(epsilon) - loss(-epsilon)) / (2 * epsilon), rtol=1e-7)
-        grads = jax.grad(lambda s: jnp.sum(encode(BILINEAR, s, point[1], pivots=PIVOTS) ** 2))(states)
+        grads = jax.grad(lambda s: jnp.sum(encode(BILINEAR, s, jnp.asarray(point[1]), pivots=PIVOTS) ** 2))(states)
         assert np.all(np.abs(grads["input_states"]) > 0)
 
 
