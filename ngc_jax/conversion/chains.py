@@ -154,8 +154,8 @@ def chain(*passes: Pass) -> Chain:
     Example:
         >>> from ngc_jax.conversion import chain, factorise, propagate_errors, prune_neurons
         >>> own = chain(prune_neurons(0.9), factorise("svd_llm", gauge=True), propagate_errors(0.3))
-        >>> [one.name for one in own]
-        ['prune_neurons', 'factorise', 'propagate_errors']
+        >>> print(*(one.name for one in own))
+        prune_neurons factorise propagate_errors
     """
     return Chain(tuple(passes))
 
