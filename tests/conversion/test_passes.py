@@ -11,6 +11,8 @@ import pytest
 
 from ngc_jax.conversion import Calibration, chain, convert, factorise, propagate_errors, prune_neurons, remeasure
 from ngc_jax.conversion.chains import Pass, option_names, register_pass
+from ngc_jax.conversion.fitted import FitCache
+from ngc_jax.conversion.measurement_cache import MeasurementCache
 from ngc_jax.conversion.methods import METHODS, method_chain, register_method
 from ngc_jax.conversion.registry import all_passes, option_docs
 from ngc_jax.errors import UsageError
@@ -67,6 +69,22 @@ def test_every_pass_is_exact_at_full_rank(passes):
 @pytest.mark.parametrize("kind", all_passes(), ids=lambda kind: kind.name)
 def test_every_option_of_every_pass_is_described(kind):
     assert all(len(option_docs()[name]) > 20 for name in option_names(kind))
+
+
+def test_conversions_that_share_measurements_and_fits_are_what_they_are_alone(tmp_path):
+    """Also where the second finds the fit, and measures again."""
+    model, passes = tiny_model("llama_untied"), EXAMPLES["remeasure"]
+    calibration = Calibration.of(model, TOKENS, bos="never", window=40, gradient_tokens=120)
+    needs = passes.needs(model.config, 0.6, calibration)
+
+    def converted(*keeps):
+        with FitCache() as fits:
+            cache = MeasurementCache(tmp_path / "statistics", model, calibration, needs, fits)
+            return [convert(model, passes, calibration, keep=keep, measurements=cache) for keep in keeps][-1]
+
+    alone, after = converted(0.5), converted(0.6, 0.5)
+    for one, other in zip(jax.tree.leaves(alone.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_method_is_a_named_chain():

@@ -166,6 +166,8 @@ class Factorise(Pass):
 
         if state.fits is not None and state.original is None:
             fitted = state.fits.get(self._fit_key(), lambda directory: fit(directory, None))
+            for _ in stream:  # not read where the fit was found; later passes need the statistics all the same
+                pass
             compact = build_compact(state.dense, self, rule, fitted, donate=donate, progress=state.progress)
         else:
             with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
