@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 from ngc_jax.errors import UsageError
 
@@ -40,6 +41,21 @@ def write_text(file: Path, text: str) -> None:
     else:
         with atomic_file(place) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+class Closing:
+    """A context manager that closes itself at its end; subclasses have `close`."""
+
+    def close(self) -> None:
+        """Release what is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -11,6 +11,7 @@ from tokenizers import processors
 
 from ngc_jax import cli
 from ngc_jax.commands.training import TrainingOptions
+from ngc_jax.commands.training_rows import prefix_of, rows_of
 from ngc_jax.conversion import Recipe, remeasuring
 from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.output_gradients import measure_output_gradients
@@ -248,8 +249,8 @@ def summary_of(arguments, tmp_path):
 )
 def test_a_training_run_evaluates_with_what_its_rows_begin_with(text, options, prefix):
     run = TrainingOptions(out="run", text=text, sequence_length=WINDOW, **options)
-    assert run.prefix(bos_tokenizer()) == prefix
-    row = next(iter(run.rows(bos_tokenizer(), 259)))["tokens"][0]
+    assert prefix_of(run, bos_tokenizer()) == prefix
+    row = next(iter(rows_of(run, bos_tokenizer(), 259)))["tokens"][0]
     assert (row[0] == BOS) == bool(prefix)
 
 

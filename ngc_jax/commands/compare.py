@@ -215,7 +215,7 @@ class Comparison:
 
         recipe = entry.recipe
         options = recipe.chain.options()
-        details = {"method": recipe.method, "topology": options["topology"], "source": self.config.model}
+        details = {"method": recipe.method, "topology": options.get("topology"), "source": self.config.model}
         compact = dataclasses.replace(compact, conversion=details)
         assert compact.plan is not None
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:

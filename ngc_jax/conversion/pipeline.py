@@ -56,6 +56,7 @@ def convert(
 
     Example:
         >>> compact = convert(model, "ngc", text, keep=0.8)  # doctest: +SKIP
+        >>> from ngc_jax import chain, factorise, prune_neurons
         >>> own = chain(prune_neurons(0.9), factorise("svd_llm", gauge=True))
         >>> compact = convert(model, own, text, keep=0.8, window=512)  # doctest: +SKIP
     """

@@ -54,7 +54,7 @@ def tokens_again(tokens: np.ndarray, gradient_tokens: int, multiple: int = 1) ->
 def mixed_share(keep_ratio: float) -> float:
     """The converted model's share in mixed gradient statistics; larger for lower keep ratios.
 
-    Chosen by perplexity on text that is neither calibration nor evaluation (docs/results.md).
+    Chosen by perplexity on text that is neither calibration nor evaluation (docs/measured.md).
     """
     return 0.2 + 0.4 * (1 - keep_ratio)
 

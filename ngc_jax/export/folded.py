@@ -6,8 +6,7 @@ W = phi_out(Q_out) · M · phi_in(Q_in)^T, formed one block at a time when it is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import Closing
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import GroupPlan
 from ngc_jax.models.decoder import Decoder
@@ -32,7 +32,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 
 
-class FoldedSource:
+class FoldedSource(Closing):
     """A source (see `models.sources.Source`) of the dense tensors of another source's model, dense or compact.
 
     Tensors have Hugging Face's names, each parameter once; other tensors of the source are left out.
@@ -120,14 +120,6 @@ class FoldedSource:
     def close(self) -> None:
         """Close the other source."""
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_states(source: Source, group: GroupPlan, names: Mapping[str, str]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.files import parse_json
+from ngc_jax.files import Closing, parse_json
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -62,7 +61,7 @@ class _Entry:
     n_bytes: int
 
 
-class SafetensorsSource:
+class SafetensorsSource(Closing):
     """A model directory as a source of a model (see `sources.Source`)."""
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
@@ -152,14 +151,6 @@ class SafetensorsSource:
     def close(self) -> None:
         """Closes the weight files."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

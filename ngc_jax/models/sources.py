@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import Closing
 from ngc_jax.models.gguf.file import GgufFile
 from ngc_jax.models.gguf.header import is_gguf
 from ngc_jax.models.gguf.source import GgufSource
@@ -61,7 +62,7 @@ class Source(Protocol):
     ) -> None: ...
 
 
-class RetokenisedSource:
+class RetokenisedSource(Closing):
     """A source with another tokenizer; see `Source`."""
 
     def __init__(self, source: Source, load_tokenizer: Callable[[], Tokenizer]) -> None:
@@ -77,14 +78,6 @@ class RetokenisedSource:
     def close(self) -> None:
         """As for the wrapped source."""
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_tokenizer(model: str, *, cache_dir: Path | None = None) -> Tokenizer:

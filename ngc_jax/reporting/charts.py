@@ -136,7 +136,7 @@ class Cell:
         shared: Number of the group's members; 1 for a private group.
         value: The coloured value, 0 to the map's `highest`; None to show nothing.
         short: The text on it, if there is room.
-        told: All its numbers as text.
+        description: All its numbers as text.
         row: The same for a table.
     """
 
@@ -146,7 +146,7 @@ class Cell:
     shared: int
     value: Number
     short: str
-    told: str
+    description: str
     row: tuple[str, ...]
 
 
@@ -221,7 +221,7 @@ class Text:
         title: Its beginning.
         summary: The result for the whole text.
         pieces: The tokens or segments.
-        told: The numbers of each piece as text.
+        descriptions: The numbers of each piece as text.
         measures: Measures that can colour the pieces.
         bars: Whether each piece has a bar above the text.
         head: Column names of the table.
@@ -231,7 +231,7 @@ class Text:
     title: str
     summary: str
     pieces: tuple[str, ...]
-    told: tuple[str, ...]
+    descriptions: tuple[str, ...]
     measures: tuple[Measure, ...]
     bars: bool
     head: tuple[str, ...]

@@ -145,7 +145,7 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
                 shared=1,
                 value=share,
                 short=f"{100 * share:.0f}",
-                told=label,
+                description=label,
                 row=(name, number(rank), number(most), percent(share)),
             )
         )

@@ -22,7 +22,7 @@ def rule_of(recipe):
 def pruning_of(config, recipe):
     """What pruning hidden neurons leaves to plan; None if the recipe prunes none."""
     prune = recipe.chain.find(PruneNeurons)
-    return None if prune is None else prune._pruning(config, recipe.keep, recipe.chain)
+    return None if prune is None else prune.pruning(config, recipe.keep, recipe.chain)
 
 
 def measured(model, recipe, tokens, held=False, first=False, **options):

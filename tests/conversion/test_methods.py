@@ -1,8 +1,9 @@
 import dataclasses
+from typing import ClassVar
 
 import pytest
 
-from ngc_jax.conversion import METHODS, Recipe, propagate_errors, prune_neurons
+from ngc_jax.conversion import METHODS, Pass, Recipe, chain, factorise, propagate_errors, prune_neurons, remeasure
 from ngc_jax.conversion.passes.propagate_errors import PropagateErrors
 from ngc_jax.conversion.passes.prune_neurons import PruneNeurons
 from ngc_jax.conversion.passes.remeasure import Remeasure
@@ -94,3 +95,28 @@ def test_options_add_passes_and_drop_those_that_they_exclude():
 def test_a_changed_recipe_is_the_recipe_that_was_asked_for():
     assert Recipe("ngc", keep=0.5, gauge=False).replace(rounds=0) == Recipe("ngc", keep=0.5, gauge=False, rounds=0)
     assert Recipe("ngc", rounds=0).replace(rounds=None, keep=0.4) == Recipe("ngc", keep=0.4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unregistered(Pass):
+    name: ClassVar[str] = "unregistered"
+
+
+def test_a_method_keeps_its_passes_and_their_order(monkeypatch):
+    """Also passes that occur twice, in another order than options add them, or have no options."""
+    own = chain(factorise("ngc"), remeasure(1), propagate_errors(0.2), Unregistered(), remeasure(2))
+    monkeypatch.setitem(METHODS, "own", lambda keep: own)
+    assert Recipe("own").chain.passes == own.passes
+    changed = Recipe("own", gauge=True, sensitivities=False, keep_neurons=0.5).chain.passes
+    expected = chain(
+        prune_neurons(0.5),
+        factorise("ngc", gauge=True),
+        remeasure(1, sensitivities=False),
+        propagate_errors(0.2),
+        Unregistered(),
+        remeasure(2, sensitivities=False),
+    )
+    assert changed == expected.passes
+    monkeypatch.setitem(METHODS, "two", lambda keep: chain(prune_neurons(0.9), factorise("ngc"), Unregistered()))
+    added = Recipe("two", rounds=1).chain.passes
+    assert added == (prune_neurons(0.9), factorise("ngc"), remeasure(1), Unregistered())

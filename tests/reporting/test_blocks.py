@@ -47,9 +47,9 @@ def test_blocks_left_dense_and_blocks_outside_the_plan_are_told_apart():
     assert cells[0, "o"].value == 1.0
     assert cells[0, "o"].group is None
     assert cells[1, "o"].value is None
-    assert "not planned" in cells[1, "o"].told
-    assert "shares with key of layer 0, key of layer 1" in cells[0, "q"].told
-    assert "rank 5 of" in cells[0, "q"].told
+    assert "not planned" in cells[1, "o"].description
+    assert "shares with key of layer 0, key of layer 1" in cells[0, "q"].description
+    assert "rank 5 of" in cells[0, "q"].description
 
 
 def test_the_sums_by_role_add_up_to_the_keep_ratio():

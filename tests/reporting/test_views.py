@@ -79,11 +79,13 @@ def test_tokens_carry_their_numbers_and_the_first_no_colour():
         assert rates.values == (None, *prompt["tokens_metric"][1:])
         assert shares.values == (None, *prompt["tokens_potential_share"][1:])
         assert rates.lowest == -rates.highest == -limits[0]
-        for told, rate, share in zip(text.told, prompt["tokens_metric"], prompt["tokens_potential_share"], strict=True):
+        for told, rate, share in zip(
+            text.descriptions, prompt["tokens_metric"], prompt["tokens_potential_share"], strict=True
+        ):
             assert signed(rate) in told
             assert ("grows" if rate > 0 else "decays") in told
             assert percent(share) in told
-        assert "not counted" in text.told[0]
+        assert "not counted" in text.descriptions[0]
         assert len(text.rows) == len(prompt["tokens"])
 
 
@@ -92,10 +94,10 @@ def test_segments_are_the_text_in_order():
     (text,) = texts.texts(results, (1.0, 1.0))
     assert text.pieces == ("a te", "xt o", "f 22", " let", "ters", "..")
     assert text.measures[0].values == (None, *results["prompts"][0]["segments"], None)
-    assert "nothing is measured" in text.told[0]
-    assert "too few" in text.told[-1]
+    assert "nothing is measured" in text.descriptions[0]
+    assert "too few" in text.descriptions[-1]
     rate = results["prompts"][0]["segments"][0]
-    assert percent(math.exp(4 * rate), 0) in text.told[1]
+    assert percent(math.exp(4 * rate), 0) in text.descriptions[1]
 
 
 def test_zero_is_the_middle_colour_and_outliers_the_last():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from ngc_jax.conversion.chains import Chain, Pass, register_pass
 from ngc_jax.conversion.passes.factorise import Factorise
@@ -42,7 +43,7 @@ class PruneNeurons(Pass):
         """Whether all neurons are kept."""
         return self.keep_neurons == 1
 
-    def with_options(self, options: dict[str, float]) -> PruneNeurons:  # type: ignore[override]
+    def with_options(self, options: Mapping[str, Any]) -> PruneNeurons:
         """A share that the user gives is exact."""
         return PruneNeurons(options["keep_neurons"])
 
@@ -63,16 +64,16 @@ class PruneNeurons(Pass):
 
     def plan(self, config: DecoderConfig, keep: float, chain: Chain) -> tuple[DecoderConfig, float]:
         """The architecture with pruned MLPs."""
-        planned = self._pruning(config, keep, chain)
+        planned = self.pruning(config, keep, chain)
         return planned.config, planned.keep
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
         """Inputs, and G itself of u and g."""
-        return Needs(inputs=True, whole=True) if self._pruning(config, keep, chain).removed else Needs()
+        return Needs(inputs=True, whole=True) if self.pruning(config, keep, chain).removed else Needs()
 
     def apply(self, state: ConversionState) -> ConversionState:
         """Prune layer by layer, as the statistics are read."""
-        planned = self._pruning(state.dense.config, state.keep, state.chain)
+        planned = self.pruning(state.dense.config, state.keep, state.chain)
         if not planned.removed:
             return state
         from ngc_jax.conversion.pruning import prune_layers
@@ -96,7 +97,8 @@ class PruneNeurons(Pass):
             removed=state.removed + planned.removed,
         )
 
-    def _pruning(self, config: DecoderConfig, keep: float, chain: Chain) -> Pruning:
+    def pruning(self, config: DecoderConfig, keep: float, chain: Chain) -> Pruning:
+        """The width that MLPs keep, and what is left for the passes after it."""
         if self.is_off:
             return Pruning(config, keep)
         factorise = chain.find(Factorise)

@@ -7,21 +7,21 @@ from contextlib import ExitStack
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import Closing
 from ngc_jax.models.gguf.header import Header, TensorInfo, read_header
 
 _SLAB_NUMBERS = 1 << 22
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(|\.gguf)", re.IGNORECASE)
 
 
-class GgufFile:
+class GgufFile(Closing):
     """An open GGUF model.
 
     Attributes:
@@ -119,14 +119,6 @@ class GgufFile:
     def close(self) -> None:
         """Closes the files; `metadata` and `tensors` stay readable."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @lru_cache

@@ -6,12 +6,12 @@ Supported architectures: llama (Mistral's files use the same one), qwen2, qwen3,
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.files import Closing
 from ngc_jax.models.gguf.config import ROPE_FACTORS, biased_parts, config_from_gguf
 from ngc_jax.models.gguf.file import GgufFile
 from ngc_jax.models.gguf.tokenizer import is_utf8, tokenizer_from_gguf
@@ -46,7 +46,7 @@ _FOUR_NORMS = {
 _UNUSED = re.compile(rf"^{re.escape(ROPE_FACTORS)}$|\.(attn_rot_embd|rope_freqs)(\.weight)?$")
 
 
-class GgufSource:
+class GgufSource(Closing):
     """A GGUF file as a source of a model (see `sources.Source`)."""
 
     def __init__(self, path: Path) -> None:
@@ -135,14 +135,6 @@ class GgufSource:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def hf_name(arch: str, gguf_name: str) -> str:

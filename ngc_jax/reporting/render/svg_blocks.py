@@ -79,7 +79,15 @@ def _map_cell(chart: BlockMap, index: int, corner: tuple[int, int], width: int, 
         '<g role="gridcell" class="cell {}" tabindex="{}" data-group="{}" data-tip aria-label="{}">'
         '<rect x="{}" y="{}" width="{}" height="{}" rx="3"/>{}</g>'
     ).format(
-        " ".join(filter(None, kinds)), 0 if index == 0 else -1, cell.group or "", cell.told, x, y, width, height, label
+        " ".join(filter(None, kinds)),
+        0 if index == 0 else -1,
+        cell.group or "",
+        cell.description,
+        x,
+        y,
+        width,
+        height,
+        label,
     )
 
 
