@@ -71,7 +71,9 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     whole, all_kept = (model, None) if state.original is None else (state.original, state.kept)
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
-    embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
+    embed = jax.jit(
+        lambda p, t: Decoder(config, param_dtype=model.param_dtype).apply({"params": p}, t, method="embedded")
+    )
     ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
     theirs = list(ours)
     found: dict[str, Fitted] = {}
@@ -97,7 +99,9 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
         here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
         refits = [(chosen[plan.name], plan.rank) for plan in here]
         found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, refits)
-        new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
+        new = _with_states(
+            once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.param_dtype
+        )
         for index, (_, positions, _) in enumerate(stacks):
             ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
         state.report("propagate", layer + 1, config.num_layers)

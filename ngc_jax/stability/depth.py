@@ -104,7 +104,7 @@ def depth_stability(
     if not 1 <= directions <= embed_dim:
         raise UsageError(f"{directions} directions in a stream of {embed_dim} dimensions; expected 1 to {embed_dim}")
     index_L = jnp.arange(tokens_BxL.shape[1], dtype=jnp.int32)
-    dtype = working_type(decoder.param_dtype)
+    dtype = working_type(decoder.compute_dtype)
 
     def direction(position: Array) -> Array:
         return jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, position), (embed_dim, directions), dtype))[0]

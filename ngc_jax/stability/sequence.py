@@ -157,7 +157,7 @@ def _of_prompt(
         squares_n = jnp.stack([_squares(layer) for layer in vectors])
         return cache, (_orthonormal(vectors)[1] / memory, growth_M, squares_n / jnp.sum(squares_n))
 
-    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.param_dtype)
+    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.compute_dtype)
     cache = run(cache, tokens_L[:memory], positions_L[:memory])
     count = len(tokens_L) // memory - 1
     measured = tuple(x[memory : (count + 1) * memory].reshape(count, memory) for x in (tokens_L, positions_L))

@@ -103,7 +103,7 @@ def record(
     index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
     positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
     x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
-    empty = init_cache(decoder.config, 1, 0, decoder.param_dtype)
+    empty = init_cache(decoder.config, 1, 0, decoder.compute_dtype)
     streams: list[Array] = [x_LxD]
     caches: list[Any] = []
     for number in range(depth_of(decoder)):
