@@ -16,7 +16,7 @@ from ngc_jax.training import sharding
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.step import Constants, Program, TrainState, init_state, jit_step
-from ngc_jax.training.trainable import Trainable, cast_params, split_params
+from ngc_jax.training.trainable import Trainable, cast_matrices, split_params
 
 
 def plan_memory(
@@ -28,7 +28,7 @@ def plan_memory(
     mesh_shape: tuple[int, int, int] = (1, 1, 1),
     teacher: bool = False,
     trainable: Trainable = "all",
-    compute_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",
     optimizer: str = "adamw",
     compile: bool = False,
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def plan_memory(
         mesh_shape: Devices along data, fsdp and tensor.
         teacher: Whether the dense model itself is the teacher, in addition to the student.
         trainable: Which parameters train.
-        compute_dtype: Type of the models' computation.
+        dtype: Of the computation; parameters that train are float32.
         optimizer: Any of optax's optimisers, by name.
         compile: Also compile the step, on the mesh's number of devices of this machine, for the compiler's own
             account of temporaries.
@@ -54,15 +54,15 @@ def plan_memory(
     Raises:
         UsageError: If the plan does not fit the model, or the mesh cannot shard it.
     """
-    dtype = jnp.dtype(compute_dtype)
-    decoder = Decoder(config, plan, dtype, remat=True)
+    computed = jnp.dtype(dtype)
+    decoder = Decoder(config, plan, remat=True, dtype=computed)
     shapes = _shapes(decoder)
     trained, frozen = split_params(shapes, trainable)
-    dense = Decoder(config, None, dtype) if teacher else None
+    dense = Decoder(config, None, computed) if teacher else None
     objective = Objective(cross_entropy=0.0, divergence=1.0) if teacher else Objective()
     program = Program(decoder, objective, make_optimizer(OptimizerConfig(optimizer)), dense)
     state = jax.eval_shape(lambda p: init_state(program, p), trained)
-    frozen = jax.eval_shape(lambda p: cast_params(p, dtype), frozen)
+    frozen = jax.eval_shape(lambda p: cast_matrices(p, computed), frozen)
     constants = Constants(frozen, None if dense is None else _shapes(dense))
 
     mesh: Any = AbstractMesh(mesh_shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -79,9 +79,13 @@ def plan_memory(
         "trained parameters, float32": _bytes(state.params, state_at.params),
         "optimiser": _bytes(state.opt_state, state_at.opt_state),
         "gradients, float32": _bytes(state.params, state_at.params),
-        f"trained parameters in {dtype.name}": _bytes(state.params, state_at.params) * dtype.itemsize // 4,
+        f"trained parameters in {computed.name}": _bytes(state.params, state_at.params) * computed.itemsize // 4,
         "frozen parameters": _bytes(constants.frozen, constants_at.frozen),
-        "residual stream of all layers": rows * sequence_length * config.embed_dim * config.num_layers * dtype.itemsize,
+        "residual stream of all layers": rows
+        * sequence_length
+        * config.embed_dim
+        * config.num_layers
+        * computed.itemsize,
     }
     if teacher:
         parts["teacher"] = _bytes(constants.teacher, constants_at.teacher)
