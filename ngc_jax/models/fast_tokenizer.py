@@ -227,7 +227,7 @@ def _add_tokens(
         backend.post_processor = _framed([], [], [])
 
 
-def _framed(begin: list[str], end: list[str], ids: list[tuple[str, int]]) -> processors.TemplateProcessing:
+def _framed(begin: list[str], end: list[str], ids: list[tuple[str, int | None]]) -> processors.TemplateProcessing:
     single = [*(f"{token}:0" for token in begin), "$A:0", *(f"{token}:0" for token in end)]
     pair = [*single, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)]
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
