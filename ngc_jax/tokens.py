@@ -89,8 +89,10 @@ def as_rows(prompts: Any, encode: Callable[[str], np.ndarray]) -> list[np.ndarra
                 f"prompt {index} is a message of a conversation; expected a text, or token ids (L,), which "
                 "Tokenizer.apply_chat_template makes of a conversation"
             )
+        if isinstance(prompt, str):
+            prompt = encode(prompt)
         try:
-            ids = encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
+            ids = np.asarray(prompt)
         except ValueError:
             raise UsageError(f"prompt {index} has rows of different lengths; expected token ids, (L,)") from None
         if ids.dtype.kind in "OSU":

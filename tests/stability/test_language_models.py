@@ -250,7 +250,7 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda model: depth(model, prompt()[None, None]),
+        lambda model: depth(model, jnp.ones((1, 2, 5), int)),
         lambda model: depth(model, []),
         lambda model: depth(model, [[1, 2], []]),
         lambda model: depth(model, [[0.5, 1.0]]),
