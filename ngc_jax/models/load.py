@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -83,7 +84,8 @@ def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     return {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}
 
 
-def _shapes_by_path(decoder: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
+@cache  # tracing the decoder of a large model takes seconds
+def _shapes_by_path(decoder: Decoder) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
