@@ -36,6 +36,7 @@ class LanguageModel:
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LanguageModel:
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
+    joined: bool = False
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -55,7 +57,7 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.dtype)
+        return Decoder(self.config, self.plan, self.dtype, joined=self.joined)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
