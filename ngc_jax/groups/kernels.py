@@ -38,6 +38,7 @@ __all__ = [
     "States",
     "count_parameters",
     "encode",
+    "encoder",
     "forward",
     "from_bilinear",
     "init_states",
@@ -139,10 +140,23 @@ def weights(
         UsageError: If the group has no such member, `d_in` exceeds the group's inputs, or the pivots do not fit the
             kernel or the states.
     """
-    phi_IxS = _accurate(input_features(kernel, states, d_in, pivots=pivots))
     phi_JxS = _accurate(output_features(kernel, states, member))
     with jax.default_matmul_precision("highest"):
-        return phi_JxS @ _apply_interaction(kernel, states, phi_IxS).T
+        return phi_JxS @ encoder(kernel, states, d_in, pivots=pivots).T
+
+
+def encoder(
+    kernel: Kernel, states: States, d_in: int | None = None, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "i s"]:
+    """phi_in · M of the first `d_in` input states: the matrix by which `encode` multiplies its input, formed.
+
+    In float32 at least, by products of full precision on every device. Arguments as for `input_features`.
+
+    Raises:
+        UsageError: As `input_features`.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _apply_interaction(kernel, states, _accurate(input_features(kernel, states, d_in, pivots=pivots)))
 
 
 def input_features(

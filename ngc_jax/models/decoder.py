@@ -24,6 +24,7 @@ from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.attention import Cache, LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.sites import JoinedProjection, site_of
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
@@ -99,8 +100,11 @@ def _project(
     x: Float[Array, "B L D"],
     groups: GroupStates,
     param_dtype: jnp.dtype,
+    joined: bool,
 ) -> list[Float[Array, "B L O"]]:
     """Read x by every role. Blocks of the same group encode x once and read the same signal."""
+    if joined:
+        return JoinedProjection(site_of(config, plan, layer, roles), param_dtype, name=roles)(x)
     signals: dict[str, Array] = {}
     outputs = []
     for role in roles:
@@ -124,6 +128,7 @@ class Attention(nn.Module):
     layer: int
     param_dtype: jnp.dtype
     hold_others: bool
+    joined: bool
 
     @nn.compact
     def __call__(
@@ -137,7 +142,7 @@ class Attention(nn.Module):
         """Attend; returns the output and the layer's new cache."""
         c = self.config
         rope = c.ropes[self.layer]
-        q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype)
+        q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype, self.joined)
         q = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
         k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:2], c.num_kv_heads, c.head_dim)
@@ -164,7 +169,7 @@ class Attention(nn.Module):
         )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         self.sow(BLOCK_INPUTS, "o_input", y)
-        (out,) = _project(c, self.plan, self.layer, "o", y, groups, self.param_dtype)
+        (out,) = _project(c, self.plan, self.layer, "o", y, groups, self.param_dtype, self.joined)
         return out, cache
 
 
@@ -175,14 +180,15 @@ class Mlp(nn.Module):
     plan: Plan
     layer: int
     param_dtype: jnp.dtype
+    joined: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], groups: GroupStates) -> Float[Array, "B L D"]:
         """down(activation(gate(x)) * up(x))."""
-        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype)
+        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype, self.joined)
         hidden = _ACTIVATIONS[self.config.activation](gate) * up
         self.sow(BLOCK_INPUTS, "d_input", hidden)
-        (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype)
+        (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype, self.joined)
         return out
 
 
@@ -196,6 +202,7 @@ class DecoderLayer(nn.Module):
         param_dtype: Of the parameters that `init` makes; the computation has the type of its input.
         hold_others: Whether the cache has the keys and values of the tokens themselves, which each token then takes for
             all tokens but itself; see `attention.attend`.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     config: DecoderConfig
@@ -203,6 +210,7 @@ class DecoderLayer(nn.Module):
     layer: int
     param_dtype: jnp.dtype = jnp.float32
     hold_others: bool = False
+    joined: bool = False
 
     @nn.compact
     def __call__(
@@ -233,11 +241,11 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, self.hold_others, name="attn")(attn_in, positions, cache, groups, starts)
+        y, cache = Attention(*module, self.hold_others, self.joined, name="attn")(attn_in, positions, cache, groups, starts)
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
-        y = Mlp(*module, name="mlp")(mlp_in, groups)
+        y = Mlp(*module, self.joined, name="mlp")(mlp_in, groups)
         x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
         self.sow(RESIDUALS, "output", x)
         return x, cache
@@ -250,6 +258,7 @@ class Layers(nn.Module):
     plan: Plan
     param_dtype: jnp.dtype
     remat: bool
+    joined: bool
 
     @nn.compact
     def __call__(
@@ -264,7 +273,7 @@ class Layers(nn.Module):
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         modules = [
-            layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
+            layer_type(self.config, self.plan, layer, self.param_dtype, joined=self.joined, name=str(layer))
             for layer in range(self.config.num_layers)
         ]
         for number, module in enumerate(modules * self.config.iterations):
@@ -295,6 +304,7 @@ class Decoder(nn.Module):
         remat: Recompute each layer in the backward pass instead of storing its intermediate values.
         dtype: Of the computation: activations, and the parameters when they are used, whatever type they are stored in.
             Products accumulate in float32; norms, rotary angles, softmax and logits are float32 throughout.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     config: DecoderConfig
@@ -302,6 +312,7 @@ class Decoder(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     remat: bool = False
     dtype: jnp.dtype | None = None
+    joined: bool = False
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -312,11 +323,11 @@ class Decoder(nn.Module):
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
         self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
-        self.layers = Layers(c, plan, self.param_dtype, self.remat)
+        self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
         if not c.tied_embeddings:
             self.unembed = Unembedding(c.vocab_size, self.param_dtype)
-        if plan.groups:
+        if plan.groups and not self.joined:
             self.groups = Groups(plan, self.param_dtype)
 
     def __call__(
@@ -351,7 +362,7 @@ class Decoder(nn.Module):
         """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        groups = self.groups() if self.plan is not None and self.plan.groups else {}
+        groups = self.groups() if self.plan is not None and self.plan.groups and not self.joined else {}
         x, cache = self.layers(self.embedded(tokens), positions, cache, groups, starts)
         return self.normed(x), cache
 

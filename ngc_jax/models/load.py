@@ -38,6 +38,7 @@ class LanguageModel:
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
         compute_dtype: Type of the computation; None for the parameters' own.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LanguageModel:
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
     compute_dtype: jnp.dtype | None = None
+    joined: bool = False
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -63,7 +65,7 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype)
+        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, joined=self.joined)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
