@@ -17,6 +17,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
+from ngc_jax.models.latent_cache import CacheKind
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ class LanguageModel:
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
+        cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
+            (latent), or auto; see `latent_cache`.
     """
 
     name: str
@@ -46,6 +49,7 @@ class LanguageModel:
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
+    cache: CacheKind = "auto"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -55,7 +59,7 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.dtype)
+        return Decoder(self.config, self.plan, self.dtype, cache=self.cache)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
