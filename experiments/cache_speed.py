@@ -49,28 +49,24 @@ def random_params(decoder: Decoder) -> Any:
     """Parameters of about the right size."""
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-1] ** -0.5, leaf.dtype),
-        shapes,
-    )
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-1] ** -0.5, leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def filled(decoder: Decoder, batch: int, length: int) -> DecodeState:
     """A state after `length` tokens."""
-    rounds = STEPS * 16
-    cache = init_latent_cache(decoder.config, decoder.plan, decoder.cache, batch, length + rounds, decoder.param_dtype)
-    held = tuple(
-        layer._replace(
-            positions=jnp.where(jnp.arange(layer.positions.shape[1]) < length, jnp.arange(layer.positions.shape[1]), -1)
-            + jnp.zeros_like(layer.positions)
-        )
-        for layer in cache
-    )
+    room = STEPS * 16
+    cache = init_latent_cache(decoder.config, decoder.plan, decoder.cache, batch, length + room, decoder.param_dtype)
+    slot = jnp.arange(length + room, dtype=jnp.int32)
+    held = (jnp.where(slot < length, slot, -1),) * batch
     return DecodeState(
-        held,
+        tuple(layer._replace(positions=jnp.stack(held)) for layer in cache),
         jnp.ones(batch, jnp.int32),
         jnp.full(batch, length, jnp.int32),
-        jnp.full(batch, rounds, jnp.int32),
+        jnp.full(batch, room, jnp.int32),
         jax.random.split(jax.random.key(0), batch),
     )
 
