@@ -11,7 +11,7 @@ at `layers/<layer>/output`. Each block's output can be perturbed through the lin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.groups.kernels import encode, read
+from ngc_jax.groups.kernels import encode, output_features, read
 from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Block, Plan
-from ngc_jax.models.attention import Cache, LayerCache, attend, extend, rotate
+from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, Readers, attend_in_latent_space
 from ngc_jax.models.sites import JoinedProjection, site_of
 
 GroupStates = Mapping[str, Any]
@@ -135,10 +136,10 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: LayerCache | None,
+        cache: LayerCache | LatentCache | None,
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B L D"], LayerCache | LatentCache | None]:
         """Attend; returns the output and the layer's new cache."""
         c = self.config
         rope = c.ropes[self.layer]
@@ -146,9 +147,20 @@ class Attention(nn.Module):
         q = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
         k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:2], c.num_kv_heads, c.head_dim)
+        k_norm: Callable[[Array], Array] = lambda k: k  # noqa: E731
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")(k)
+            k_norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")
+            k = k_norm(k)
+        limits = {
+            "scale": c.attention_scale,
+            "window": c.windows[self.layer],
+            "soft_cap": c.attention_soft_cap,
+        }
+        if isinstance(cache, LatentCache):
+            readers = self._readers(x, cache, groups, k_norm)
+            y, cache = attend_in_latent_space((q, k, v), cache, readers, positions, starts, rope, **limits)
+            return self._output(y, groups), cache
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
         if self.hold_others:
@@ -156,21 +168,39 @@ class Attention(nn.Module):
             attended, (own, _) = cache, extend(None, k, v, positions)
         else:
             attended, cache = extend(cache, k, v, positions)
-        y = attend(
-            q,
-            attended,
-            positions,
-            starts,
-            own,
-            scale=c.attention_scale,
-            window=c.windows[self.layer],
-            soft_cap=c.attention_soft_cap,
-            ordered=cache is None,
-        )
-        y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
+        y = attend(q, attended, positions, starts, own, ordered=cache is None, **limits)
+        return self._output(y, groups), cache
+
+    def _output(self, y: Float[Array, "B L N H"], groups: GroupStates) -> Float[Array, "B L D"]:
+        y = y.reshape(*y.shape[:2], -1)
         self.sow(BLOCK_INPUTS, "o_input", y)
-        (out,) = _project(c, self.plan, self.layer, "o", y, groups, self.param_dtype, self.joined)
-        return out, cache
+        (out,) = _project(self.config, self.plan, self.layer, "o", y, groups, self.param_dtype, self.joined)
+        return out
+
+    def _readers(
+        self, x: Float[Array, "B L D"], cache: LatentCache, groups: GroupStates, k_norm: Callable[[Array], Array]
+    ) -> Readers:
+        """How the cache's signals become keys and values."""
+        c = self.config
+        blocks = {role: c.block(self.layer, role) for role, kept in zip("kv", cache[:2], strict=True) if kept is None}
+        heads = (c.num_kv_heads, c.head_dim)
+        used = {role: self.plan.group_of[block.name] for role, block in blocks.items()}
+        # The compiler computes a signal once that is also encoded for the queries.
+        signals = tuple(
+            encode(group.kernel, groups[group.name], x, pivots=group.pivots) for group in dict.fromkeys(used.values())
+        )
+        biases = {role: self.variables["params"][role]["bias"] for role, block in blocks.items() if block.bias}
+
+        def keys(signal: Array) -> Array:
+            k = read(used["k"].kernel, groups[used["k"].name], blocks["k"].name, signal)
+            k = k + biases["k"].astype(k.dtype) if "k" in biases else k
+            return k_norm(k.reshape(*k.shape[:2], *heads))
+
+        values = None
+        if "v" in used:
+            values = output_features(used["v"].kernel, groups[used["v"].name], blocks["v"].name).reshape(*heads, -1)
+        bias = biases["v"].reshape(heads) if "v" in biases else None
+        return Readers(signals, keys if "k" in used else None, values, bias)
 
 
 class Mlp(nn.Module):
@@ -217,10 +247,10 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentCache | None = None,
         groups: GroupStates | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B L D"], LayerCache | LatentCache | None]:
         """Apply the layer.
 
         Args:
@@ -265,10 +295,10 @@ class Layers(nn.Module):
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: Cache | None,
+        cache: MixedCache | None,
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    ) -> tuple[Float[Array, "B L D"], MixedCache | None]:
         """Apply every layer in turn, in each of the model's iterations."""
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
@@ -305,6 +335,7 @@ class Decoder(nn.Module):
         dtype: Of the computation: activations, and the parameters when they are used, whatever type they are stored in.
             Products accumulate in float32; norms, rotary angles, softmax and logits are float32 throughout.
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        cache: What the caches of `decoding` keep; see `latent_cache`.
     """
 
     config: DecoderConfig
@@ -313,6 +344,7 @@ class Decoder(nn.Module):
     remat: bool = False
     dtype: jnp.dtype | None = None
     joined: bool = False
+    cache: CacheKind = "full"
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -334,15 +366,15 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
-        cache: Cache | None = None,
+        cache: MixedCache | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L V"], Cache | None]:
+    ) -> tuple[Float[Array, "B L V"], MixedCache | None]:
         """Next-token logits.
 
         Args:
             tokens: Token ids.
             positions: Their positions, ascending in a row, 0, 1, 2, ... if None; -1 marks padding.
-            cache: From `init_cache` or an earlier call; None to run without one.
+            cache: From `init_cache`, `init_latent_cache` or an earlier call; None to run without one.
             starts: Position at which each token's document begins, for several documents in a row: a token attends to
                 nothing before that. None for 0.
 
@@ -356,9 +388,9 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
-        cache: Cache | None = None,
+        cache: MixedCache | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    ) -> tuple[Float[Array, "B L D"], MixedCache | None]:
         """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -18,6 +18,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
+from ngc_jax.models.latent_cache import CacheKind
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class LanguageModel:
         license: The licence that its files name; None if they name none.
         compute_dtype: Type of the computation; None for the parameters' own.
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
+            (latent), or auto; see `latent_cache`.
     """
 
     name: str
@@ -51,6 +54,7 @@ class LanguageModel:
     license: str | None = None
     compute_dtype: jnp.dtype | None = None
     joined: bool = False
+    cache: CacheKind = "auto"
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -65,7 +69,8 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, joined=self.joined)
+        how = {"joined": self.joined, "cache": self.cache}
+        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, **how)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
