@@ -12,7 +12,6 @@ import dataclasses
 from functools import lru_cache
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -164,7 +163,7 @@ class JoinedProjection(nn.Module):
 
 
 def product(x: Float[Array, "... I"], weight_IxJ: Float[Array, "I J"]) -> Float[Array, "... J"]:
-    """x · weight of x's type, accumulated in float32."""
+    """X · weight of x's type, accumulated in float32."""
     return jnp.einsum("...i,ij->...j", x, weight_IxJ, preferred_element_type=jnp.float32).astype(x.dtype)
 
 

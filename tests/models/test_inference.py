@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ngc_jax.models import sites
-from ngc_jax.models.generate import generate
-from ngc_jax.models.inference import for_inference, inference_model
+from ngc_jax.models.inference import inference_model
 from ngc_jax.models.load import LanguageModel
-from tests.models.compact import compact_model, dense_model, fixed_gauge_model
+from tests.models.compact import compact_model, fixed_gauge_model
 from tests.tiny import forward
 
 HEADS = {"num_attention_heads": 6}
