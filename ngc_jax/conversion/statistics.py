@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
@@ -204,6 +205,33 @@ def _at_site(sown: Mapping[str, Any], site: str) -> Array:
     return value[0]
 
 
+_Stream = Iterator[tuple[int, dict[str, "Statistics"]]]
+
+
+def _or_of_a_model(function: Callable[..., _Stream]) -> Callable[..., _Stream]:
+    """Lets a `LanguageModel` take the place of architecture and parameters."""
+
+    @wraps(function)
+    def wrapped(config: DecoderConfig | LanguageModel, *args: Any, **options: Any) -> _Stream:
+        if isinstance(config, DecoderConfig):
+            return function(config, *args, **options)
+        # These import this module.
+        from ngc_jax.conversion.measure import check_dense
+        from ngc_jax.conversion.state import Calibration
+
+        if not isinstance(config, LanguageModel):
+            raise UsageError(f"calibrate was given {type(config).__name__}; expected a model, or its config")
+        check_dense(config)
+        given = options.pop("tokens") if "tokens" in options else args[0] if args else None
+        if given is None or len(args) > 1:
+            raise UsageError("calibrate needs a text or token ids after the model, and names for all that follows")
+        made = Calibration.of(config, given, window=options.get("window", 1024))
+        return function(config.config, config.params, made.tokens, **options)
+
+    return wrapped
+
+
+@_or_of_a_model
 def calibrate(
     config: DecoderConfig,
     params: Params,
@@ -223,7 +251,8 @@ def calibrate(
     compiled function serves every layer.
 
     Args:
-        config: The architecture.
+        config: The architecture. Or a dense `LanguageModel`, without `params`; `tokens` are then whatever
+            `Calibration.of` takes, such as a text, and windows get the model's prefix.
         params: Dense parameters.
         tokens: (T,), one stream of token ids; cut into windows. It includes the prefix of each window, see
             `ngc_jax.tokens.begin_windows`.
@@ -240,6 +269,10 @@ def calibrate(
 
     Raises:
         UsageError: If there are no tokens or they are not the model's, or a layer's activations are not finite.
+
+    Example:
+        >>> for layer, statistics in calibrate(model, "A long text ..."):  # doctest: +SKIP
+        ...     print(layer, sorted(statistics))
     """
     tokens = as_tokens(tokens, config.vocab_size, least=0)
     count = len(tokens) + (0 if begun is None else begun.count)

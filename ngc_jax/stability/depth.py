@@ -87,9 +87,9 @@ def depth_stability(
     position only, so that two models of the same size, or two prompts, are compared with the same ones.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions.
         directions: K.
@@ -98,6 +98,11 @@ def depth_stability(
     Raises:
         UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
             there are more directions than dimensions.
+
+    Example:
+        >>> found = depth_stability(model, "The capital of France", key=jax.random.key(0))  # doctest: +SKIP
+        >>> found.metric.shape  # doctest: +SKIP
+        (1, 4)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     embed_dim = decoder.config.embed_dim

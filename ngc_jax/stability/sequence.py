@@ -92,9 +92,9 @@ def sequence_stability(
     K + 1 caches.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions, which depend on it and on the segment only.
         directions: K.
@@ -247,7 +247,7 @@ def responses(
     """Response of later tokens to a perturbation of one token's embedding, layer by layer.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
         tokens_L: A text without padding.
         sources_P: Positions of the perturbed tokens; each is perturbed separately, in one random direction.
