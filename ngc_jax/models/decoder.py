@@ -292,6 +292,12 @@ class Decoder(nn.Module):
         plan: Which blocks form which group; None for the dense model.
         param_dtype: Of parameters and activations; norms, softmax and logits are float32 throughout.
         remat: Recompute each layer in the backward pass instead of storing its intermediate values.
+
+    Example:
+        >>> decoder = Decoder(model.config)
+        >>> logits, _ = decoder.apply({"params": model.params}, tokens[None, :5])
+        >>> logits.shape
+        (1, 5, 259)
     """
 
     config: DecoderConfig

