@@ -47,9 +47,12 @@ class FoldedSource(Closing):
         nbytes: Bytes of all tensors in the type of the source's embedding.
 
     Example:
-        >>> with open_source("smollm2-0.8") as source:  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "folded"))) as source:
         ...     folded = FoldedSource(source)
-        ...     weight = folded.read("model.layers.0.self_attn.q_proj.weight")
+        ...     folded.read("model.layers.0.self_attn.q_proj.weight").shape
+        (40, 24)
     """
 
     def __init__(self, source: Source) -> None:

@@ -84,6 +84,13 @@ def export_gguf(
 
     Raises:
         UsageError: If GGUF cannot represent the type or a part of the model, or the file cannot be written.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "for-gguf"))) as source:
+        ...     export_gguf(source, "compact.gguf", type="f16")["folded"]
+        True
     """
     if type not in GGUF_TYPES:
         raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")

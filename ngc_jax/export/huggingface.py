@@ -45,6 +45,13 @@ def export_huggingface(
     Raises:
         UsageError: If the model cannot be read or has no plain form, the type is unknown or too small for its
             numbers, or the directory cannot be written.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "for-transformers"))) as source:
+        ...     export_huggingface(source, "plain")["folded"]
+        True
     """
     folded = FoldedSource(source)
     if dtype is not None and dtype not in DTYPES:

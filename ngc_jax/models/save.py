@@ -45,6 +45,10 @@ def save_model(
 
     Raises:
         UsageError: See `files.check_output`.
+
+    Example:
+        >>> save_model(compact, "compact").name
+        'compact'
     """
     directory = Path(directory).expanduser()
     if conversion is not None:

@@ -50,6 +50,10 @@ class Objective:
 
     Raises:
         UsageError: If a number is out of range, or nothing has a weight.
+
+    Example:
+        >>> Objective(cross_entropy=0.5, divergence=0.5).needs_teacher
+        True
     """
 
     cross_entropy: float = 1.0

@@ -51,6 +51,12 @@ class Factorise(Pass):
 
     Raises:
         UsageError: If a value is out of range or options contradict each other.
+
+    Example:
+        >>> from ngc_jax import chain, convert, factorise
+        >>> compact = convert(model, chain(factorise("svd", topology="qkv-o-ug-d")), keep=0.6)
+        >>> [group.name for group in compact.plan.groups][:2]
+        ['0.qkv', '0.o']
     """
 
     name: ClassVar[str] = "factorise"

@@ -21,6 +21,11 @@ class PropagateErrors(Pass):
     Attributes:
         propagation: How far each layer's targets and inputs are moved from the dense model's (0) to those of the
             converted layers below it (1).
+
+    Example:
+        >>> from ngc_jax import chain, factorise, propagate_errors
+        >>> chain(factorise("svd_llm"), propagate_errors(0.3)).options()["propagation"]
+        0.3
     """
 
     name: ClassVar[str] = "propagate_errors"

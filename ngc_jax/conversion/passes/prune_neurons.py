@@ -26,6 +26,12 @@ class PruneNeurons(Pass):
         keep_neurons: Share of hidden neurons that every MLP keeps, above 0 and at most 1.
         flexible: Whether the share is a default: all neurons are kept where the topology leaves MLPs out, fewer where
             the smallest ranks need the room. Not an option: a share that the user gives is exact.
+
+    Example:
+        >>> from ngc_jax import chain, convert, prune_neurons
+        >>> smaller = convert(model, chain(prune_neurons(0.5)), text, keep=0.8, window=32)
+        >>> model.config.mlp_dim, smaller.config.mlp_dim
+        (40, 20)
     """
 
     name: ClassVar[str] = "prune_neurons"

@@ -23,6 +23,11 @@ class Remeasure(Pass):
             less time and holds the statistics of one layer at a time.
         sensitivities: In each round, also correct the expected loss of each layer and role by the slope of the loss
             measured there.
+
+    Example:
+        >>> from ngc_jax import chain, factorise, remeasure
+        >>> [one.name for one in chain(factorise("ngc"), remeasure(rounds=2))]
+        ['factorise', 'remeasure']
     """
 
     name: ClassVar[str] = "remeasure"
