@@ -5,7 +5,7 @@ in place of c. Each of them, W of shape M x I, is replaced by the least-squares 
 
     W c + (x - x')     from     c'
 
-so that it computes what the dense block computes, and corrects what the layers below have left wrong in the stream. d is
+so that it computes what the dense block computes, and corrects the error that the layers below left in the stream. d is
 estimated after o, on inputs that the new o computes. Both are unconstrained matrices, so that no metric of the outputs
 matters. The estimate mixes, with a share s, the moments of some tokens of both models with those of the dense model's
 inputs alone, C, for which the weight as it is, W, is best:
@@ -63,7 +63,7 @@ def refit_dense(state: ConversionState, strength: float, shrinkage: float) -> La
     """Refit o and d of all layers of a pruned model on the inputs that the layers below them produce.
 
     Args:
-        state: With a pruned model, the original, and statistics of its blocks, of all layers or as a stream that prunes.
+        state: With a pruned model, the original, and statistics of its blocks, as a list or as a stream that prunes.
         strength: s, from 0, which changes nothing, to 1.
         shrinkage: Of the inputs' second moments, as for `fitting.shrunk`.
     """

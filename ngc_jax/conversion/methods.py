@@ -70,9 +70,8 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
     make = METHODS[name]
     if given.get("form") == "dense":
         if name not in DENSE_FORMS:
-            raise UsageError(
-                f"method {name} has no form dense, because it prunes no neurons; expected one of {', '.join(DENSE_FORMS)}"
-            )
+            known = ", ".join(DENSE_FORMS)
+            raise UsageError(f"method {name} has no form dense, because it prunes no neurons; expected one of {known}")
         make = DENSE_FORMS[name]
     passes, asked = list(make(keep)), set()
     for place, kind in enumerate(kinds):
@@ -170,7 +169,5 @@ register_method(
         remeasure(rounds=1),
         propagate_errors(0.3),
     ),
-    dense=lambda keep: chain(
-        prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(1.0)
-    ),
+    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(1.0)),
 )

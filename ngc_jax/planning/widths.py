@@ -106,8 +106,8 @@ def plan_dense(config: DecoderConfig, topology: str, keep: float, multiple: int 
     if width < 1:
         least = math.ceil(stored(multiple) / dense * 1e4) / 1e4
         raise UsageError(
-            f"keep ratio {keep:g} is too low for form dense: attention is kept whole, and with {multiple} hidden neurons "
-            f"in every MLP the blocks store {least:g}; raise it to at least {least:g}, or choose form grouped"
+            f"keep ratio {keep:g} is too low for form dense: attention is kept, and MLPs of {multiple} hidden neurons "
+            f"bring the blocks to {least:g}; raise it to at least {least:g}, or choose form grouped"
         )
     return _pruned(config, topology, width, budget, keep)
 

@@ -91,8 +91,9 @@ class Factorise(Pass):
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
         if not self.is_bilinear and self.gauge:
             raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
-        if self.is_dense and (self.rank is not None or self.allocation != "uniform" or self.gauge or not self.is_bilinear):
-            raise UsageError("form dense factorises nothing; leave out rank, allocation, gauge and kernel, or form dense")
+        factorises = self.rank is not None or self.allocation != "uniform" or self.gauge or not self.is_bilinear
+        if self.is_dense and factorises:
+            raise UsageError("form dense factorises nothing; leave it out, or rank, allocation, gauge and kernel")
         if self.fit_steps < 0:
             raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the initial states")
         self.interaction  # noqa: B018  (its options are checked when it is made)
@@ -149,7 +150,7 @@ class Factorise(Pass):
         if sum(isinstance(one, Factorise) for one in chain.passes) > 1:
             raise UsageError("a chain factorises once; leave out the other factorise")
         if self.is_dense and not any(one.name == "prune_neurons" for one in chain.passes):
-            raise UsageError("form dense prunes hidden neurons and does nothing else; add prune_neurons before factorise")
+            raise UsageError("form dense only prunes hidden neurons; add prune_neurons before factorise")
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
         """The statistics that the factorisation needs."""
