@@ -66,6 +66,8 @@ class Remeasure(Pass):
         factorise = chain.find(Factorise)
         if factorise is None or chain.passes.index(self) < chain.passes.index(factorise):
             raise UsageError("gradients are measured on a converted model; add factorise before remeasure")
+        if factorise.is_dense:
+            raise UsageError("form dense prunes once; leave out rounds")
         if factorise.definition.measures.gradients is None:
             raise UsageError(f"method {chain.method} uses no gradients; leave out rounds")
         if not factorise.is_bilinear:

@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import FoldedSource
-from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
+from ngc_jax.exporting.folded import FoldedSource
+from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.gguf.config import ROPE_FACTORS
