@@ -110,6 +110,9 @@ class FoldedSource(Closing):
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.asarray(weights(group.kernel, self._states(group), block, d_in, pivots=group.pivots))
 
+    def read_quantised(self, name: str) -> None:
+        """None: dense tensors are in floating point."""
+
     def _states(self, group: GroupPlan) -> dict[str, Any]:
         """The states of one group in float32; those of the last group are cached for its next member."""
         if self._held is None or self._held[0] != group.name:

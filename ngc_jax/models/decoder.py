@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from ngc_jax.groups.kernels import encode, output_features, read
 from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Block, Plan
+from ngc_jax.groups.quantised import QuantisedMatrix, contract, stored_parameter
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, Readers, attend_in_latent_space
@@ -85,9 +86,9 @@ class Projection(nn.Module):
         """Map x (..., d_in) to (..., d_out); `grouped` is the output of the block's group, if it has one."""
         y = grouped
         if y is None:
-            kernel = self.param("kernel", _kernel_init, (self.block.d_out, self.block.d_in), self.param_dtype)
-            kernel = kernel.astype(x.dtype)
-            y = jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+            shape = self.block.d_out, self.block.d_in
+            kernel = stored_parameter(self, "kernel", _kernel_init, shape, self.param_dtype)
+            y = contract(x, kernel).astype(x.dtype)
         if self.block.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype).astype(y.dtype)
         return self.perturb("output", y)
@@ -323,7 +324,22 @@ class Unembedding(nn.Module):
     @nn.compact
     def __call__(self, embed_dim: int) -> Float[Array, "V D"]:
         """The matrix."""
-        return self.param("kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+        return stored_parameter(self, "kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+
+
+class Embedding(nn.Embed):
+    """The embedding, also of a quantised matrix, of which only the rows of the tokens are read."""
+
+    def setup(self) -> None:
+        """Declare the matrix."""
+        shape = self.num_embeddings, self.features
+        self.embedding = stored_parameter(self, "embedding", self.embedding_init, shape, self.param_dtype)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The tokens' rows."""
+        if isinstance(self.embedding, QuantisedMatrix):
+            return self.embedding.take(tokens, self.dtype)
+        return super().__call__(tokens)
 
 
 class Decoder(nn.Module):
@@ -362,7 +378,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
-        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
+        self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
         if not c.tied_embeddings:
@@ -418,6 +434,6 @@ class Decoder(nn.Module):
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""
         table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
-        y = jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = contract(x, table)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
@@ -63,8 +64,8 @@ class LanguageModel:
 
     @property
     def param_dtype(self) -> jnp.dtype:
-        """In which the parameters are stored."""
-        return jax.tree.leaves(self.params)[0].dtype
+        """In which the parameters that are not quantised are stored."""
+        return next(leaf.dtype for leaf in self.leaves() if not is_quantised(leaf))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -79,7 +80,16 @@ class LanguageModel:
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return sum(leaf.size for leaf in self.leaves())
+
+    def leaves(self) -> list[Any]:
+        """All parameters; a quantised matrix is one."""
+        return jax.tree.leaves(self.params, is_leaf=is_quantised)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are stored as codes of a few bits."""
+        return any(map(is_quantised, self.leaves()))
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
@@ -196,7 +206,8 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     flat = {}
     for done, path in enumerate(by_path, start=1):
         name = names[".".join(path)]
-        flat[path] = _put(source.read(name), decoder.param_dtype, f"tensor {name!r} of {source.name}")
+        what, matrix = f"tensor {name!r} of {source.name}", source.read_quantised(name)
+        flat[path] = _put(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
         if progress is not None:
             progress(done, len(names))
     return traverse_util.unflatten_dict(flat)
@@ -216,6 +227,14 @@ def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
         raise UsageError(f"{what} has numbers too large for {dtype}; {_wider(dtype)}")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return jax.device_put(array).block_until_ready()
+
+
+def _put_codes(matrix: QuantisedMatrix, what: str) -> QuantisedMatrix:
+    """Check a quantised matrix's scales and put it on the device."""
+    for part in (matrix.scales, matrix.offsets):
+        if part is not None:
+            check_finite(part, what)
+    return jax.block_until_ready(jax.device_put(matrix))
 
 
 def _wider(dtype: jnp.dtype) -> str:
