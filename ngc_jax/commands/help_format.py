@@ -57,6 +57,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "machine": (
         "dtype",
+        "cache",
         "compute_dtype",
         "devices",
         "microbatches",
