@@ -3,9 +3,10 @@
     python -m experiments.cache_quality --text wikitext2-valid.txt --out runs/cache-quality
 
 Rows with everything else dense: `shared` (k and v of a layer share a latent space, in the geometry of inputs and output
-gradients, ranks by one price for all layers), `private` (a latent space each, otherwise the same), `values` (k dense, all
-of the saving from v), `inputs` (shared, in the geometry of the inputs alone) and `svd` (shared, plain truncated SVD). Rows `ngc` are whole conversions at a keep
-ratio. Statistics are measured once, some windows at a time; what is in --out is not repeated.
+gradients, ranks by one price for all layers), `private` (a latent space each, otherwise the same), `values` (k dense,
+all of the saving from v), `inputs` (shared, in the geometry of the inputs alone, uniform ranks) and `svd` (shared,
+plain truncated SVD, uniform ranks). Rows `ngc` are whole conversions at a keep ratio. Statistics are measured once,
+some windows at a time; what is in --out is not repeated.
 """
 
 from __future__ import annotations
