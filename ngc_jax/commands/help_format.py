@@ -58,6 +58,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     "machine": (
         "dtype",
         "param_dtype",
+        "cache",
         "devices",
         "microbatches",
         "remat",

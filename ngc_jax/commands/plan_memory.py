@@ -92,4 +92,9 @@ class PlanMemoryConfig:
             f"{found['devices']} devices; student of {found['parameters']:,} parameters, {found['trained']:,} of them "
             f"trained; {found['replicated_share']:.1%} of its bytes are replicated on every device"
         )
+        cache = found["cache_bytes_per_token"]
+        console.print(
+            f"when it generates, {cache['full']:,} bytes of key-value cache per token in {self.compute_dtype}, "
+            f"{cache['latent']:,} with a latent cache"
+        )
         return found

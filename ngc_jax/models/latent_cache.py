@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,18 @@ def numbers_per_token(config: DecoderConfig, plan: Plan | None, kind: CacheKind 
         kind: What the cache keeps.
     """
     return config.iterations * sum(layout.numbers for layout in cache_layout(config, plan, kind))
+
+
+def bytes_per_token(config: DecoderConfig, plan: Plan | None, dtype: jnp.dtype | str) -> dict[str, int]:
+    """Bytes for each token of a sequence, by kind of cache; a layer with a window keeps only its window.
+
+    Args:
+        config: The decoder.
+        plan: Its groups.
+        dtype: Of the cache.
+    """
+    size = jnp.dtype(dtype).itemsize
+    return {kind: size * numbers_per_token(config, plan, kind) for kind in get_args(CacheKind)}
 
 
 def init_latent_cache(

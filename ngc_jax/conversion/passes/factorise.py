@@ -45,6 +45,8 @@ class Factorise(Pass):
             Lagrange multiplier over all groups).
         gauge: Fix the gauge: rank r stores r (outputs + inputs - r) numbers in place of r (outputs + inputs).
         rank_multiple: With allocation loss: ranks are multiples of this, for example 8 or 128 for a TPU's tiles.
+        cache_ratio: Largest share of the key-value cache's numbers per token to keep, above 0 and at most 1: limits the
+            ranks of groups that have k or v. Without a topology, k and v of a layer then share one latent space.
         gradients: Which part of the gradients' second moments is measured: full, or diagonal, which needs far less
             memory.
         shrinkage: How far the inputs' second moments are shrunk towards their diagonals, 0 to 1. A higher value, such
@@ -73,6 +75,7 @@ class Factorise(Pass):
     allocation: Allocation = "uniform"
     gauge: bool = False
     rank_multiple: int = 1
+    cache_ratio: float | None = None
     gradients: Literal["full", "diagonal"] = "full"
     shrinkage: float = 0.0
     kernel: KernelName = "bilinear"
@@ -93,6 +96,7 @@ class Factorise(Pass):
             raise UsageError(f"rank multiple {self.rank_multiple} is too small; expected at least 1")
         if self.rank_multiple > 1 and self.allocation != "loss":
             raise UsageError("a rank multiple needs allocation 'loss'; leave it out or change the allocation")
+        self._check_cache_ratio()
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
         if not self.is_bilinear and self.gauge:
@@ -108,9 +112,23 @@ class Factorise(Pass):
         elif self.allocation != "loss":
             raise UsageError("topology auto is chosen by the expected loss; it needs allocation 'loss'")
 
+    def _check_cache_ratio(self) -> None:
+        if self.cache_ratio is None:
+            return
+        if not 0 < self.cache_ratio <= 1:
+            raise UsageError(f"cache ratio {self.cache_ratio:g} is outside (0, 1]; 0.5 keeps half of the cache")
+        if self.rank is not None:
+            raise UsageError("a fixed rank leaves nothing for a cache ratio to choose; leave out one of them")
+        if self.topology == AUTO:
+            raise UsageError("a cache ratio needs a topology; leave out topology auto, or give q-kv-o-u-g-d")
+        if self.kernel == "lifted":
+            raise UsageError("the signals of kernel 'lifted' are wider than its ranks; leave out the cache ratio")
+
     def with_options(self, options: Mapping[str, Any]) -> Factorise:
         """The method's allocation and gauge are dropped where the user's options exclude them."""
         own: dict[str, Any] = {}
+        if options.get("cache_ratio") is not None and self.topology == Factorise.topology:
+            own["topology"] = "q-kv-o-u-g-d"
         if options.get("rank") is not None:
             own["allocation"] = "uniform"
         if options.get("kernel", self.kernel) != "bilinear":
@@ -149,6 +167,7 @@ class Factorise(Pass):
             self.definition.rounding,
             method,
             self.is_dense,
+            self.cache_ratio,
         )
 
     def check(self, chain: Chain) -> None:
