@@ -24,7 +24,7 @@ from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.attention import Cache, LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.sites import JoinedProjection, site_of
+from ngc_jax.models.sites import JoinedProjection, product, site_of
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
@@ -286,11 +286,13 @@ class Unembedding(nn.Module):
 
     vocab_size: int
     param_dtype: jnp.dtype
+    joined: bool = False
 
     @nn.compact
-    def __call__(self, embed_dim: int) -> Float[Array, "V D"]:
-        """The matrix."""
-        return self.param("kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+    def __call__(self, embed_dim: int) -> Array:
+        """The matrix (V, D); (D, V) in the run-time layout."""
+        shape = (self.vocab_size, embed_dim)
+        return self.param("kernel", _kernel_init, shape[::-1] if self.joined else shape, self.param_dtype)
 
 
 class Decoder(nn.Module):
@@ -313,11 +315,12 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
-        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.param_dtype)
+        if not (self.joined and c.tied_embeddings):
+            self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.param_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
-        if not c.tied_embeddings:
-            self.unembed = Unembedding(c.vocab_size, self.param_dtype)
+        if self.joined or not c.tied_embeddings:
+            self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
         if plan.groups and not self.joined:
             self.groups = Groups(plan, self.param_dtype)
 
@@ -363,12 +366,19 @@ class Decoder(nn.Module):
 
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
+        if self.joined and self.config.tied_embeddings:  # one matrix, stored as the unembedding reads it
+            rows = jnp.moveaxis(jnp.take(self.unembed(self.config.embed_dim), tokens, axis=1), 0, -1)
+        else:
+            rows = self.embed(tokens)
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
-        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.param_dtype)
+        return rows * jnp.asarray(self.config.embed_scale, self.param_dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""
-        table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
-        y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        if self.joined:
+            y = product(x, self.unembed(self.config.embed_dim), jnp.float32)
+        else:
+            table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
+            y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
