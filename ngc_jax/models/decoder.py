@@ -26,7 +26,7 @@ from ngc_jax.groups.quantised import QuantisedMatrix, contract, stored_parameter
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, Readers, attend_in_latent_space
-from ngc_jax.models.sites import JoinedProjection, site_of
+from ngc_jax.models.sites import JoinedProjection, product, site_of
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
@@ -320,11 +320,13 @@ class Unembedding(nn.Module):
 
     vocab_size: int
     param_dtype: jnp.dtype
+    joined: bool = False
 
     @nn.compact
-    def __call__(self, embed_dim: int) -> Float[Array, "V D"]:
-        """The matrix."""
-        return stored_parameter(self, "kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+    def __call__(self, embed_dim: int) -> Array:
+        """The matrix (V, D); (D, V) in the run-time layout."""
+        shape = (self.vocab_size, embed_dim)
+        return stored_parameter(self, "kernel", _kernel_init, shape[::-1] if self.joined else shape, self.param_dtype)
 
 
 class Embedding(nn.Embed):
@@ -378,11 +380,12 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
-        self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
+        if not (self.joined and c.tied_embeddings):
+            self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
-        if not c.tied_embeddings:
-            self.unembed = Unembedding(c.vocab_size, self.param_dtype)
+        if self.joined or not c.tied_embeddings:
+            self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
         if plan.groups and not self.joined:
             self.groups = Groups(plan, self.param_dtype)
 
@@ -428,12 +431,19 @@ class Decoder(nn.Module):
 
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
+        if self.joined and self.config.tied_embeddings:  # one matrix, stored as the unembedding reads it
+            rows = jnp.moveaxis(jnp.take(self.unembed(self.config.embed_dim), tokens, axis=1), 0, -1)
+        else:
+            rows = self.embed(tokens)
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
-        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.compute_dtype)
+        return rows * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""
-        table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
-        y = contract(x, table)
+        if self.joined:
+            y = product(x, self.unembed(self.config.embed_dim), jnp.float32)
+        else:
+            table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
+            y = contract(x, table)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+from numpy.typing import NDArray
 
-from ngc_jax.groups.gauge import other_neurons
-from ngc_jax.groups.kernels import encoder, output_features, weights
-from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.gauge import free_gauge, other_neurons
+from ngc_jax.groups.kernels import States, encoder, output_features
+from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import block_name
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
@@ -47,7 +48,7 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
     for layer in range(decoder.config.num_layers):
         own = dict(params["layers"][str(layer)])
         for part, sites in SITES.items():
-            blocks = dict(own[part])
+            blocks = dict(own.get(part, {}))  # nothing, if all blocks have groups and no norm or bias
             joined = {}
             for roles in sites:
                 site = site_of(decoder.config, plan, layer, roles)
@@ -57,8 +58,8 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
             own[part] = blocks | joined
         layers[str(layer)] = own
     rest = {name: part for name, part in params.items() if name not in ("layers", "groups")}
-    if "unembed" in rest:
-        rest["unembed"] = {"kernel": rest["unembed"]["kernel"]}
+    table = rest.pop("embed")["embedding"] if decoder.config.tied_embeddings else rest.pop("unembed")["kernel"]
+    rest["unembed"] = {"kernel": _stored(np.asarray(table).T, decoder)}
     return dataclasses.replace(decoder, joined=True), {**rest, "layers": layers}
 
 
@@ -70,16 +71,16 @@ def inference_model(model: LanguageModel) -> LanguageModel:
 
 def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, blocks: dict[str, Any]) -> dict[str, Array]:
     """The parameters of a `JoinedProjection`."""
-    plan, dtype = decoder.plan or Plan(), decoder.compute_dtype
+    plan = decoder.plan or Plan()
     group_of = {role: plan.group_of.get(block_name(layer, role)) for role in site.roles}
 
-    def weight(role: str) -> Array:
+    def weight(role: str) -> NDArray:
         """(I, J) of a block that is multiplied directly."""
         group = group_of[role]
         if group is None:
-            return blocks[role]["kernel"].T
+            return np.asarray(blocks[role]["kernel"]).T
         states = params["groups"][group.name]
-        return weights(group.kernel, states, block_name(layer, role), site.d_in, pivots=group.pivots).T
+        return _encoder(group, states, site.d_in) @ _outputs(group, states, block_name(layer, role)).T
 
     joined, found = [weight(role) for role in site.dense], {}
     for reading in site.readings:
@@ -87,14 +88,34 @@ def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, block
         assert group is not None
         states = params["groups"][group.name]
         if reading.pivots is None:
-            joined.append(encoder(group.kernel, states, site.d_in, pivots=group.pivots))
+            joined.append(_encoder(group, states, site.d_in))
         else:
-            found[f"rest_{reading.roles}"] = states["input_states"][: len(other_neurons(reading.pivots, site.d_in))]
-        names = [block_name(layer, role) for role in reading.roles]
-        members = [output_features(group.kernel, states, name) for name in names]
-        found[f"read_{reading.roles}"] = jnp.concatenate(members).T
+            others = len(other_neurons(reading.pivots, site.d_in))
+            found[f"rest_{reading.roles}"] = np.asarray(states["input_states"])[:others]
+        members = [_outputs(group, states, block_name(layer, role)) for role in reading.roles]
+        found[f"read_{reading.roles}"] = np.concatenate(members).T
     if joined:
-        found["kernel"] = jnp.concatenate(joined, axis=1)
+        found["kernel"] = np.concatenate(joined, axis=1)
     if site.bias:
-        found["bias"] = jnp.concatenate([blocks[role]["bias"] for role in site.roles])
-    return jax.tree.map(lambda array: array.astype(dtype), found)
+        found["bias"] = np.concatenate([np.asarray(blocks[role]["bias"]) for role in site.roles])
+    return {name: _stored(array, decoder) for name, array in found.items()}
+
+
+def _stored(array: NDArray, decoder: Decoder) -> Array:
+    return jnp.asarray(np.ascontiguousarray(array), decoder.compute_dtype)
+
+
+# On the host, since each shape would be compiled for the device: a converted model has hundreds of them.
+
+
+def _encoder(group: GroupPlan, states: States, d_in: int) -> NDArray:
+    """phi_in · M (I, S), in float32."""
+    if group.kernel.name != "bilinear":
+        return np.asarray(encoder(group.kernel, states, d_in))
+    stored = np.asarray(states["input_states"]).astype(np.float32)
+    return (stored if group.pivots is None else free_gauge(group.pivots, stored, group.d_in))[:d_in]
+
+
+def _outputs(group: GroupPlan, states: States, block: str) -> NDArray:
+    """phi_out (J, S) of a member, in float32."""
+    return np.asarray(output_features(group.kernel, states, block)).astype(np.float32)
