@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from ngc_jax.conversion.chains import Chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
+from ngc_jax.conversion.registry import option_types
 from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, check_dense
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
@@ -45,7 +47,8 @@ def convert(
         donate: Consume the dense model: each weight is deleted as soon as its states are made, so that both models are
             never in memory at once.
         progress: Called with (stage, done, total).
-        options: Of the calibration, such as `window` and `bos`.
+        options: Of the calibration, such as `window` and `bos`; with the name of a method also its own, such as
+            `form="dense"`.
 
     Returns:
         The compact model; it shares parameters that are not replaced with the dense one.
@@ -67,7 +70,8 @@ def convert(
 
     from ngc_jax.conversion.measure import Measured
 
-    passes, keep = resolve(how, keep)
+    own = {name: options.pop(name) for name in set(options) & set(option_types())}
+    passes, keep = resolve(how, keep, own)
     check_dense(model)
     check_conversion(model.config, passes, keep)
     if isinstance(calibration, Calibration):
@@ -101,12 +105,16 @@ def convert(
     return dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=state.removed))
 
 
-def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float]:
-    """The passes and the keep ratio of the argument of `convert`.
+def resolve(
+    how: str | Recipe | Chain, keep: float | None, options: Mapping[str, Any] | None = None
+) -> tuple[Chain, float]:
+    """The passes and the keep ratio of the argument of `convert`; options are of a method that is given by its name.
 
     Raises:
-        UsageError: If a recipe has another keep ratio, or `how` is none of the three.
+        UsageError: If a recipe has another keep ratio, `how` is none of the three, or options come without a name.
     """
+    if options and not isinstance(how, str):
+        raise UsageError(f"{min(options)} is an option of a method; set it in the recipe or in the passes of the chain")
     if isinstance(how, Recipe):
         if keep not in (None, how.keep):
             raise UsageError(f"keep ratio {keep:g} is given, and the recipe's is {how.keep:g}; give one of them")
@@ -114,7 +122,7 @@ def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float
     keep = 0.8 if keep is None else keep
     check_keep(keep)
     if isinstance(how, str):
-        return method_chain(how, keep), keep
+        return method_chain(how, keep, options), keep
     if not isinstance(how, Chain):
         raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, or chain(...)")
     return how, keep

@@ -108,7 +108,8 @@ def test_a_new_process_loads_it_and_without_trust_it_is_refused(tmp_path):
     directory = exported(model_of("llama"), tmp_path)
     program = (
         "import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], "
-        "trust_remote_code=sys.argv[2] == 'yes'); print(type(m).__name__, *[n in sys.modules for n in ('ngc_jax', 'jax')])"
+        "trust_remote_code=sys.argv[2] == 'yes'); "
+        "print(type(m).__name__, *(n in sys.modules for n in ['ngc_jax', 'jax']))"
     )
 
     def run(trust):
