@@ -9,7 +9,8 @@ from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.step import Constants, Program
 from ngc_jax.training.trainable import split_params
-from tests.tiny import random_tokens, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import random_tokens
 
 ROWS, LENGTH = 8, 12
 
@@ -42,7 +43,7 @@ class CountedBatches:
 
 
 def distillation(learning_rate: float = 1e-2) -> tuple[Program, dict, Constants]:
-    teacher = tiny_model("llama", 3)
+    teacher = dense_model("llama", num_hidden_layers=1)
     student = convert(teacher, Recipe("svd", keep=0.7, gauge=True), random_tokens(64))
     trained, frozen = split_params(student.params, "states_and_norms")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=learning_rate, steps=20, warmup_steps=2))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from ngc_jax.errors import UsageError
-from ngc_jax.training import sharding
+from ngc_jax.training import loop, sharding
 from ngc_jax.training.checkpoints import Checkpoints
 from ngc_jax.training.loop import LoopConfig, train
-from ngc_jax.training.step import init_state
+from ngc_jax.training.step import init_state, jit_step
 from tests.training.setting import CountedBatches, distillation
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(scope="module")
 def setting():
     return distillation()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_step_is_compiled_once():
+    """All runs of one program on one mesh share the compiled step."""
+    steps = {}
+
+    def shared(program, *, state_shardings, replicated):
+        if (program, replicated) not in steps:
+            steps[program, replicated] = jit_step(program, state_shardings=state_shardings, replicated=replicated)
+        return steps[program, replicated]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "jit_step", shared)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -177,14 +192,14 @@ def test_profiles_of_short_and_of_resumed_runs(setting, tmp_path, monkeypatch):
 SCRIPT = """
 import os, sys, json
 processes = int(sys.argv[3])
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=" + str(8 // processes)
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=" + str(8 // processes)
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 process = int(sys.argv[4])
 if processes > 1:
     jax.distributed.initialize(sys.argv[5], processes, process)
 import numpy as np
-from ngc_jax.training import sharding
+from ngc_jax.training import loop, sharding
 from ngc_jax.training.loop import LoopConfig, train
 from tests.training.setting import CountedBatches, distillation
 sharding.LOGICAL_AXES = {**sharding.LOGICAL_AXES, "vocab": None}
