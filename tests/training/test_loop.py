@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from ngc_jax.errors import UsageError
-from ngc_jax.training import loop, sharding
+from ngc_jax.training import sharding
 from ngc_jax.training.checkpoints import Checkpoints
 from ngc_jax.training.loop import LoopConfig, train
-from ngc_jax.training.step import init_state, jit_step
-from tests.training.setting import CountedBatches, distillation
+from ngc_jax.training.step import init_state
+from tests.training.setting import CountedBatches, distillation, each_step_compiled_once
 
 ROOT = Path(__file__).parents[2]
 # Orbax leaves the other reads of a checkpoint behind when one of them fails.
@@ -29,17 +29,8 @@ def setting():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _each_step_is_compiled_once():
-    """All runs of one program on one mesh share the compiled step."""
-    steps = {}
-
-    def shared(program, *, state_shardings, replicated):
-        if (program, replicated) not in steps:
-            steps[program, replicated] = jit_step(program, state_shardings=state_shardings, replicated=replicated)
-        return steps[program, replicated]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "jit_step", shared)
+def _each_step_compiled_once():
+    with each_step_compiled_once():
         yield
 
 
@@ -199,7 +190,7 @@ process = int(sys.argv[4])
 if processes > 1:
     jax.distributed.initialize(sys.argv[5], processes, process)
 import numpy as np
-from ngc_jax.training import loop, sharding
+from ngc_jax.training import sharding
 from ngc_jax.training.loop import LoopConfig, train
 from tests.training.setting import CountedBatches, distillation
 sharding.LOGICAL_AXES = {**sharding.LOGICAL_AXES, "vocab": None}
