@@ -82,7 +82,10 @@ def test_bad_plans_are_refused(place, capsys):
 
 @pytest.mark.parametrize(
     ("name", "teacher_gib"),
-    [("Llama 3 8B", 8_030_261_248 * 2 / 2**30 / 256), ("Llama 3.1 70B", 70_553_706_496 * 2 / 2**30 / 256)],
+    [
+        ("Llama 3 8B", 8_030_261_248 * 2 / 2**30 / 256),
+        pytest.param("Llama 3.1 70B", 70_553_706_496 * 2 / 2**30 / 256, marks=pytest.mark.slow),
+    ],
 )
 def test_full_size_models_fit_a_pod(name, teacher_gib):
     """A student of ranks that a mesh divides, its teacher beside it, on 64 x 4 devices of 16 GiB."""
