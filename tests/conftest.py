@@ -37,9 +37,28 @@ os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, valu
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# The shapes and types that the pure functions of groups declare are checked whenever a test calls one.
+# The shapes and types that pure functions declare are checked whenever a test calls one.
+_CHECKED = {
+    "evaluation": ("likelihood",),
+    "groups": ("dynamics", "gauge", "kernels", "states"),
+    "models": ("attention", "decoding", "sampling"),
+    "stability": (
+        "contraction",
+        "depth",
+        "driving",
+        "equilibria",
+        "jacobians",
+        "lyapunov",
+        "potential",
+        "sequence",
+        "streams",
+        "systems",
+        "trajectories",
+    ),
+    "training": ("losses", "stability_loss"),
+}
 install_import_hook(
-    [f"ngc_jax.groups.{name}" for name in ("kernels", "states", "gauge", "dynamics")], "beartype.beartype"
+    [f"ngc_jax.{package}.{name}" for package, names in _CHECKED.items() for name in names], "beartype.beartype"
 )
 
 # No test may reach the network by accident, or pass only because of what its author once downloaded: the
@@ -75,6 +94,17 @@ def _let_go_of_compiled_programs() -> Iterator[None]:
         import jax  # not above: the settings must stand before
 
         jax.clear_caches()
+
+
+# Whatever takes longest begins first: no worker is left with it at the end.
+_FIRST = ("stability", "training", "commands", "conversion", "models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by folder; `--no-loadscope-reorder` lets pytest-xdist keep it."""
+    rank = {name: index for index, name in enumerate(_FIRST)}
+    folders = Path(__file__).parent
+    items.sort(key=lambda item: rank.get(item.path.relative_to(folders).parts[0], len(rank)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

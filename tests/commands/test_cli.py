@@ -16,14 +16,15 @@ from ngc_jax import cli
 from ngc_jax.commands.help_format import EXAMPLES
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from tests.tiny import forward, random_tokens, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import forward, random_tokens
 
 SHORT = ("--calibration-tokens", "96", "--window", "32", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return str(save_model(tiny_model(), tmp_path_factory.mktemp("models") / "dense"))
+    return str(save_model(dense_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("models") / "dense"))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +241,7 @@ def test_an_output_directory_is_not_overwritten_unless_asked(compact, dense, tex
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*flags, "--overwrite"]) == 2  # not a model: never
     assert (out / "precious.txt").read_text() == "mine"
-    out = save_model(tiny_model(seed=3), tmp_path / "old")
+    out = save_model(dense_model("llama", num_hidden_layers=1), tmp_path / "old")
     assert cli.main([*flags[:-1], str(out), "--overwrite"]) == 0
     assert load_model(str(out)).plan is not None
 

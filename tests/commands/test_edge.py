@@ -26,14 +26,14 @@ from ngc_jax.reporting.render.figures import new_figure, save_figure
 from ngc_jax.text import read_text
 from ngc_jax.training.data_config import SourceConfig
 from ngc_jax.training.sources import open_source
-from tests.tiny import tiny_model
+from tests.models.compact import dense_model
 
 MARKUP = ["[/INST]", "[bold]x[/bold]", ":smile:", "[link=http://x]y[/link]", "[red]"]
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return str(save_model(tiny_model(), tmp_path_factory.mktemp("edge") / "dense"))
+    return str(save_model(dense_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("edge") / "dense"))
 
 
 # --- what is printed --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ngc_jax.conversion.pipeline import convert
 from ngc_jax.models.layerwise import layer_module, run_stack, stack_batches
 from ngc_jax.training.sharding import make_mesh
 from tests.conversion.helpers import measured, remeasured_of
-from tests.tiny import random_tokens, tiny_model
+from tests.tiny import forward, random_tokens, tiny_model
 
 # Seven windows of 20, the last of which is short: of three devices' batches, some have nothing but padding.
 TOKENS = random_tokens(130)
@@ -64,7 +64,7 @@ def test_a_conversion_with_all_levers_makes_the_same_model():
     model = tiny_model()
     one, several = (convert(model, RECIPE, TOKENS, window=20, mesh=mesh) for mesh in (None, mesh_of(4)))
     assert one.plan == several.plan
-    logits = [np.asarray(m.decoder.apply({"params": m.params}, TOKENS[None, :40])[0]) for m in (one, several)]
+    logits = [np.asarray(forward(m.params, TOKENS[None, :40], decoder=m.decoder)[0]) for m in (one, several)]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3 * np.abs(logits[0]).max())
 
 

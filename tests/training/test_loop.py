@@ -16,7 +16,7 @@ from ngc_jax.training import sharding
 from ngc_jax.training.checkpoints import Checkpoints
 from ngc_jax.training.loop import LoopConfig, Placed, train
 from ngc_jax.training.step import init_state
-from tests.training.setting import CountedBatches, distillation
+from tests.training.setting import CountedBatches, distillation, each_step_compiled_once
 
 ROOT = Path(__file__).parents[2]
 # Orbax leaves the other reads of a checkpoint behind when one of them fails.
@@ -26,6 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(scope="module")
 def setting():
     return distillation()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_step_compiled_once():
+    with each_step_compiled_once():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +180,7 @@ def test_profiles_of_short_and_of_resumed_runs(setting, tmp_path, monkeypatch):
 SCRIPT = """
 import os, sys, json
 processes = int(sys.argv[3])
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=" + str(8 // processes)
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=" + str(8 // processes)
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 process = int(sys.argv[4])
