@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ngc_jax.conversion.chains import Chain
+from ngc_jax.conversion.chains import Chain, Pass, chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
 from ngc_jax.conversion.state import Calibration, ConversionState, Measurements
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def convert(
     model: LanguageModel,
-    how: str | Recipe | Chain,
+    how: str | Recipe | Chain | Pass,
     calibration: Any = None,
     *,
     keep: float | None = None,
@@ -37,7 +37,7 @@ def convert(
 
     Args:
         model: The dense model.
-        how: The name of a method, a recipe, or a chain of passes.
+        how: The name of a method, a recipe, a chain of passes, or a single pass.
         calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`. Not
             needed by a method that measures nothing.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 by default.
@@ -101,11 +101,11 @@ def convert(
     return dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=state.removed))
 
 
-def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float]:
+def resolve(how: str | Recipe | Chain | Pass, keep: float | None) -> tuple[Chain, float]:
     """The passes and the keep ratio of the argument of `convert`.
 
     Raises:
-        UsageError: If a recipe has another keep ratio, or `how` is none of the three.
+        UsageError: If a recipe has another keep ratio, or `how` is none of the four.
     """
     if isinstance(how, Recipe):
         if keep not in (None, how.keep):
@@ -115,8 +115,10 @@ def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float
     check_keep(keep)
     if isinstance(how, str):
         return method_chain(how, keep), keep
+    if isinstance(how, Pass):
+        return chain(how), keep
     if not isinstance(how, Chain):
-        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, or chain(...)")
+        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, a pass, or chain(...)")
     return how, keep
 
 

@@ -39,7 +39,7 @@ class LanguageModel:
 
     Example:
         >>> model.config.num_layers, model.count_parameters()
-        (3, 22008)
+        (3, 23664)
         >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
