@@ -43,11 +43,10 @@ SVD_LLM = Recipe("svd_llm", keep=0.5)
 def bos_tokenizer(*after: str) -> Tokenizer:
     """The tiny tokenizer, whose own rule puts <user> before a text."""
     fast = tiny_tokenizer()._fast
-    fast.add_special_tokens({"bos_token": "<user>"})
     special = [("<user>", BOS), ("<eos>", 256)]
     framed = " ".join(["<user>", "$A", *after])
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single=framed, special_tokens=special)
-    return Tokenizer(fast)
+    fast.backend.post_processor = processors.TemplateProcessing(single=framed, special_tokens=special)
+    return Tokenizer(dataclasses.replace(fast, special_tokens={**fast.special_tokens, "bos_token": "<user>"}))
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +317,7 @@ def test_ids_outside_the_vocabulary_are_refused_wherever_they_come_in(model, wro
 def test_a_tokenizer_that_is_not_the_models_is_named_by_every_command(text, tmp_path, capsys):
     directory = str(save_model(tiny_model(), tmp_path / "model"))
     larger = tiny_tokenizer()._fast
-    larger.add_tokens(["others"])
+    larger.backend.add_tokens(["others"])
     Tokenizer(larger).save(tmp_path / "larger")
     given = ["--text", text, "--tokenizer", str(tmp_path / "larger")]
     for command in (

@@ -57,7 +57,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "machine": (
         "dtype",
-        "compute_dtype",
+        "param_dtype",
         "devices",
         "microbatches",
         "remat",

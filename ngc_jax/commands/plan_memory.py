@@ -28,7 +28,7 @@ class PlanMemoryConfig:
         sequence_length: Tokens of a row.
         compile: Also compile the step for the mesh's number of devices of this machine (which needs that many), for
             the compiler's own account of temporaries.
-        compute_dtype: Type of the models' computation.
+        dtype: Of the computation; parameters that train are float32.
         optimizer: Any of optax's optimisers, by name.
         json: Also write the summary to this file.
     """
@@ -45,7 +45,7 @@ class PlanMemoryConfig:
     batch_size: int = 256
     sequence_length: int = 2048
     compile: bool = False
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     optimizer: str = "adamw"
     json: str | None = None
 
@@ -80,7 +80,7 @@ class PlanMemoryConfig:
                 sequence_length=self.sequence_length,
                 optimizer=OptimizerConfig(self.optimizer),
                 trainable=self.trainable,
-                compute_dtype=self.compute_dtype,
+                dtype=self.dtype,
             ),
             mesh_shape=(self.data, self.fsdp, self.tensor),
             teacher=self.teacher,

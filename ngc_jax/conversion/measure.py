@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
-from ngc_jax.conversion.state import Calibration, Needs
-from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, calibrate
-from ngc_jax.errors import UsageError
+from ngc_jax.conversion.state import Calibration, Needs, check_dense
+from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, measure_inputs
 from ngc_jax.host_memory import give_back_freed, handed_over
 from ngc_jax.models.layerwise import BATCHES_PER_CALL
 from ngc_jax.models.load import LanguageModel
@@ -85,7 +84,7 @@ def measure(
     if needs.gradients is not None and needs.held and step >= num_layers:
         begun = InputSums(model.config)
         gradients = gradients_of(range(num_layers), begun)
-    stream = calibrate(
+    stream = measure_inputs(
         model,
         calibration if begun is None else dataclasses.replace(calibration, tokens=tokens[begun.count :]),
         begun=begun,
@@ -105,15 +104,3 @@ def measure(
         yield handed_over(statistics)
         if sparing:
             give_back_freed()
-
-
-def check_dense(model: LanguageModel) -> None:
-    """Refuse a model that cannot be converted.
-
-    Raises:
-        UsageError: If it is compact, or applies its layers several times.
-    """
-    if model.plan is not None:
-        raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
-    if model.config.iterations > 1:
-        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")

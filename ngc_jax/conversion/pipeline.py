@@ -70,14 +70,12 @@ def convert(
     passes, keep = resolve(how, keep)
     check_dense(model)
     check_conversion(model.config, passes, keep)
-    if isinstance(calibration, Calibration):
-        if options:
-            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
-    else:
+    if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
             raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
-        calibration = Calibration.of(model, calibration if reads else None, **options)
+        calibration = calibration if reads else None
+    calibration = Calibration.given(model, calibration, options)
     if calibration.mesh is not None:
         everywhere = NamedSharding(calibration.mesh, PartitionSpec())
         model = dataclasses.replace(model, params=jax.device_put(model.params, everywhere, donate=donate))

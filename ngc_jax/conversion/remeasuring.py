@@ -197,5 +197,5 @@ def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Par
             if group.pivots is not None:
                 inputs = free_gauge(group.pivots, inputs, group.d_in)
             formed = states["output_states"][block.name] @ inputs[: block.d_in].T
-            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
+            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.param_dtype))
     return traverse_util.unflatten_dict(flat)

@@ -84,9 +84,10 @@ class Projection(nn.Module):
         y = grouped
         if y is None:
             kernel = self.param("kernel", _kernel_init, (self.block.d_out, self.block.d_in), self.param_dtype)
+            kernel = kernel.astype(x.dtype)
             y = jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
         if self.block.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype).astype(y.dtype)
         return self.perturb("output", y)
 
 
@@ -192,7 +193,7 @@ class DecoderLayer(nn.Module):
         config: The architecture.
         plan: Which blocks form which group.
         layer: Which layer, from 0.
-        param_dtype: Of parameters and activations.
+        param_dtype: Of the parameters that `init` makes; the computation has the type of its input.
         hold_others: Whether the cache has the keys and values of the tokens themselves, which each token then takes for
             all tokens but itself; see `attention.attend`.
     """
@@ -290,8 +291,10 @@ class Decoder(nn.Module):
     Attributes:
         config: The architecture.
         plan: Which blocks form which group; None for the dense model.
-        param_dtype: Of parameters and activations; norms, softmax and logits are float32 throughout.
+        param_dtype: Of the parameters that `init` makes, and of the computation unless `dtype` is given.
         remat: Recompute each layer in the backward pass instead of storing its intermediate values.
+        dtype: Of the computation: activations, and the parameters when they are used, whatever type they are stored in.
+            Products accumulate in float32; norms, rotary angles, softmax and logits are float32 throughout.
 
     Example:
         >>> decoder = Decoder(model.config)
@@ -304,11 +307,17 @@ class Decoder(nn.Module):
     plan: Plan | None = None
     param_dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    dtype: jnp.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of activations, and of the cache."""
+        return jnp.dtype(self.param_dtype if self.dtype is None else self.dtype)
 
     def setup(self) -> None:
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
-        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.param_dtype)
+        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
         if not c.tied_embeddings:
@@ -359,11 +368,11 @@ class Decoder(nn.Module):
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
-        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.param_dtype)
+        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""
         table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
-        y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        y = jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

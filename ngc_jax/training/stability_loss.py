@@ -96,7 +96,7 @@ def stability_sum(
     of_tokens, of_frame = jax.random.split(key)
     own_BxL = jnp.where(batch["positions"] > batch["starts"], weights_BxL, 0.0)
     index_Bxm = draw_tokens(of_tokens, own_BxL, tokens)
-    dtype = working_type(student.decoder.param_dtype)
+    dtype = working_type(student.decoder.compute_dtype)
     frame_mxDxK, _ = gram_schmidt(jax.random.normal(of_frame, (tokens, width, directions), dtype))
     ours, theirs = (local_rates(one, batch, index_Bxm, frame_mxDxK) for one in (student, teacher))
     known = jnp.isfinite(ours) & jnp.isfinite(theirs)  # a lost direction has no rate

@@ -130,7 +130,7 @@ def test_passes_that_contradict_each_other_are_refused(passes, message):
     ("how", "options", "message"),
     [
         ("magic", {}, "unknown method 'magic'"),
-        (3, {}, "expected the name of a method, a Recipe, or chain"),
+        (3, {}, "expected the name of a method, a Recipe, a pass, or chain"),
         ("ngc", {"keep": 2.0}, "outside"),
         ("ngc", {"windows": 9}, "calibration has no option 'windows'; expected .*window"),
         ("ngc", {"window": 0}, "window is 0; expected at least 1"),
