@@ -2,10 +2,9 @@
 
     python -m experiments.call_chain --out runs/call_chain
 
-Counted are the modules whose functions are entered, and the returns: modules that are entered again while a call of
-theirs waits below on the stack, with another module between. A reader who follows a calibration token from `convert` to
-the compiled layer opens each of these files, and goes back to an earlier one at each return. Takes seconds; the figures
-do not depend on the hardware.
+Printed are the call stack from `convert` to the attention of a calibration token, and the modules whose functions are
+entered anywhere in the conversion. A return is a module that is entered again while a call of its own waits below on
+the stack, with another module between: a reader goes back to that file. The figures do not depend on the hardware.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import json
 import pkgutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,31 @@ from ngc_jax.models.tokenizer import Tokenizer
 PACKAGE = "ngc_jax"
 
 
-def chain_of(run: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """Modules of the package that a call enters, in order, and those that it returns to.
+class CallChain(NamedTuple):
+    """Modules of the package, in the order in which they are entered.
+
+    Attributes:
+        modules: All.
+        returns: Those that are returned to.
+        stack: Function by function from the call to the target, each with its module; empty if it was not reached.
+    """
+
+    modules: list[str]
+    returns: list[str]
+    stack: list[str]
+
+
+def chain_of(run: Callable[[], Any], target: str = "") -> CallChain:
+    """Follow a call through the package; other threads are not followed.
 
     Args:
-        run: Calls only what is to be followed. Other threads are not followed.
+        run: The call.
+        target: Name of the function at the end of the stack.
     """
     entered: dict[str, None] = {}
     returns: dict[str, None] = {}
-    stack: list[str] = []
+    stack: list[tuple[str, str]] = []
+    reached: list[str] = []
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         module = frame.f_globals.get("__name__", "")
@@ -55,16 +71,18 @@ def chain_of(run: Callable[[], Any]) -> tuple[list[str], list[str]]:
                 stack.pop()
             return
         entered.setdefault(module)
-        if module in stack and stack[-1] != module:
+        if stack and stack[-1][0] != module and any(module == below for below, _ in stack):
             returns.setdefault(module)
-        stack.append(module)
+        stack.append((module, frame.f_code.co_name))
+        if frame.f_code.co_name == target and not reached:
+            reached.extend(f"{module}.{function}" for module, function in stack)
 
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(None)
-    return list(entered), list(returns)
+    return CallChain(list(entered), list(returns), reached)
 
 
 def tiny_model() -> LanguageModel:
@@ -103,13 +121,13 @@ def main() -> None:
     model, tokens = tiny_model(), np.random.default_rng(0).integers(0, 64, 200).astype(np.int32)
     found = {}
     for method in options.methods:
-        entered, returns = chain_of(
-            lambda method=method: convert(model, method, tokens, keep=0.6, window=40, bos="never")
-        )
-        found[method] = {"modules": entered, "returns": returns}
-        print(f"{method}: {len(entered)} modules, {len(returns)} of them returned to")
-        for module in entered:
-            print(f"  {module}{' (returned to)' if module in returns else ''}")
+        chain = chain_of(partial(convert, model, method, tokens, keep=0.6, window=40, bos="never"), "attend")
+        found[method] = chain._asdict()
+        on_the_way = dict.fromkeys(function.rsplit(".", 1)[0] for function in chain.stack)
+        print(f"{method}: {len(chain.modules)} modules, {len(chain.returns)} of them returned to: {chain.returns}")
+        print(f"  to the attention of a token: {len(chain.stack)} functions in {len(on_the_way)} modules")
+        for function in chain.stack:
+            print(f"    {function.removeprefix('ngc_jax.')}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -187,7 +187,7 @@ def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
         after: The pass that it follows where options ask for both; None for the first place.
 
     Raises:
-        ValueError: If another pass already has one of its options.
+        ValueError: If the class is no dataclass with a name, or another pass already has one of its options.
 
     Example:
         >>> @register_pass(after="factorise")
@@ -206,6 +206,11 @@ def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
     """
 
     def register(kind: type[P]) -> type[P]:
+        if not isinstance(getattr(kind, "name", None), str) or "__dataclass_fields__" not in vars(kind):
+            raise ValueError(
+                f"{kind.__name__} cannot be registered as a pass; expected a class with @register_pass(...) above "
+                '@dataclasses.dataclass(frozen=True), and a name: ClassVar[str] = "..."'
+            )
         others = [other for other, _ in REGISTERED.values() if other.name != kind.name]
         taken = set(option_names(kind)) & {name for other in others for name in option_names(other)}
         if taken:

@@ -9,7 +9,7 @@ from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
 from ngc_jax.conversion.state import Calibration, Needs, check_dense
-from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, calibrate
+from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, measure_inputs
 from ngc_jax.host_memory import give_back_freed, handed_over
 from ngc_jax.models.layerwise import BATCHES_PER_CALL
 from ngc_jax.models.load import LanguageModel
@@ -84,7 +84,7 @@ def measure(
     if needs.gradients is not None and needs.held and step >= num_layers:
         begun = InputSums(model.config)
         gradients = gradients_of(range(num_layers), begun)
-    stream = calibrate(
+    stream = measure_inputs(
         model,
         calibration if begun is None else dataclasses.replace(calibration, tokens=tokens[begun.count :]),
         begun=begun,

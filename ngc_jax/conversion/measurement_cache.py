@@ -16,7 +16,7 @@ from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
 from ngc_jax.conversion.state import Calibration, Needs
-from ngc_jax.conversion.statistics import Statistics, calibrate
+from ngc_jax.conversion.statistics import Statistics, measure_inputs
 from ngc_jax.conversion.statistics_file import load_statistics, save_statistics
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.types import Params, Progress
@@ -121,7 +121,7 @@ def _measure(
     text = Calibration(calibration.tokens, calibration.window)
     some = Calibration(text.tokens[: calibration.gradient_tokens], text.window, batch_size=2)
     started = time.perf_counter()
-    stream = calibrate(model, text, progress=lambda *a: report("calibrate", *a))
+    stream = measure_inputs(model, text, progress=lambda *a: report("calibrate", *a))
     layers = [statistics for _, statistics in stream]
     seconds["inputs"] = time.perf_counter() - started
     if needs.gradients is not None:

@@ -218,7 +218,8 @@ def measure_output_gradients(
         UsageError: If there are fewer than two tokens, or gradients are not finite.
     """
     what = what or GradientMeasurement()
-    config, params, mesh, decoder = model.config, model.params, calibration.mesh, model.decoder
+    config, params, mesh = model.config, model.params, calibration.mesh
+    decoder = model.decoder.clone(dtype=None)
     tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
     if len(tokens) < 2:
         raise UsageError("there are too few tokens to take gradients on; give a longer text")

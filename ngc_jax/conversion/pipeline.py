@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ngc_jax.conversion.chains import Chain
+from ngc_jax.conversion.chains import Chain, Pass, chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
 from ngc_jax.conversion.registry import option_types
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def convert(
     model: LanguageModel,
-    how: str | Recipe | Chain,
+    how: str | Recipe | Chain | Pass,
     calibration: Any = None,
     *,
     keep: float | None = None,
@@ -39,7 +39,7 @@ def convert(
 
     Args:
         model: The dense model.
-        how: The name of a method, a recipe, or a chain of passes.
+        how: The name of a method, a recipe, a chain of passes, or a single pass.
         calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`. Not
             needed by a method that measures nothing.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 by default.
@@ -74,14 +74,12 @@ def convert(
     passes, keep = resolve(how, keep, own)
     check_dense(model)
     check_conversion(model.config, passes, keep)
-    if isinstance(calibration, Calibration):
-        if options:
-            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
-    else:
+    if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
             raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
-        calibration = Calibration.of(model, calibration if reads else None, **options)
+        calibration = calibration if reads else None
+    calibration = Calibration.given(model, calibration, options)
     if calibration.mesh is not None:
         everywhere = NamedSharding(calibration.mesh, PartitionSpec())
         model = dataclasses.replace(model, params=jax.device_put(model.params, everywhere, donate=donate))
@@ -106,12 +104,12 @@ def convert(
 
 
 def resolve(
-    how: str | Recipe | Chain, keep: float | None, options: Mapping[str, Any] | None = None
+    how: str | Recipe | Chain | Pass, keep: float | None, options: Mapping[str, Any] | None = None
 ) -> tuple[Chain, float]:
     """The passes and the keep ratio of the argument of `convert`; options are of a method that is given by its name.
 
     Raises:
-        UsageError: If a recipe has another keep ratio, `how` is none of the three, or options come without a name.
+        UsageError: If a recipe has another keep ratio, `how` is none of the four, or options come without a name.
     """
     if options and not isinstance(how, str):
         raise UsageError(f"{min(options)} is an option of a method; set it in the recipe or in the passes of the chain")
@@ -123,8 +121,10 @@ def resolve(
     check_keep(keep)
     if isinstance(how, str):
         return method_chain(how, keep, options), keep
+    if isinstance(how, Pass):
+        return chain(how), keep
     if not isinstance(how, Chain):
-        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, or chain(...)")
+        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, a pass, or chain(...)")
     return how, keep
 
 

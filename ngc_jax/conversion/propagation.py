@@ -80,13 +80,14 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     whole, all_kept = (model, None) if state.original is None else (state.original, state.kept)
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
-    ours = [embed(model.decoder, model.params, stack.tokens) for stack in stacks]
+    decoders = [one.decoder.clone(dtype=None) for one in (whole, model)]
+    ours = [embed(decoders[1], model.params, stack.tokens) for stack in stacks]
     theirs = list(ours)
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
         dense, once = whole.params["layers"][str(layer)], dense_layer(model, compact, layer)
         kept = None if all_kept is None else jnp.asarray(all_kept[layer])
-        modules = layer_module(whole.decoder, layer), layer_module(model.decoder, layer)
+        modules = layer_module(decoders[0], layer), layer_module(decoders[1], layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
         sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
         for index, stack in enumerate(stacks):

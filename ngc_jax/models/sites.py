@@ -166,7 +166,7 @@ class JoinedProjection(nn.Module):
 def product(
     x: Float[Array, "... I"], weight_IxJ: Float[Array, "I J"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... J"]:
-    """x · weight, accumulated in float32; of x's type unless another is given.
+    """X · weight, accumulated in float32; of x's type unless another is given.
 
     Weights are (in, out): XLA's CPU compiler multiplies few rows by them up to twice as fast as by (out, in).
     """

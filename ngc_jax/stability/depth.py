@@ -100,12 +100,9 @@ def depth_stability(
             there are more directions than dimensions.
 
     Example:
-        >>> found = depth_stability(model.decoder, model.params, tokens[None, :6], key=jax.random.key(0), directions=2)
-        >>> found.metric.shape  # one number for each token; below 0 it is stable
-        (1, 6)
-        >>> found = depth_stability(model, "The capital of France", key=jax.random.key(0))  # doctest: +SKIP
-        >>> found.metric.shape  # doctest: +SKIP
-        (1, 4)
+        >>> found = depth_stability(model, "Group", key=jax.random.key(0), directions=2)
+        >>> found.metric.shape  # one number for each of five tokens; below 0 it is stable
+        (1, 5)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     embed_dim = decoder.config.embed_dim

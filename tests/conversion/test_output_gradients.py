@@ -184,7 +184,10 @@ def test_a_model_does_not_diverge_from_itself():
 def test_progress_counts_batches():
     model, seen = tiny_model(), []
     measure_output_gradients(
-        model, Calibration(random_tokens(COUNT), window=WINDOW), batches_per_call=1, progress=lambda *a: seen.append(a)
+        model,
+        Calibration(random_tokens(COUNT), window=WINDOW, batch_size=2),
+        batches_per_call=1,
+        progress=lambda *a: seen.append(a),
     )
     assert seen == [(1, 2), (2, 2)]
 

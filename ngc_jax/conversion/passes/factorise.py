@@ -64,7 +64,7 @@ class Factorise(Pass):
         >>> from ngc_jax import chain, convert, factorise
         >>> compact = convert(model, chain(factorise("svd", topology="qkv-o-ug-d")), keep=0.6)
         >>> [group.name for group in compact.plan.groups][:2]
-        ['0.qkv', '0.o']
+        ['L0-qkv', 'L0-o']
     """
 
     name: ClassVar[str] = "factorise"

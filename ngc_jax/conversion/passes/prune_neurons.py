@@ -31,10 +31,10 @@ class PruneNeurons(Pass):
             the smallest ranks need the room. Not an option: a share that the user gives is exact.
 
     Example:
-        >>> from ngc_jax import chain, convert, prune_neurons
-        >>> smaller = convert(model, chain(prune_neurons(0.5)), text, keep=0.8, window=32)
+        >>> from ngc_jax import convert, prune_neurons
+        >>> smaller = convert(model, prune_neurons(0.8), text, keep=0.9, window=32)
         >>> model.config.mlp_dim, smaller.config.mlp_dim
-        (40, 20)
+        (40, 32)
     """
 
     name: ClassVar[str] = "prune_neurons"
