@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
-from ngc_jax.models.sources import Source, open_source
-from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.types import Params
+
+if TYPE_CHECKING:
+    from ngc_jax.models.sources import Source
+    from ngc_jax.models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,8 @@ def load_model(
     Raises:
         UsageError: If the source, its config or its tensors are invalid.
     """
+    from ngc_jax.models.sources import open_source  # its formats need packages that running a model does not
+
     with open_source(model, tokenizer=tokenizer) as source:
         return load_from_source(source, dtype=dtype, progress=progress)
 
