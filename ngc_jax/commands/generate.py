@@ -24,7 +24,8 @@ class GenerateConfig:
         seed: Of the sampling.
         bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
+        dtype: Of the computation: float32, bfloat16 or float16; float32 on CPU by default.
+        param_dtype: In which parameters are stored in memory, if not in that type.
         json: Also write the summary to this file.
     """
 
@@ -40,6 +41,7 @@ class GenerateConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
@@ -61,7 +63,7 @@ class GenerateConfig:
             tokenizer = source.tokenizer()
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
-                model = load_from_source(source, dtype=self.dtype, progress=bar)
+                model = load_from_source(source, dtype=self.dtype, param_dtype=self.param_dtype, progress=bar)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,

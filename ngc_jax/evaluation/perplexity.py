@@ -116,7 +116,9 @@ def evaluate(model: LanguageModel, text: Any, **options: Any) -> Perplexity:
         UsageError: As `measure_perplexity`.
 
     Example:
-        >>> evaluate(model, read_text("pydoc:second-half"), window=512).perplexity  # doctest: +SKIP
+        >>> found = evaluate(model, text, window=32)
+        >>> found.perplexity > 1, found.tokens
+        (True, 930)
     """
     return measure_perplexity(model, text, tokenizer=model.load_tokenizer(), **options)
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ngc_jax.groups import kernels
 from ngc_jax.groups.kernel_spec import Kernel, logical_axes
 from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.quantised import stored_parameter
 from ngc_jax.groups.states import initialisers
 
 __all__ = ["Group", "Groups", "logical_axes"]
@@ -52,7 +53,7 @@ class Group(nn.Module):
         """Declare the parameters, one entry for each of the states'."""
         d_outs = dict(self.d_outs)
         parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=self.pivots)
-        self._states = {name: self.param(name, init) for name, init in parts.items()}
+        self._states = {name: stored_parameter(self, name, init) for name, init in parts.items()}
 
     def __call__(self) -> dict[str, Any]:
         """The states as a plain pytree, for the pure functions of `kernels`."""

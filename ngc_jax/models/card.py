@@ -56,7 +56,7 @@ def model_card(
         parts.append(f"Perplexity on {measured.text}: {measured.perplexity:.3f}.")
     if source is not None and model.license in (None, "other"):
         parts.append("The weights keep the licence of the model they were made from.")
-    plain = is_plain(model.config, model.plan)
+    plain = is_plain(model.config, model.plan, quantised=model.quantised)
     if plain:
         parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
     else:

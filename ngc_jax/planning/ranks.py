@@ -38,6 +38,7 @@ class RankRule:
         kernel: Of all groups; kernels other than bilinear get the largest rank that stores no more than bilinear.
         rounding: How a uniform rank is rounded to an integer.
         method: The method's name in error messages.
+        dense: Whether every group is left dense.
     """
 
     keep: float
@@ -48,6 +49,7 @@ class RankRule:
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
     rounding: Callable[[float], int] = math.floor
     method: str = "this method"
+    dense: bool = False
 
 
 def uniform_rank(
@@ -129,6 +131,8 @@ def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
     Raises:
         UsageError: If a group is left without a rank.
     """
+    if rule.dense:
+        return {group.name: DENSE for group in groups}
     if rule.allocation not in ("uniform", "neurons"):
         return {}
     gauge, keep = rule.gauge, rule.keep
@@ -188,6 +192,8 @@ def least_parameters(rule: RankRule, cells: Sequence[Cell], share: float = 0.0) 
         share: If MLPs are left dense, a lower bound on the keep ratio of the others.
     """
     gauge, multiple = rule.gauge, rule.multiple
+    if rule.dense:
+        return sum(group.dense_parameters for cell in cells for group in cell[0])
     if rule.allocation == "loss":
 
         def least(group: Candidate) -> int:

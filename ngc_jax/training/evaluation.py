@@ -15,7 +15,7 @@ from ngc_jax.models.decoder import Decoder
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import begin_windows
 from ngc_jax.training import sharding
-from ngc_jax.training.trainable import cast_params, merge_params
+from ngc_jax.training.trainable import merge_params
 from ngc_jax.types import Params
 
 WINDOW = 1024
@@ -42,7 +42,7 @@ def perplexity_on(
 
     @jax.jit
     def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        params = merge_params(cast_params(trained, decoder.param_dtype), frozen)
+        params = merge_params(trained, frozen)
         likelihoods, mask = token_log_likelihoods(decoder, params, batch["tokens"], batch["positions"])
         return likelihoods[:, context - 1 :].sum(), mask[:, context - 1 :].sum()
 

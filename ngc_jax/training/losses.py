@@ -50,6 +50,10 @@ class Objective:
 
     Raises:
         UsageError: If a number is out of range, or nothing has a weight.
+
+    Example:
+        >>> Objective(cross_entropy=0.5, divergence=0.5).needs_teacher
+        True
     """
 
     cross_entropy: float = 1.0
@@ -255,7 +259,7 @@ def _run(
     """Final hidden states, the residual stream after some layers, and streams and cache of all if they are recorded."""
     # A cache without slots becomes the tokens in order.
     rows = batch["tokens"].shape[0]
-    cache = init_cache(decoder.config, rows, 0, decoder.param_dtype) if recorded else None
+    cache = init_cache(decoder.config, rows, 0, decoder.compute_dtype) if recorded else None
     arguments = ({"params": params}, batch["tokens"], batch["positions"], cache, batch["starts"])
     if not layers and not recorded:
         return decoder.apply(*arguments, method="hidden")[0], {}, ()

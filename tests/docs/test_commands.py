@@ -63,6 +63,7 @@ SMALL = {
     "demo": f"{_FEW} --max-tokens 96 --max-new-tokens 2",
     "report": "--overwrite",
     "export": "--overwrite",
+    "push": "--dry-run",
     "info": "",
 }
 # Of pods, of models that are not there: parsed only.

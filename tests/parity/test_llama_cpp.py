@@ -5,10 +5,10 @@ import pytest
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from ngc_jax.export import export_gguf  # noqa: E402
+from ngc_jax.exporting import export_gguf  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
 from ngc_jax.models.sources import open_source  # noqa: E402
-from tests.export.test_export import TEXT, model_of  # noqa: E402
+from tests.exporting.test_export import TEXT, model_of  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 
 

@@ -13,9 +13,10 @@ from ngc_jax.conversion.factorisations import FACTORISATIONS, Factorisation
 from ngc_jax.conversion.state import Calibration, ConversionState, Needs
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
+from ngc_jax.groups.plan import Plan
 from ngc_jax.groups.topology import parse
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.planning.candidates import AUTO, all_candidates, candidate_cells
+from ngc_jax.planning.candidates import AUTO, all_candidates, candidate_cells, planned_blocks
 from ngc_jax.planning.ranks import Allocation, RankRule, given_ranks
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ngc_jax.conversion.statistics import Statistics
 
 KernelName = Literal["bilinear", "riemannian", "lifted"]
+Form = Literal["grouped", "dense"]
 
 
 @register_pass(after="prune_neurons")
@@ -30,8 +32,12 @@ KernelName = Literal["bilinear", "riemannian", "lifted"]
 class Factorise(Pass):
     """Replace the weight matrices of each group by shared input states and output states of each member.
 
+    In the form `dense` no matrix is replaced: the pass says what is measured, and which blocks the keep ratio counts.
+
     Attributes:
         factorisation: How states are found, one of `FACTORISATIONS`.
+        form: Where the result can run: grouped, in ngc-jax; or dense, in every program that loads the architecture,
+            because only hidden neurons of MLPs are pruned, the same number in every layer.
         topology: Which blocks share a latent space, for example qkv-o-ug-d, or a named family; auto chooses the
             topology by the expected loss.
         rank: Give every group this rank, or "full", instead of a keep ratio.
@@ -51,10 +57,17 @@ class Factorise(Pass):
 
     Raises:
         UsageError: If a value is out of range or options contradict each other.
+
+    Example:
+        >>> from ngc_jax import chain, convert, factorise
+        >>> compact = convert(model, chain(factorise("svd", topology="qkv-o-ug-d")), keep=0.6)
+        >>> [group.name for group in compact.plan.groups][:2]
+        ['0.qkv', '0.o']
     """
 
     name: ClassVar[str] = "factorise"
     factorisation: str = dataclasses.field(default="ngc", metadata={"option": False})
+    form: Form = "grouped"
     topology: str = "q-k-v-o-u-g-d"
     rank: int | Literal["full"] | None = None
     allocation: Allocation = "uniform"
@@ -84,6 +97,9 @@ class Factorise(Pass):
             raise UsageError(f"shrinkage {self.shrinkage:g} is outside [0, 1]; 0 takes the second moments as measured")
         if not self.is_bilinear and self.gauge:
             raise UsageError(f"kernel {self.kernel!r} has no gauge to fix; leave out gauge")
+        factorises = self.rank is not None or self.allocation != "uniform" or self.gauge or not self.is_bilinear
+        if self.is_dense and factorises:
+            raise UsageError("form dense factorises nothing; leave it out, or rank, allocation, gauge and kernel")
         if self.fit_steps < 0:
             raise UsageError(f"fit steps {self.fit_steps} is below 0; 0 keeps the initial states")
         self.interaction  # noqa: B018  (its options are checked when it is made)
@@ -107,6 +123,11 @@ class Factorise(Pass):
         return FACTORISATIONS[self.factorisation]
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every block remains a plain matrix."""
+        return self.form == "dense"
+
+    @property
     def is_bilinear(self) -> bool:
         """Whether the states have a closed form."""
         return self.kernel == "bilinear"
@@ -127,12 +148,15 @@ class Factorise(Pass):
             self.interaction,
             self.definition.rounding,
             method,
+            self.is_dense,
         )
 
     def check(self, chain: Chain) -> None:
         """Raises UsageError for a second factorisation."""
         if sum(isinstance(one, Factorise) for one in chain.passes) > 1:
             raise UsageError("a chain factorises once; leave out the other factorise")
+        if self.is_dense and not any(one.name == "prune_neurons" for one in chain.passes):
+            raise UsageError("form dense only prunes hidden neurons; add prune_neurons before factorise")
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
         """The statistics that the factorisation needs."""
@@ -144,6 +168,8 @@ class Factorise(Pass):
         from ngc_jax.conversion.fitted import build_compact, fit_groups
         from ngc_jax.conversion.fitting import shrunk_in_place
 
+        if self.is_dense:
+            return self._left_dense(state)
         rule = self.rule(state.keep, state.chain.method)
         groups = all_candidates(candidate_cells(state.dense.config, self.topology))
         ranks = given_ranks(rule, groups) or None
@@ -173,6 +199,18 @@ class Factorise(Pass):
             with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
                 fitted = fit(directory, ranks)
                 compact = build_compact(state.dense, factorise, rule, fitted, donate=donate, progress=state.progress)
+        return dataclasses.replace(state, compact=compact, statistics=statistics)
+
+    def _left_dense(self, state: ConversionState) -> ConversionState:
+        """The model as pruned: its layers are pruned as statistics are read, now or by the pass that refits them."""
+        statistics = state.statistics
+        if state.held:
+            statistics = list(statistics)
+        elif not any(one.name == "propagate_errors" for one in state.chain):
+            for _ in statistics:
+                pass
+        blocks = tuple(planned_blocks(state.dense.config, self.topology).values())
+        compact = dataclasses.replace(state.dense, plan=Plan((), blocks))
         return dataclasses.replace(state, compact=compact, statistics=statistics)
 
     def _fit_key(self) -> tuple[Any, ...]:

@@ -226,7 +226,7 @@ def test_row_order_means_the_same_attention(tmp_path: Path) -> None:
     [("llama", "LlamaConfig"), ("qwen2", "Qwen2Config"), ("qwen3", "Qwen3Config"), ("gemma3", "Gemma3TextConfig")],
 )
 def test_transformers_understands_the_config(tmp_path: Path, arch: str, config_class: str) -> None:
-    from ngc_jax.models.tokenizer import quiet_transformers
+    from ngc_jax.models.tokenizer_model import quiet_transformers
 
     with quiet_transformers():
         import transformers
@@ -404,7 +404,7 @@ def _independent(text: str) -> list[int]:
 
     pytest.importorskip("torch")  # transformers reads GGUF files with it
 
-    from ngc_jax.models.tokenizer import quiet_transformers
+    from ngc_jax.models.tokenizer_model import quiet_transformers
     from ngc_jax.models.wheel import wheel_model_path
 
     with quiet_transformers():

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export import GGUF_TYPES, export_gguf, export_huggingface
+from ngc_jax.exporting import GGUF_TYPES, export_gguf, export_huggingface
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source

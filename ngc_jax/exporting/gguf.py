@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import FoldedSource
-from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
+from ngc_jax.exporting.folded import FoldedSource
+from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.gguf.config import ROPE_FACTORS
@@ -84,6 +84,13 @@ def export_gguf(
 
     Raises:
         UsageError: If GGUF cannot represent the type or a part of the model, or the file cannot be written.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "for-gguf"))) as source:
+        ...     export_gguf(source, "compact.gguf", type="f16")["folded"]
+        True
     """
     if type not in GGUF_TYPES:
         raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")
