@@ -219,15 +219,3 @@ class ConversionState:
         """Report a stage's progress."""
         if self.progress is not None:
             self.progress(stage, done, total)
-
-
-def check_dense(model: LanguageModel) -> None:
-    """Refuse a model that cannot be converted.
-
-    Raises:
-        UsageError: If it is compact, or applies its layers several times.
-    """
-    if model.plan is not None:
-        raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
-    if model.config.iterations > 1:
-        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")
