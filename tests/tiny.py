@@ -1,6 +1,6 @@
 """Tiny random models that tests share; every dimension has a size of its own."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.tokenizer import Tokenizer, wrap
+from ngc_jax.types import Params
 
 _COMMON = {
     "vocab_size": 259,
@@ -59,13 +60,19 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_model(architecture: str = "llama", seed: int = 0) -> LanguageModel:
     """A dense model whose norms and biases are random too."""
     hf_config = HF_CONFIGS[architecture]
-    config = DecoderConfig.from_hf(hf_config)
-    params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    # Arrays of its own for each caller: a test may donate them or change the dictionaries.
+    params = jax.tree.map(jnp.array, _tiny_params(architecture, seed))
+    return LanguageModel("tiny", DecoderConfig.from_hf(hf_config), None, params, hf_config, tiny_tokenizer)
+
+
+@cache
+def _tiny_params(architecture: str, seed: int) -> Params:
+    decoder = Decoder(DecoderConfig.from_hf(HF_CONFIGS[architecture]))
+    params = decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     generator = np.random.default_rng(seed)
-    jittered = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(0.1 * generator.standard_normal(leaf.shape), leaf.dtype), params
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) + (0.1 * generator.standard_normal(leaf.shape)).astype(leaf.dtype), params
     )
-    return LanguageModel("tiny", config, None, jittered, hf_config, tiny_tokenizer)
 
 
 @partial(jax.jit, static_argnames="decoder")

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class InfoConfig:
-    """Print the contents of a model: groups, ranks, parameters, keep ratio, bytes.
+    """Print the contents of a model: groups, ranks, parameters, keep ratio, bytes, size of the key-value cache.
 
     Reads config.json and the headers of the tensors only.
 
@@ -41,6 +41,9 @@ class InfoConfig:
         console.print(
             f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
         )
+        cache = summary["cache_numbers_per_token"]
+        smaller = "" if cache["latent"] == cache["full"] else f"; {cache['latent']:,} with --cache latent"
+        console.print(f"key-value cache: {cache['full']:,} numbers per token{smaller}")
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary

@@ -213,7 +213,6 @@ class TrainingOptions:
             evaluate_every=self.evaluate_every,
             save_every=self.save_every,
             keep=self.keep_checkpoints,
-            parallel=self.parallel,
             profile=self.profile,
         )
 
@@ -304,12 +303,9 @@ class TrainingOptions:
                     console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
 
             result = train(
-                prepared.program,
-                prepared.trained,
-                prepared.constants,
+                prepared.placed(),
                 batches,
                 options.loop(),
-                mesh=prepared.mesh,
                 directory=directory / "checkpoints",
                 settings={**options.settings(), **(made_of or {})},
                 evaluate=evaluate,

@@ -72,28 +72,34 @@ def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
         prompts: A cache of capacity 0 after the prompts: positions 0, 1, 2, ... of every sequence, then padding.
         capacity: As for `init_cache`.
     """
+    slots = [capacity if window is None else min(window, capacity) for window in config.windows * config.iterations]
+    return tuple(to_ring(*both) for both in zip(prompts, slots, strict=True))
 
-    def layer(window: int | None, cache: LayerCache) -> LayerCache:
-        slots = capacity if window is None else min(window, capacity)
-        length = cache.positions.shape[1]
-        if length <= slots:
-            after = (0, slots - length)
-            return LayerCache(
-                jnp.pad(cache.keys, ((0, 0), (0, 0), (0, 0), after)),
-                jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
-                jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
-            )
-        # The newest position with the slot as remainder.
-        newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
-        position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
-        index_BxS = jnp.maximum(position_BxS, 0)
+
+def to_ring(cache: LayerCache, slots: int) -> LayerCache:
+    """The ring of one layer; see `to_rings`.
+
+    Args:
+        cache: The layer's prompts in order.
+        slots: S of the ring.
+    """
+    length = cache.positions.shape[1]
+    if length <= slots:
+        after = (0, slots - length)
         return LayerCache(
-            jnp.take_along_axis(cache.keys, index_BxS[:, None, None, :], axis=3),
-            jnp.take_along_axis(cache.values, index_BxS[:, None, :, None], axis=2),
-            jnp.maximum(position_BxS, -1),
+            jnp.pad(cache.keys, ((0, 0), (0, 0), (0, 0), after)),
+            jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
+            jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
         )
-
-    return tuple(layer(*both) for both in zip(config.windows * config.iterations, prompts, strict=True))
+    # The newest position with the slot as remainder.
+    newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
+    position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
+    index_BxS = jnp.maximum(position_BxS, 0)
+    return LayerCache(
+        jnp.take_along_axis(cache.keys, index_BxS[:, None, None, :], axis=3),
+        jnp.take_along_axis(cache.values, index_BxS[:, None, :, None], axis=2),
+        jnp.maximum(position_BxS, -1),
+    )
 
 
 def write_cache(

@@ -56,7 +56,7 @@ def model_card(
         parts.append(f"Perplexity on {measured.text}: {measured.perplexity:.3f}.")
     if source is not None and model.license in (None, "other"):
         parts.append("The weights keep the licence of the model they were made from.")
-    plain = is_plain(model.config, model.plan)
+    plain = is_plain(model.config, model.plan, quantised=model.quantised)
     if plain:
         parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
     else:
@@ -123,8 +123,11 @@ def _conversion_text(model: LanguageModel, what: str) -> str:
         members = sum(len(group.members) for group in plan.groups)
         text = f"{what}: {len(plan.groups)} neuronal groups in place of {members} weight matrices, at {kept}."
     else:
-        text = f"{what}, whose MLPs were pruned, at {kept}."
-    rows = [("method", conversion.get("method")), ("topology", conversion.get("topology"))]
+        refitted = (
+            " and the rest refitted" if conversion.get("form") == "dense" and conversion.get("propagation") else ""
+        )
+        text = f"{what}, whose MLPs were pruned to {model.config.mlp_dim:,} hidden neurons{refitted}, at {kept}."
+    rows = [(name, conversion.get(name)) for name in ("method", "form", "topology")]
     calibration = conversion.get("calibration")
     if isinstance(calibration, Mapping):
         rows.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['text']}"))

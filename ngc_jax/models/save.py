@@ -18,6 +18,7 @@ from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import model_card
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.quantised_tensors import describe_quantised, tensors_of
 from ngc_jax.models.saved_config import join_config
 
 SHARD_BYTES = 5 * 10**9
@@ -45,12 +46,17 @@ def save_model(
 
     Raises:
         UsageError: See `files.check_output`.
+
+    Example:
+        >>> save_model(compact, "compact").name
+        'compact'
     """
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)
     with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
-        hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion)
+        quantised = describe_quantised(model.params, model.config)
+        hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion, quantised)
         hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.param_dtype))
         _write_text(temporary / "config.json", _json(hf_config) + "\n")
         _save_tensors(model, temporary)
@@ -78,7 +84,7 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
         if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][hf_name(".".join(path), model.config)] = leaf
+        shards[-1] |= tensors_of(hf_name(".".join(path), model.config), leaf)
         size += leaf.nbytes
         total += leaf.nbytes
     if len(shards) == 1:

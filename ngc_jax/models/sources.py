@@ -11,6 +11,7 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
+from ngc_jax.groups.quantised import QuantisedMatrix
 from ngc_jax.lazy import needs
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
@@ -44,7 +45,10 @@ class Source(Protocol):
     files: tuple[Path, ...]
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in its stored dtype (GGUF: float32)."""
+        """Reads one tensor in its stored dtype (GGUF, quantised: float32)."""
+
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """The codes and scales of a matrix that a conversion quantised; None for any other tensor."""
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer; can still be called after `close`."""
@@ -71,6 +75,10 @@ class RetokenisedSource(Closing):
     def read(self, name: str) -> np.ndarray:
         """As for the wrapped source."""
         return self._source.read(name)
+
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """As for the wrapped source."""
+        return self._source.read_quantised(name)
 
     def close(self) -> None:
         """As for the wrapped source."""

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of
 from ngc_jax.stability.potential import Drive, potential_against, potential_along, share_in_span
 from ngc_jax.stability.streams import (
     apply_layer,
     check_prompts,
-    depth_of,
     jit_on_prompts,
     record,
     widened,

@@ -34,12 +34,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of, embed
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
 from ngc_jax.stability.streams import (
     apply_layer,
     check_prompts,
-    depth_of,
     jit_on_prompts,
     log_length,
     record,
@@ -103,6 +103,12 @@ def sequence_stability(
     Raises:
         UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
             the rows are shorter than two memories.
+
+    Example:
+        >>> given = model.decoder, model.params, tokens[None, :12]
+        >>> found = sequence_stability(*given, key=jax.random.key(0), directions=2, memory=4)
+        >>> found.segments.shape  # two segments of four tokens, after the first four
+        (1, 2)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     length = tokens_BxL.shape[1]
@@ -261,7 +267,7 @@ def responses(
         UsageError: If the tokens are not one text of the model's ids.
     """
     check_prompts(decoder, tokens_L[None], None)
-    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
+    x_LxD = embed(decoder, params, tokens_L)
     positions_L = jnp.arange(len(tokens_L), dtype=jnp.int32)
 
     def streams(x_LxD: Array) -> list[Array]:

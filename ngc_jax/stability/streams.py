@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
-from ngc_jax.models.decoder import Decoder, DecoderLayer
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.stability.flat import working_type
 from ngc_jax.tokens import as_rows, check_ids
@@ -42,11 +42,6 @@ class Recording(NamedTuple):
     streams: Float[Array, "m L D"]
     cache: Cache
     positions: Int[Array, " L"]
-
-
-def depth_of(decoder: Decoder) -> int:
-    """Number of layers that a token passes: those of the model times its iterations."""
-    return decoder.config.num_layers * decoder.config.iterations
 
 
 def apply_layer(
@@ -73,12 +68,8 @@ def apply_layer(
     Returns:
         The residual stream after the layer, and the layer's new cache (None without one).
     """
-    layer = number % decoder.config.num_layers
-    module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype)
-    variables = {"params": params["layers"][str(layer)]}
     starts_1xL = positions_L[None] if alone else None
-    given = (x_LxD[None], positions_L[None], cache, params.get("groups", {}), starts_1xL)
-    y_1xLxD, after = cast(Any, module.apply(variables, *given))
+    y_1xLxD, after = layer_of(decoder, params, number)(x_LxD[None], positions_L[None], cache, starts_1xL)
     return y_1xLxD[0], after
 
 
@@ -253,7 +244,7 @@ def record(
     check_known_ids(decoder, tokens_L)
     index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
     positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
-    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
+    x_LxD = embed(decoder, params, tokens_L)
     empty = init_cache(decoder.config, 1, 0, decoder.compute_dtype)
     streams: list[Array] = [x_LxD]
     caches: list[Any] = []

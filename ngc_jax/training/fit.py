@@ -49,6 +49,10 @@ class TrainConfig:
         parallel: jit over a named mesh, or pmap (data parallel only).
         save_every: Steps between checkpoints, if there is a directory; 0 for only after the last.
         seed: Of the order of the data and of random draws in losses.
+
+    Example:
+        >>> TrainConfig(steps=50, dtype="bfloat16").compute_dtype
+        dtype(bfloat16)
     """
 
     steps: int = 100
@@ -186,20 +190,18 @@ def train(
             another model or other settings.
 
     Example:
-        >>> fitted = train(model, "a long text ...", config=TrainConfig(steps=50))  # doctest: +SKIP
-        >>> fitted.step  # doctest: +SKIP
-        50
+        >>> fitted = train(model, text, config=TrainConfig(steps=2, batch_size=8, sequence_length=16))
+        >>> fitted.step, sorted(fitted.history[0])[:2]
+        (2, ['cross_entropy', 'gradient_norm'])
     """
     config, objective = config or TrainConfig(), objective or Objective()
     prepared = prepare(model, config, objective, teacher=teacher)
     sharding.check_rows(config.batch_size, prepared.mesh)
+    batches = batches_of(data, model, config)
     result = run_loop(
-        prepared.program,
-        prepared.trained,
-        prepared.constants,
-        batches_of(data, model, config),
-        LoopConfig(config.steps, save_every=config.save_every, parallel=config.parallel),
-        mesh=prepared.mesh,
+        prepared.placed(),
+        batches,
+        LoopConfig(config.steps, save_every=config.save_every),
         directory=directory,
         settings=_settings(config, objective),
         on_metrics=on_metrics,
@@ -232,7 +234,10 @@ def distil(
         UsageError: As `train`, and if the vocabularies differ.
 
     Example:
-        >>> better = distil(compact, model, text, config=TrainConfig(steps=200)).model  # doctest: +SKIP
+        >>> config = TrainConfig(steps=2, batch_size=8, sequence_length=16, trainable="states")
+        >>> better = distil(compact, model, text, config=config).model
+        >>> better.plan == compact.plan
+        True
     """
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(

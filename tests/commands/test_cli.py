@@ -16,14 +16,15 @@ from ngc_jax import cli
 from ngc_jax.commands.help_format import EXAMPLES
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from tests.tiny import forward, random_tokens, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import forward, random_tokens
 
 SHORT = ("--calibration-tokens", "96", "--window", "32", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return str(save_model(tiny_model(), tmp_path_factory.mktemp("models") / "dense"))
+    return str(save_model(dense_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("models") / "dense"))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,9 @@ def test_info_agrees_with_convert(compact, tmp_path, capsys):
         assert summary[name] == converted[name]
     printed = capsys.readouterr().out
     assert "L0-qkv" in printed
+    cache = summary["cache_numbers_per_token"]
+    assert cache["latent"] < cache["full"]
+    assert f"{cache['full']:,} numbers per token; {cache['latent']:,} with --cache latent" in " ".join(printed.split())
     assert f"{summary['stored_parameters']:,}" in printed
 
 
@@ -127,6 +131,20 @@ def test_generate_prints_what_it_returns(compact, tmp_path, capsys):
     assert single.strip() in capsys.readouterr().out
     assert cli.main(["generate", out, "--prompt", "Groups of", "neurons", *options]) == 0
     assert json.loads(result.read_text())["texts"][0] == single
+
+
+def test_generate_says_how_large_its_cache_is(compact, tmp_path):
+    """Of numbers of four bytes; all kinds give the same text."""
+    out, converted = compact
+    result, texts = tmp_path / "generate.json", set()
+    for kind, numbers in converted["cache_numbers_per_token"].items():
+        options = ["--max-new-tokens", "9", "--cache", kind, "--json", str(result)]
+        assert cli.main(["generate", out, "--prompt", "Groups of", *options]) == 0
+        summary = json.loads(result.read_text())
+        assert summary["cache"] == kind
+        assert summary["cache_bytes_per_token"] == 4 * numbers
+        texts.add(summary["texts"][0])
+    assert len(texts) == 1
 
 
 def test_chat_puts_the_prompt_into_the_template(compact, tmp_path):
@@ -223,7 +241,7 @@ def test_an_output_directory_is_not_overwritten_unless_asked(compact, dense, tex
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*flags, "--overwrite"]) == 2  # not a model: never
     assert (out / "precious.txt").read_text() == "mine"
-    out = save_model(tiny_model(seed=3), tmp_path / "old")
+    out = save_model(dense_model("llama", num_hidden_layers=1), tmp_path / "old")
     assert cli.main([*flags[:-1], str(out), "--overwrite"]) == 0
     assert load_model(str(out)).plan is not None
 

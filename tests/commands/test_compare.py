@@ -12,15 +12,15 @@ from ngc_jax.commands.conversion_options import flags_of, recipe_of
 from ngc_jax.conversion import Recipe
 from ngc_jax.models.save import save_model
 from ngc_jax.reporting.comparison import excess, markdown
-from tests.tiny import tiny_model
+from tests.models.compact import dense_model
 
 VARIANTS = {
     "ngc": {"method": "ngc", "rounds": 1},
     "svd_llm": {"method": "svd_llm"},
     "svd": {"method": "svd"},
     "fwsvd": {"method": "fwsvd", "keep": [0.5]},
-    "svd_llm + gauge": {"method": "svd_llm", "gauge": True, "section": "levers"},
-    "ngc, diagonal": {"method": "ngc", "rounds": 0, "gradients": "diagonal", "section": "levers"},
+    "svd_llm + gauge": {"method": "svd_llm", "gauge": True, "keep": [0.5], "section": "levers"},
+    "ngc, diagonal": {"method": "ngc", "rounds": 0, "gradients": "diagonal", "keep": [0.5], "section": "levers"},
     "auto": {"method": "ngc", "rounds": 0, "topology": "auto", "keep": [0.5], "section": "topologies"},
     "ngc on other": {"method": "ngc", "rounds": 0, "text": "{other}", "keep": [0.5], "section": "texts"},
 }
@@ -30,7 +30,7 @@ VARIANTS = {
 def compared(tmp_path_factory):
     """A finished comparison: its flags, its directory and its results."""
     place = tmp_path_factory.mktemp("compare")
-    dense = str(save_model(tiny_model(), place / "dense"))
+    dense = str(save_model(dense_model("llama"), place / "dense"))
     for name, line in (
         ("text", "Groups exchange signals; a weight is what two states make of each other.\n"),
         ("other", "The quick brown fox jumps over the lazy dog, and the dog does not mind it.\n"),

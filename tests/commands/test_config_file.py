@@ -11,8 +11,6 @@ import yaml
 from ngc_jax import cli
 from ngc_jax.errors import UsageError
 
-OPTIONS = [(command, field.name) for command, config in cli.COMMANDS.items() for field in dataclasses.fields(config)]
-
 
 def two_values(hint, default):
     """Two values of a type that differ from each other and from a default; the second also as words on the line."""
@@ -48,23 +46,26 @@ def on_the_line(name, value, hint):
     return [flag, json.dumps(value) if not isinstance(value, str) else value]
 
 
-@pytest.mark.parametrize(("command", "name"), OPTIONS)
-def test_a_value_of_the_file_is_used_and_a_flag_overrides_it(command, name, tmp_path):
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_values_of_a_file_are_used_and_flags_override_them(command, tmp_path):
+    """All options of a command at once."""
     config = cli.COMMANDS[command]
-    field = next(field for field in dataclasses.fields(config) if field.name == name)
-    hint = typing.get_type_hints(config)[name]
-    first, second = two_values(hint, field.default)
+    hints = typing.get_type_hints(config)
+    values = {field.name: two_values(hints[field.name], field.default) for field in dataclasses.fields(config)}
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({name: first}))
+    file.write_text(yaml.safe_dump({name: first for name, (first, _) in values.items()}))
+    # Words before flags: what stands alone would be taken for another value of a flag's list.
+    order = sorted(values, key=lambda name: name not in ("model", "sources"))
+    flags = [word for name in order for word in on_the_line(name, values[name][1], hints[name])]
 
-    def value_of(*arguments):
-        value = getattr(cli.parse_arguments([command, *arguments])[1], name)
-        return list(value) if isinstance(value, tuple) else value
+    def parsed(*arguments):
+        found = cli.parse_arguments([command, *arguments])[1]
+        return {name: list(value) if isinstance(value := getattr(found, name), tuple) else value for name in values}
 
-    assert value_of("--config", str(file)) == first
-    flag = on_the_line(name, second, hint)
-    assert value_of(*flag, f"--config={file}") == second
-    assert value_of(*flag) == second
+    second = {name: value for name, (_, value) in values.items()}
+    assert parsed("--config", str(file)) == {name: first for name, (first, _) in values.items()}
+    assert parsed(*flags, f"--config={file}") == second
+    assert parsed(*flags) == second
 
 
 def test_later_files_override_earlier_ones_and_null_is_not_given(tmp_path):

@@ -8,14 +8,15 @@ from ngc_jax import cli
 from ngc_jax.commands.convert import WINDOW, model_window
 from ngc_jax.models.save import save_model
 from ngc_jax.training import sharding
-from tests.tiny import HF_CONFIGS, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import HF_CONFIGS
 
 LENGTH = HF_CONFIGS["llama"]["max_position_embeddings"]
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return str(save_model(tiny_model(), tmp_path_factory.mktemp("models") / "dense"))
+    return str(save_model(dense_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("models") / "dense"))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,7 @@ def test_training_shares_its_rows_out(command, dense, compact, capsys):
         (["distil"], "the directory of a compact model"),
         (["report"], "directories"),
         (["export"], "--out"),
+        (["push"], "--repo OWNER/NAME"),
     ],
 )
 def test_what_cannot_be_guessed_is_asked_for_with_an_example(words, example, capsys):

@@ -12,7 +12,8 @@ from ngc_jax.conversion.pipeline import convert
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.training import sharding
-from tests.tiny import random_tokens, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import random_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _replicate_the_vocabulary(monkeypatch):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("distil")
-    dense = tiny_model()
+    dense = dense_model("llama", num_hidden_layers=1)
     save_model(dense, place / "dense")
     save_model(convert(dense, Recipe("svd", keep=0.6, gauge=True), random_tokens(64)), place / "compact", card="x")
     (place / "text.txt").write_text("Groups exchange signals; a weight is what two states make of each other.\n" * 30)

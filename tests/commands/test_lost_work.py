@@ -22,7 +22,8 @@ from ngc_jax.files import lock_directory
 from ngc_jax.models.save import save_model
 from ngc_jax.training import fit, loop, metrics, sharding
 from ngc_jax.training.checkpoints import Checkpoints
-from tests.tiny import tiny_model
+from tests.models.compact import dense_model
+from tests.training.setting import each_step_compiled_once
 
 ARCHITECTURE = (
     "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1}"
@@ -34,9 +35,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lost")
-    save_model(tiny_model(), place / "dense")
+    save_model(dense_model("llama", num_hidden_layers=1), place / "dense")
     (place / "text.txt").write_text("Groups exchange signals; a weight is what two states make of each other.\n" * 20)
     return place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_step_compiled_once():
+    with each_step_compiled_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngc_jax.errors import UsageError
@@ -103,6 +103,7 @@ def test_forward_forms_no_weight(kernel):
     assert not [shape for shape in shapes if big_in in shape and big_out in shape]
 
 
+@settings(max_examples=25)
 @given(
     kernel=st.sampled_from(KERNELS),
     rank=st.integers(1, 8),
@@ -115,10 +116,14 @@ def test_shapes_and_counts(kernel, rank, d_in, sizes, batch):
     states = jax.eval_shape(lambda key: init_states(key, kernel, rank, d_in, d_outs), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(states)) == count_parameters(kernel, rank, d_in, sizes)
     x = jax.ShapeDtypeStruct((*batch, d_in), jnp.float32)
+    made = jax.eval_shape(
+        lambda states, x: {name: (forward(kernel, states, name, x), weights(kernel, states, name)) for name in d_outs},
+        states,
+        x,
+    )
     for name, size in d_outs.items():
-        y = jax.eval_shape(lambda states, x, name=name: forward(kernel, states, name, x), states, x)
+        y, W = made[name]
         assert y.shape == (*batch, size)
-        W = jax.eval_shape(lambda states, name=name: weights(kernel, states, name), states)
         assert W.shape == (size, d_in)
 
 

@@ -1,6 +1,7 @@
 """A tiny compact model with every kernel, and groups over roles, over layers and over unlike widths."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -77,6 +78,11 @@ def fixed_gauge_model(architecture: str = "llama_untied", dtype: str = "float32"
 
 def random_params(decoder: Decoder, seed: int = 0) -> Params:
     """Parameters drawn by NumPy, which compiles nothing; no norm, bias or metric is trivial."""
+    return jax.tree.map(jnp.array, _random_params(decoder, seed))
+
+
+@functools.cache
+def _random_params(decoder: Decoder, seed: int) -> Params:
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     centres = {"scale": 0.0 if decoder.config.unit_offset_norm else 1.0, "amplitude": 1.0, "gain": 1.0}
@@ -89,7 +95,7 @@ def random_params(decoder: Decoder, seed: int = 0) -> Params:
 
     flat = traverse_util.flatten_dict(shapes)
     return traverse_util.unflatten_dict(
-        {path: jnp.asarray(draw(path, leaf.shape), leaf.dtype) for path, leaf in flat.items()}
+        {path: draw(path, leaf.shape).astype(leaf.dtype) for path, leaf in flat.items()}
     )
 
 

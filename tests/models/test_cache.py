@@ -27,15 +27,9 @@ MODELS = [
     *(pytest.param(dense_model, architecture, id=architecture) for architecture in HF_CONFIGS),
     pytest.param(compact_model, "gemma3", id="compact gemma3"),
 ]
-# What is tested is not the compiler: half of its time is saved.
-fast_jit = partial(
-    jax.jit,
-    static_argnums=0,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
-@fast_jit
+@partial(jax.jit, static_argnums=0)
 def apply(
     decoder: Decoder, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache | None = None
 ) -> tuple[jax.Array, Cache | None]:
@@ -93,7 +87,7 @@ def test_prompt_logits_depend_on_the_own_prompt_only(architecture: str) -> None:
     tokens = jnp.arange(14).reshape(2, 7)  # all different, so that an embedding's gradient is that of one token
     lengths = jnp.array([4, 7])
 
-    @fast_jit
+    @partial(jax.jit, static_argnums=0)
     def gradient(decoder: Decoder, params: Params, row: int) -> jax.Array:
         def summary(embedding: jax.Array) -> jax.Array:
             logits, _ = prefill(decoder, {**params, "embed": {"embedding": embedding}}, tokens, lengths, 9)

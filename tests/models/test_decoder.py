@@ -21,20 +21,20 @@ from tests.models.published import PUBLISHED
 from tests.tiny import HF_CONFIGS
 
 LENGTH = 11
-# What is tested is not the compiler: half of its time is saved.
-fast_jit = partial(
-    jax.jit,
-    static_argnums=0,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
-@fast_jit
-def apply(decoder: Decoder, params: Params, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-    return decoder.apply({"params": params}, tokens, positions)[0]
+@partial(jax.jit, static_argnums=0)
+def apply(
+    decoder: Decoder,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    starts: jax.Array | None = None,
+) -> jax.Array:
+    return decoder.apply({"params": params}, tokens, positions, starts=starts)[0]
 
 
-@fast_jit
+@partial(jax.jit, static_argnums=0)
 def block_inputs(decoder: Decoder, params: Params, tokens: jax.Array) -> dict:
     return decoder.apply({"params": params}, tokens, mutable=[BLOCK_INPUTS])[1][BLOCK_INPUTS]["layers"]
 
@@ -57,7 +57,7 @@ def test_causality_and_windows_by_gradient(make: Callable[..., LanguageModel], a
     tokens = jnp.arange(LENGTH)[None]  # all different, so that an embedding's gradient is that of one position
     at = LENGTH - 3
 
-    @fast_jit
+    @partial(jax.jit, static_argnums=0)
     def gradient(decoder: Decoder, params: Params) -> jax.Array:
         def summary(embedding: jax.Array) -> jax.Array:
             variables = {"params": {**params, "embed": {"embedding": embedding}}}
@@ -192,9 +192,18 @@ def test_a_plan_counts_what_the_model_stores_in_the_fixed_gauge() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_as_many_parameters_as_they_are_said_to(name: str) -> None:
+    """Layers are alike: each adds what the second one does. Tracing 80 of them takes seconds."""
     raw, parameters = PUBLISHED[name]
-    shapes = parameter_shapes(Decoder(DecoderConfig.from_hf(raw), param_dtype=jnp.bfloat16))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+    config = DecoderConfig.from_hf(raw)
+
+    def count(layers: int) -> int:
+        part = dataclasses.replace(
+            config, num_layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers]
+        )
+        return sum(int(np.prod(shape)) for shape in parameter_shapes(Decoder(part)).values())
+
+    one, two = count(1), count(2)
+    assert one + (config.num_layers - 1) * (two - one) == parameters
 
 
 def test_full_size_shapes_of_llama_3_70b() -> None:
@@ -209,7 +218,7 @@ def test_full_size_shapes_of_llama_3_70b() -> None:
 def test_recomputing_changes_no_gradient() -> None:
     model = compact_model()
 
-    @fast_jit
+    @partial(jax.jit, static_argnums=0)
     def gradient(decoder: Decoder, params: Params) -> Params:
         return jax.grad(lambda p: jnp.sum(jnp.sin(decoder.apply({"params": p}, some_tokens())[0])))(params)
 
@@ -218,9 +227,8 @@ def test_recomputing_changes_no_gradient() -> None:
         for remat in (False, True)
     )
     for path, expected in plain.items():
-        np.testing.assert_allclose(
-            recomputed[path], expected, atol=1e-5 * float(jnp.abs(expected).max()), err_msg=str(path)
-        )
+        expected = np.asarray(expected)
+        np.testing.assert_allclose(recomputed[path], expected, atol=1e-5 * np.abs(expected).max(), err_msg=str(path))
         assert np.any(expected != 0), path
 
 
@@ -311,7 +319,7 @@ def test_no_program_is_compiled_twice() -> None:
     model = compact_model()
     traced = 0
 
-    @fast_jit
+    @partial(jax.jit, static_argnums=0)
     def run(decoder: Decoder, params: Params, tokens: jax.Array) -> jax.Array:
         nonlocal traced
         traced += 1
@@ -329,7 +337,7 @@ def test_documents_in_one_row_are_as_if_alone(architecture: str) -> None:
     tokens = some_tokens()
     cut = 4
     starts = jnp.where(jnp.arange(LENGTH) < cut, 0, cut)[None].repeat(2, 0)
-    packed, _ = model.decoder.apply({"params": model.params}, tokens, starts=starts)
+    packed = apply(model.decoder, model.params, tokens, starts=starts)
     for part in (tokens[:, :cut], tokens[:, cut:]):
         alone = apply(model.decoder, model.params, part)
         begin = 0 if part.shape[1] == cut else cut
@@ -367,6 +375,7 @@ def test_unrolled_layers_have_a_cache_for_every_iteration() -> None:
     (continued,) = generate(unrolled, [prompt], max_new_tokens=6)
     tokens = prompt
     for _ in range(6):
-        logits = apply(Decoder(unrolled.config), unrolled.params, jnp.asarray(tokens)[None])
-        tokens = np.append(tokens, np.argmax(logits[0, -1])).astype(np.int32)
+        padded = np.pad(tokens, (0, 13 - len(tokens)))[None]  # one shape; what comes after does not matter
+        logits = apply(Decoder(unrolled.config), unrolled.params, padded)
+        tokens = np.append(tokens, np.argmax(logits[0, len(tokens) - 1])).astype(np.int32)
     np.testing.assert_array_equal(continued, tokens[len(prompt) :])

@@ -18,7 +18,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import FoldedSource
+from ngc_jax.exporting.folded import FoldedSource
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import hf_name

@@ -186,7 +186,7 @@ def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architect
         tangent = np.eye(size).reshape(size, config.num_layers, 2, config.num_kv_heads, config.head_dim, memory)
         for t in range(start, start + memory):
             recent = jnp.asarray(actual[..., t - memory : t])
-            jacobian = np.asarray(jax.jacfwd(partial(new_activations, t=t))(recent))
+            jacobian = np.asarray(jax.jit(jax.jacfwd(partial(new_activations, t=t)))(recent))
             new = np.tensordot(tangent, jacobian, (range(1, 6), range(4, 9)))
             tangent = np.concatenate([tangent[..., 1:], new[..., None]], axis=-1)
             grown = 0.5 * np.log(np.sum(tangent**2) / size)
