@@ -208,10 +208,10 @@ def test_generation_is_the_same(dtype):
 def test_numbers_per_token():
     """Of what arrays have, and by hand: keys and values have 20 numbers each in a layer."""
     for name, latent, auto in [
-        ("kv", 8 + 11, 8 + 11),
-        ("pivots", 8 + 3, 8 + 3),
+        ("kv", 8 + 11, 20 + 8 + 20 + 11),
+        ("pivots", 8 + 3, 20 + 8 + 20 + 3),
         ("private", 6 + 5 + 20 + 4, 20 + 5 + 20 + 4),
-        ("riemannian", 7 + 6 + 20, 7 + 20 + 20),
+        ("riemannian", 7 + 6 + 20, 20 + 7 + 20 + 20),
         ("layers", 2 * (5 + 9), 2 * (20 + 9)),
     ]:
         model = grouped("llama", name)
