@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
@@ -28,6 +29,7 @@ from ngc_jax.models.latent_cache import (
 )
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.training import sharding
 from tests.models.compact import dense_model, random_params
 
 LENGTH = 25
@@ -203,6 +205,25 @@ def test_generation_is_the_same(dtype):
         assert [row[0] for row in full] == [row[0] for row in latent]
     greedy = [generate(with_cache(model, kind), prompts[:1], max_new_tokens=4)[0] for kind in ("full", "latent")]
     assert dtype == "bfloat16" or np.array_equal(*greedy)
+
+
+def test_devices_share_the_cache():
+    """Rows over two devices, heads over two: the same logits, and the signals' rows are split."""
+    model, lengths = grouped("qwen2", "pivots"), np.array([7, 3])
+    mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    # The vocabulary of 259 cannot be split.
+    inner, outer = ({n: v for n, v in model.params.items() if ("embed" in n) == out} for out in (False, True))
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
+    placed = {**jax.device_put(inner, sharding.params_shardings(inner, mesh)), **jax.device_put(outer, everywhere)}
+    decoder, prompts = with_cache(model, "latent").decoder, some_tokens()[:, :7]
+    _, cache = prefill(decoder, model.params, prompts, lengths, 9)
+    _, spread = prefill(decoder, placed, jax.device_put(prompts, rows), jax.device_put(lengths, rows), 9)
+    assert spread[0].signals[0].sharding.shard_shape(spread[0].signals[0].shape)[0] == 1
+    step = np.full((2, 1), 5)
+    close(
+        apply(decoder, placed, step, lengths[:, None], spread)[0],
+        apply(decoder, model.params, step, lengths[:, None], cache)[0],
+    )
 
 
 def test_numbers_per_token():
