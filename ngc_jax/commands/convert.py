@@ -210,6 +210,12 @@ def convert_and_save(
         f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
         f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 2**30:.2f} GiB of memory at most"
     )
+    if recipe.chain.options().get("cache_ratio") is not None:
+        cache = summary["cache_numbers_per_token"]
+        console.print(
+            f"a latent cache keeps {cache['latent']:,} of {cache['full']:,} numbers per token: "
+            f"{cache['latent'] / cache['full']:.4f}"
+        )
     return dense, compact, summary
 
 

@@ -42,8 +42,9 @@ class InfoConfig:
             f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
         )
         cache = summary["cache_numbers_per_token"]
-        smaller = "" if cache["latent"] == cache["full"] else f"; {cache['latent']:,} with --cache latent"
-        console.print(f"key-value cache: {cache['full']:,} numbers per token{smaller}")
+        bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}
+        smaller = "" if cache["latent"] == cache["full"] else f", {bytes_of['latent']} with --cache latent"
+        console.print(f"key-value cache in 16 bits: {bytes_of['full']} per token{smaller}")
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary
