@@ -150,6 +150,8 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")(k)
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
+        # A cache without slots returns the tokens in order.
+        ordered = not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
         if self.hold_others:
             assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)
@@ -164,7 +166,7 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
-            ordered=cache is None,
+            ordered=ordered,
         )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         self.sow(BLOCK_INPUTS, "o_input", y)
