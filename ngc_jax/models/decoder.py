@@ -167,6 +167,8 @@ class Attention(nn.Module):
             return self._output(y, groups), cache
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
+        # A cache without slots returns the tokens in order.
+        ordered = not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
         if self.hold_others:
             assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)
@@ -181,7 +183,7 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
-            ordered=cache is None,
+            ordered=ordered,
         )
         return self._output(y, groups), cache
 
