@@ -47,7 +47,7 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
     for layer in range(decoder.config.num_layers):
         own = dict(params["layers"][str(layer)])
         for part, sites in SITES.items():
-            blocks = dict(own[part])
+            blocks = dict(own.get(part, {}))  # nothing is left of a part whose blocks are all in groups
             joined = {}
             for roles in sites:
                 site = site_of(decoder.config, plan, layer, roles)
