@@ -187,7 +187,9 @@ def interaction(kernel: Kernel, states: States) -> Float[Array, "s s"]:
     """M as a matrix (S, S): the identity, the metric, or the gain's multiple of the identity; for study."""
     width = kernel.signal_width(states["input_states"].shape[1])
     with jax.default_matmul_precision("highest"):
-        return _apply_interaction(kernel, states, jnp.eye(width, dtype=_accurate(_floating(states["input_states"])).dtype))
+        return _apply_interaction(
+            kernel, states, jnp.eye(width, dtype=_accurate(_floating(states["input_states"])).dtype)
+        )
 
 
 def _encode_in_fixed_gauge(

@@ -57,7 +57,9 @@ class Quantise(Pass):
             UsageError: If there are no bits.
         """
         if "bits" not in options:
-            raise UsageError(f"{next(iter(options)).replace('_', '-')} is an option of quantisation; add bits, such as 4")
+            raise UsageError(
+                f"{next(iter(options)).replace('_', '-')} is an option of quantisation; add bits, such as 4"
+            )
         return cls(**options)
 
     def check(self, chain: Chain) -> None:
