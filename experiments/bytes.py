@@ -3,7 +3,7 @@
     python -m experiments.bytes --text wikitext2-valid.txt --out runs/bytes
     python -m experiments.bytes --quick --out runs/bytes-quick
 
-Every row is one model: dense, `ngc` (groups) or `pruned` (neurons of MLPs only, hence a dense model) at some keep ratios,
+Every row is one model: dense, `ngc` (groups) or `pruned` (MLPs without some neurons: dense, too) at some keep ratios,
 each stored in several ways. It is saved, its tensor files are measured, it is loaded again and evaluated on text after
 the calibration text. Rows of one keep ratio share a conversion, all rows of a model the measurements. Finished rows are
 kept in `--out`: run the same command again to continue. Writes results.json, results.csv, results.md and bytes.png.
