@@ -39,7 +39,8 @@ class InfoConfig:
         unused = summary["unused_bytes"]
         beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""
         console.print(
-            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
+            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors "
+            f"({summary['bits_per_parameter']:.2f} bits for each parameter){beside}"
         )
         cache = summary["cache_numbers_per_token"]
         bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}

@@ -146,6 +146,10 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
 
 
+# Nothing is factorised: for a conversion by options alone, such as bits.
+register_method("dense", lambda keep: chain())
+
+
 def _plain(factorisation: str, **options: Any) -> Callable[[float], Chain]:
     return lambda keep: chain(factorise(factorisation, **options))
 
