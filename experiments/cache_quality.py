@@ -33,7 +33,7 @@ from ngc_jax.models.latent_cache import numbers_per_token
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.text import read_text
 
-QUICK = {"rounds": 0, "propagation": 0.0}
+QUICK: dict[str, Any] = {"rounds": 0, "propagation": 0.0}
 # Calibration windows that are measured before the statistics are saved.
 WINDOWS = 2
 
@@ -165,24 +165,25 @@ def main() -> None:
     text = stream[arguments.skip_tokens :][: arguments.max_tokens]
     wanted = recipes(arguments.ratios, arguments.keeps, arguments.variants)
     needs = Needs()
-    for recipe in wanted.values():
-        needs |= recipe.chain.needs(model.config, recipe.keep, calibration)
+    for one in wanted.values():
+        needs |= one.chain.needs(model.config, one.keep, calibration)
     results = arguments.out / "results.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     with FitCache() as fits:
         roles, name = ("qkvougd", "statistics") if arguments.keeps else ("kv", "statistics-kv")
         measured = Pieces(arguments.out / name, model, calibration, needs, fits, roles)
-        for name, recipe in {"dense": None, **wanted}.items():
+        everything: dict[str, Recipe | None] = {"dense": None, **wanted}
+        for name, recipe in everything.items():
             if name not in rows:
                 started = time.perf_counter()
                 made = model if recipe is None else convert(model, recipe, calibration, measurements=measured)
                 rows[name] = {"seconds": time.perf_counter() - started, **row(made, text, arguments.window)}
                 write_json(results, rows)
-            one = rows[name]
+            found = rows[name]
             print(
-                f"{name:>20}: perplexity {one['perplexity']:.3f}, keep ratio {one['keep_ratio']:.4f}, cache "
-                f"{one['cached_numbers']:,} numbers per token, {one['cache_ratio']:.4f} of the full one",
+                f"{name:>20}: perplexity {found['perplexity']:.3f}, keep ratio {found['keep_ratio']:.4f}, cache "
+                f"{found['cached_numbers']:,} numbers per token, {found['cache_ratio']:.4f} of the full one",
                 flush=True,
             )
 

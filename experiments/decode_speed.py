@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.files import write_json
-from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.decoding import begin, decode, prefill
@@ -60,13 +60,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt that is read; 0 for none")
     parser.add_argument("--dtype", default="float32", help="of parameters and activations")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, help="take this number of layers, evenly spaced: compiles faster")
     parser.add_argument("--forms", nargs="+", default=["plain", "inference"], choices=["plain", "inference"])
     parser.add_argument("--torch", action="store_true", help="also transformers' PyTorch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     versions = f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} device(s), {os.cpu_count()} cores"
     print(f"{versions}, {arguments.dtype}, {arguments.rounds} rounds")
-    rows, hf_config = make_rows(arguments.models, jnp.dtype(arguments.dtype), arguments.forms)
+    rows, hf_config = make_rows(arguments.models, jnp.dtype(arguments.dtype), arguments.forms, arguments.layers)
     found: dict[str, Any] = {}
     for task, count in [*((f"decode, batch {b}", b) for b in arguments.batch), ("prefill", 0)]:
         if task == "prefill" and not arguments.prompt:
@@ -82,9 +83,11 @@ def main() -> None:
         write_json(arguments.json, {"versions": versions, "arguments": str(arguments), "rows": found})
 
 
-def make_rows(models: list[str], dtype: jnp.dtype, forms: list[str]) -> tuple[list[Row], dict[str, Any]]:
+def make_rows(
+    models: list[str], dtype: jnp.dtype, forms: list[str], layers: int | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """All models in all forms, and the first one's config.json; the dense model comes first."""
-    converted = [read_model(model) for model in models]
+    converted = [thinned(*read_model(model), layers) for model in models]
     hf_config, config, plan = converted[0]
     dense_hf = hf_config
     if plan.removed:
@@ -119,6 +122,31 @@ def read_model(model: str) -> tuple[dict[str, Any], DecoderConfig, Plan]:
         plan = read_plan(section, config, source.name)
     assert plan is not None, f"{model} is dense; expected a converted model"
     return dict(hf_config), config, plan
+
+
+def thinned(
+    hf_config: dict[str, Any], config: DecoderConfig, plan: Plan, layers: int | None
+) -> tuple[dict[str, Any], DecoderConfig, Plan]:
+    """A model of fewer layers, evenly spaced ones of the given; all if None."""
+    if layers is None:
+        return hf_config, config, plan
+    step = config.num_layers / layers
+    number_of = {int((new + 0.5) * step): new for new in range(layers)}
+
+    def renamed(block: Block) -> Block | None:
+        head, layer, *rest = block.name.split(".")
+        new = number_of.get(int(layer))
+        return None if new is None else dataclasses.replace(block, name=".".join([head, str(new), *rest]))
+
+    groups = []
+    for group in plan.groups:
+        members = tuple(new for member in group.members if (new := renamed(member)) is not None)
+        if members:
+            groups.append(dataclasses.replace(group, members=members))
+    dense = tuple(new for block in plan.dense if (new := renamed(block)) is not None)
+    hf_config = {**hf_config, "num_hidden_layers": layers}
+    removed = plan.removed * layers // config.num_layers
+    return hf_config, DecoderConfig.from_hf(hf_config), Plan(tuple(groups), dense, removed)
 
 
 def random_params(decoder: Decoder) -> Params:

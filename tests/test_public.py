@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 
 import ngc_jax
 from ngc_jax import Objective, OptimizerConfig, TrainConfig, UsageError
-from tests.models.compact import compact_model
-from tests.tiny import forward, random_tokens, tiny_model
+from tests.models.compact import compact_model, dense_model
+from tests.tiny import forward, random_tokens
 
+small = partial(dense_model, "llama", num_hidden_layers=1)
 TEXT = "Groups exchange signals; a weight is what two states make of each other. " * 40
 
 
@@ -47,7 +49,7 @@ def test_packages_do_not_hide_functions():
 
 
 def test_from_a_model_to_a_converted_evaluated_and_saved_one(tmp_path):
-    model = tiny_model("llama_untied")
+    model = dense_model(num_hidden_layers=1)
     compact = ngc_jax.convert(model, "svd_llm", TEXT, keep=0.6, window=32)
     assert ngc_jax.evaluate(compact, TEXT, window=32).perplexity > 1
     assert ngc_jax.evaluate(compact, random_tokens(64)[None], window=32).tokens == 62
@@ -116,7 +118,7 @@ CONFIG = TrainConfig(steps=8, batch_size=8, sequence_length=16, optimizer=Optimi
 
 
 def test_training_lowers_the_loss_and_changes_no_array_of_the_model():
-    model = tiny_model()
+    model = small()
     before = np.asarray(model.params["embed"]["embedding"]).copy()
     seen = []
     trained = ngc_jax.train(model, TEXT, config=CONFIG, on_metrics=seen.append)
@@ -128,7 +130,7 @@ def test_training_lowers_the_loss_and_changes_no_array_of_the_model():
 
 
 def test_distilling_moves_a_student_towards_its_teacher(tmp_path):
-    teacher = tiny_model("llama_untied")
+    teacher = dense_model(num_hidden_layers=1)
     student = ngc_jax.convert(teacher, "svd", keep=0.5)
     config = TrainConfig(**{**vars(CONFIG), "trainable": "states"})
     fitted = ngc_jax.distil(student, teacher, TEXT, config=config, directory=tmp_path / "checkpoints")
@@ -146,16 +148,22 @@ def test_distilling_moves_a_student_towards_its_teacher(tmp_path):
     ("call", "message"),
     [
         (
-            lambda: ngc_jax.distil(compact_model(), tiny_model(), [[1, 2], [3]], config=CONFIG),
+            lambda: ngc_jax.distil(compact_model(), small(), [[1, 2], [3]], config=CONFIG),
             "rows of different lengths",
         ),
         (
-            lambda: ngc_jax.train(tiny_model(), TEXT, config=TrainConfig(trainable="states")),
+            lambda: ngc_jax.train(small(), TEXT, config=TrainConfig(trainable="states")),
             "no neuron states to train",
         ),
-        (lambda: ngc_jax.train(tiny_model(), [1, 2, 999_999], config=CONFIG), "outside the model's vocabulary"),
-        (lambda: ngc_jax.train(tiny_model(), TEXT, config=CONFIG, objective=Objective(divergence=1.0)), "a teacher"),
-        (lambda: ngc_jax.evaluate(tiny_model(), 3.5), "expected"),
+        (
+            lambda: ngc_jax.train(small(), [1, 2, 999_999], config=CONFIG),
+            "outside the model's vocabulary",
+        ),
+        (
+            lambda: ngc_jax.train(small(), TEXT, config=CONFIG, objective=Objective(divergence=1.0)),
+            "a teacher",
+        ),
+        (lambda: ngc_jax.evaluate(small(), 3.5), "expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):
@@ -173,7 +181,7 @@ def test_what_is_missing_says_which_extra_brings_it(package, name, extra):
 
 @pytest.mark.parametrize("command", ["stability", "compare"])
 def test_a_command_without_its_extra_is_refused_in_a_line(command, tmp_path):
-    ngc_jax.save_model(tiny_model(), tmp_path / "model")
+    ngc_jax.save_model(small(), tmp_path / "model")
     program = "import sys; sys.modules['matplotlib'] = None; from ngc_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [command, str(tmp_path / "model"), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)

@@ -27,11 +27,11 @@ def figures(size: Size) -> dict[str, Figure]:
         f"generate, {name}": partial(inference.generation, size, variant)
         for name, variant in inference.variants(size).items()
     }
-    first = ("generate, dense", "generate, grouped 0.6", "generate, pruned 0.6")
+    first = ("generate, dense", "generate, grouped 0.6", "generate, pruned 0.6", "generate, int8")
     return {
         "device": inference.device,
         "logits": inference.logits,
-        **{name: generation[name] for name in first},
+        **{name: generation[name] for name in first if name in generation},
         "training step": partial(training.training_step, size),
         "large matrices": partial(linear_algebra.large_matrices, size),
         "one layer": partial(linear_algebra.one_layer, size),

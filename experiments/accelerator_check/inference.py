@@ -22,12 +22,15 @@ from experiments.accelerator_check.records import Values
 from experiments.accelerator_check.sizes import SIZES, Size, grouped_plan, peaks, pruned_width, share_of_peak
 from ngc_jax.conversion.fitting import assemble, fit_group
 from ngc_jax.conversion.passes.factorise import factorise
+from ngc_jax.conversion.state import Calibration
 from ngc_jax.conversion.statistics import calibrate
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, _read, begin, decode, prefill
 from ngc_jax.models.generate import bucket
+from ngc_jax.models.inference import for_inference
+from ngc_jax.models.latent_cache import CacheKind
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
@@ -68,7 +71,7 @@ def tiny_models() -> dict[str, LanguageModel]:
     model = random_model(DecoderConfig.from_hf(SIZES["tiny"].generation), "float32")
     tokens = random_tokens(192, model.config.vocab_size)
     measured: dict[str, Any] = {}
-    for _, layer in calibrate(model.config, model.params, tokens, window=32):
+    for _, layer in calibrate(model, Calibration(tokens, window=32)):
         measured |= layer
     method = factorise("ngc_inputs", topology="ug", gauge=True)  # one group: fitted without a pool of threads
     groups = all_candidates(candidate_cells(model.config, method.topology))
@@ -110,10 +113,22 @@ class Variant:
     Attributes:
         config: The architecture; with fewer hidden neurons if pruned.
         plan: Its groups.
+        int8: Whether matrices are stored as 8-bit codes.
+        joined: Whether it runs in the run-time layout; see `ngc_jax.models.inference`.
     """
 
     config: DecoderConfig
     plan: Plan | None = None
+    int8: bool = False
+    joined: bool = False
+
+    def make(self) -> tuple[Decoder, Params]:
+        """The decoder, whose cache is what generation chooses, and random parameters."""
+        # The run-time layout has no latent cache.
+        cache: CacheKind = "full" if self.joined else "auto"
+        decoder = Decoder(self.config, self.plan, jnp.dtype("bfloat16"), cache=cache)
+        params = random_params(decoder, int8=self.int8)
+        return for_inference(decoder, params) if self.joined else (decoder, params)
 
     def keep_ratio(self, size: Size) -> float:
         """Parameters of the blocks over those of the dense model's."""
@@ -123,7 +138,7 @@ class Variant:
 
 
 def variants(size: Size) -> dict[str, Callable[[], Variant]]:
-    """What is compared: the dense model, and at each keep ratio the grouped one and the pruned one."""
+    """What is compared: the dense model, the grouped and the pruned one at each keep ratio; int8, other layouts."""
     config = DecoderConfig.from_hf(size.generation)
 
     def grouped(keep: float, gauge: bool) -> Variant:
@@ -137,9 +152,13 @@ def variants(size: Size) -> dict[str, Callable[[], Variant]]:
     for keep in size.keeps:
         found[f"grouped {keep}"] = partial(grouped, keep, True)
         found[f"pruned {keep}"] = partial(pruned, keep)
+    found["int8"] = lambda: Variant(config, int8=True)
+    found["grouped 0.6, run-time layout"] = lambda: dataclasses.replace(grouped(0.6, True), joined=True)
+    found["dense, run-time layout"] = lambda: Variant(config, joined=True)
+    found["grouped 0.6, int8"] = lambda: dataclasses.replace(grouped(0.6, True), int8=True)
     # Without pivots: no activation is gathered.
     found["grouped 0.6, free gauge"] = partial(grouped, 0.6, False)
-    return found
+    return {name: make for name, make in found.items() if name in (size.variants or found)}
 
 
 def generation(size: Size, variant: Callable[[], Variant], wanted: Wanted) -> Iterator[tuple[str, Values]]:
@@ -148,10 +167,8 @@ def generation(size: Size, variant: Callable[[], Variant], wanted: Wanted) -> It
     if not any(map(wanted, rows.values())):
         return
     chosen = variant()
-    dtype = jnp.dtype("bfloat16")
-    decoder = Decoder(chosen.config, chosen.plan, dtype)
     began = time.perf_counter()
-    params = jax.block_until_ready(random_params(decoder))
+    decoder, params = jax.block_until_ready(chosen.make())
     made = time.perf_counter() - began
     weights = gigabytes(params)
     if wanted("weights"):

@@ -22,6 +22,7 @@ from ngc_jax.conversion.fitting import fit_group
 from ngc_jax.conversion.output_gradients import measure_output_gradients
 from ngc_jax.conversion.passes.factorise import factorise
 from ngc_jax.conversion.pruning import nystrom_reconstruct, select_neurons
+from ngc_jax.conversion.state import Calibration
 from ngc_jax.conversion.statistics import Statistics, calibrate
 from ngc_jax.models.config import block_name
 from ngc_jax.models.load import kernel_of
@@ -44,17 +45,18 @@ def one_layer(size: Size, wanted: Wanted) -> Iterator[tuple[str, Values]]:
     Each measurement runs twice, and the second run counts: the first compiles.
     """
     model = random_model(size.layer, "bfloat16")
-    config, tokens = model.config, random_tokens(size.tokens, model.config.vocab_size)
+    config = model.config
+    calibration = Calibration(random_tokens(size.tokens, config.vocab_size), window=size.window)
 
     def inputs() -> dict[str, Statistics]:
-        return next(iter(calibrate(config, model.params, tokens, window=size.window)))[1]
+        return next(iter(calibrate(model, calibration)))[1]
 
     def gradients() -> Any:
-        return measure_output_gradients(config, model.params, tokens, window=size.window)[0]
+        return measure_output_gradients(model, calibration)[0]
 
     first, _ = timed(inputs)
     seconds, measured = timed(inputs)
-    values = {"seconds": seconds, "tokens/s": len(tokens) / seconds, "first run (s)": first, **memory()}
+    values = {"seconds": seconds, "tokens/s": size.tokens / seconds, "first run (s)": first, **memory()}
     if wanted("input statistics"):
         yield "input statistics", values
     method = factorise("ngc_inputs", topology=TOPOLOGY, gauge=True)

@@ -66,6 +66,7 @@ class Size:
         tokens: Tokens that one layer is measured on, in windows of `window`.
         window: Tokens of a window.
         matrix: Width of the matrices of the linear algebra.
+        variants: Which models generate; all if empty.
     """
 
     generation: Mapping[str, Any]
@@ -80,6 +81,7 @@ class Size:
     tokens: int
     window: int
     matrix: int
+    variants: tuple[str, ...] = ()
 
     @property
     def layer(self) -> DecoderConfig:
@@ -87,9 +89,11 @@ class Size:
         return DecoderConfig.from_hf({**self.generation, "num_hidden_layers": 1})
 
 
+# One of each kind: a small run's time goes into compiling.
+_FEW = ("dense", "grouped 0.6", "pruned 0.6", "grouped 0.6, int8", "grouped 0.6, run-time layout")
 SIZES = {
     "8b": Size(_LLAMA_3_8B, _LLAMA_3_1B, (0.6, 0.8, 0.5), 128, (1, 64, 8), 512, 3, 8, 1024, 16_384, 1024, 4096),
-    "tiny": Size(_TINY, _TINY, (0.6,), 8, (3,), 16, 1, 2, 32, 96, 32, 48),
+    "tiny": Size(_TINY, _TINY, (0.6,), 8, (3,), 16, 1, 2, 32, 96, 32, 48, _FEW),
 }
 
 # Dense matrix products in bfloat16, in 10^12 operations per second, and memory bandwidth, in 10^12 bytes per second, by

@@ -39,11 +39,13 @@ class InfoConfig:
         unused = summary["unused_bytes"]
         beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""
         console.print(
-            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
+            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors "
+            f"({summary['bits_per_parameter']:.2f} bits for each parameter){beside}"
         )
         cache = summary["cache_numbers_per_token"]
-        smaller = "" if cache["latent"] == cache["full"] else f"; {cache['latent']:,} with --cache latent"
-        console.print(f"key-value cache: {cache['full']:,} numbers per token{smaller}")
+        bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}
+        smaller = "" if cache["latent"] == cache["full"] else f", {bytes_of['latent']} with --cache latent"
+        console.print(f"key-value cache in 16 bits: {bytes_of['full']} per token{smaller}")
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary

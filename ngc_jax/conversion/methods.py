@@ -146,6 +146,10 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
 
 
+# Nothing is factorised: for a conversion by options alone, such as bits.
+register_method("dense", lambda keep: chain())
+
+
 def _plain(factorisation: str, **options: Any) -> Callable[[float], Chain]:
     return lambda keep: chain(factorise(factorisation, **options))
 
@@ -175,5 +179,5 @@ register_method(
         remeasure(rounds=1),
         propagate_errors(0.3),
     ),
-    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(1.0)),
+    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(0.5)),
 )

@@ -73,7 +73,7 @@ def round_to_nearest(
     for some in _slabs(len(rows)):
         scale, offset = (_spread(part, some, grid, rows.shape[1]) for part in (scales, offsets))
         codes[some] = _nearest(rows[some].astype(np.float32), scale, offset, grid)
-    return _packed(codes, scales, offsets, grid, weight.shape, axis)
+    return _packed(codes.T, scales, offsets, grid, weight.shape, axis)
 
 
 def round_with_feedback(
@@ -106,9 +106,9 @@ def round_with_feedback(
             errors[k] = w_J - _values(code, scales_GxJ[group], offset)
             block[k + 1 :] -= feedback[start + k, start + k + 1 : end, None] * errors[k]
         left_IxJ[end:] -= feedback[start:end, end:].T @ errors
-    codes = np.empty((width, left_IxJ.shape[1]), np.int8)
+    codes = np.empty_like(codes_IxJ)
     codes[order] = codes_IxJ
-    return _packed(np.ascontiguousarray(codes.T), scales, offsets, grid, weight.shape, axis)
+    return _packed(codes, scales, offsets, grid, weight.shape, axis)
 
 
 def _feedback(second_moment_IxI: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
@@ -165,9 +165,8 @@ def _best_ranges(w_JxGxS: np.ndarray, grid: Grid, weights: np.ndarray | None) ->
         middle = (most + least) / 2
 
     def made(share: float) -> tuple[np.ndarray, np.ndarray]:
-        # Codes are not centred on 0 either: their middle is -1/2.
-        scale = np.where(whole == 0, 1.0, share * whole)
-        return scale, middle if grid.symmetric else middle + scale / 2
+        # The middle of the codes is -1/2.
+        return np.where(whole == 0, 1.0, share * whole), middle if grid.symmetric else middle + share * whole / 2
 
     if weights is None:
         return made(1.0)
@@ -211,8 +210,16 @@ def _slabs(rows: int) -> Iterator[slice]:
 
 
 def _packed(
-    codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None, grid: Grid, shape: tuple[int, ...], axis: int
+    codes_IxJ: np.ndarray,
+    scales_JxG: np.ndarray,
+    offsets_JxG: np.ndarray | None,
+    grid: Grid,
+    shape: tuple[int, ...],
+    axis: int,
 ) -> QuantisedMatrix:
+    scales, offsets = (None if part is None else np.ascontiguousarray(part.T) for part in (scales_JxG, offsets_JxG))
+    assert scales is not None
+    whole = np.pad(codes_IxJ, ((0, len(scales) * grid.group_size - len(codes_IxJ)), (0, 0)))
     return QuantisedMatrix(
-        pack(codes, grid.bits), scales, offsets, grid.bits, grid.group_size, (shape[0], shape[1]), axis
+        pack(whole, grid.bits), scales, offsets, grid.bits, grid.group_size, (shape[0], shape[1]), axis
     )

@@ -214,7 +214,7 @@ def _card(name: str, grouped: GroupedSource) -> str:
     use = (
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'    model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{name}")'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)'
     )
     parts = [
         f"# {name}",

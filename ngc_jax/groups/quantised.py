@@ -14,7 +14,9 @@ codes that are packed together, B bytes that they take.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,9 +44,11 @@ _FEW_TOKENS = 4
 class QuantisedMatrix:
     """A matrix of integer codes; a pytree of its arrays.
 
+    Its arrays have outputs in their last axis: a product then adds whole rows of codes, and reads them in order.
+
     Attributes:
-        codes: (J, I) int8 with 8 bits; with fewer (J, bytes) uint8, packed by `pack`.
-        scales: (J, G), of a floating type.
+        codes: (G S, J) int8 with 8 bits; with fewer (bytes, J) uint8, packed by `pack`. 0 after the last number.
+        scales: (G, J), of a floating type.
         offsets: As the scales; None if symmetric.
         bits: Of a code, one of `BITS`.
         group_size: S.
@@ -53,10 +57,11 @@ class QuantisedMatrix:
 
     Example:
         >>> import numpy as np
-        >>> codes = np.arange(-8, 8).reshape(1, 16)
+        >>> codes = np.zeros((32, 1), int)
+        >>> codes[:16, 0] = np.arange(-8, 8)
         >>> small = QuantisedMatrix(pack(codes, 4), np.full((1, 1), 0.5), None, 4, 32, (1, 16))
-        >>> small.codes.shape, float(small.dequantise()[0, 0])
-        ((1, 8), -4.0)
+        >>> small.codes.shape, small.dequantise().shape, float(small.dequantise()[0, 0])
+        ((16, 1), (1, 16), -4.0)
     """
 
     codes: Any
@@ -74,23 +79,26 @@ class QuantisedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes: codes, scales and offsets."""
-        return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(self))
+        """Stored bytes: codes, without those after the last number, scales and offsets."""
+        others = sum(part.size * part.dtype.itemsize for part in (self.scales, self.offsets) if part is not None)
+        return packed_length(self.shape[self.axis], self.bits) * self.shape[1 - self.axis] + others
 
     def dequantise(self, dtype: Any = jnp.float32) -> Array:
         """The matrix in floating point, of its own shape; computed in float32."""
-        rows, groups = self.scales.shape
-        codes_JxI = jnp.stack(unpack(self.codes, self.bits), axis=-1).reshape(rows, -1)
-        whole = jnp.asarray(_in_groups(codes_JxI, self.shape[self.axis], groups, self.group_size), jnp.float32)
-        whole = whole * jnp.asarray(self.scales, jnp.float32)[..., None]
+        matrix = self._as_inputs_by_outputs(dtype)
+        return matrix.T if self.axis else matrix
+
+    def _as_inputs_by_outputs(self, dtype: Any) -> Float[Array, "i j"]:
+        groups, rows = self.scales.shape
+        codes = jnp.stack(unpack(self.codes, self.bits), axis=1).reshape(groups, self.group_size, rows)
+        whole = codes.astype(jnp.float32) * jnp.asarray(self.scales, jnp.float32)[:, None]
         if self.offsets is not None:
-            whole = whole + jnp.asarray(self.offsets, jnp.float32)[..., None]
-        matrix = whole.reshape(rows, -1)[:, : self.shape[self.axis]].astype(dtype)
-        return matrix if self.axis else matrix.T
+            whole = whole + jnp.asarray(self.offsets, jnp.float32)[:, None]
+        return whole.reshape(-1, rows)[: self.shape[self.axis]].astype(dtype)
 
     def take(self, rows: Int[Array, "*batch"], dtype: Any = jnp.float32) -> Float[Array, "*batch i"]:
         """Some rows of an embedding (J, I), dequantised; only they are read."""
-        parts = jax.tree.map(lambda part: jnp.take(part, rows.reshape(-1), axis=0), self)
+        parts = jax.tree.map(lambda part: jnp.take(part, rows.reshape(-1), axis=1), self)
         some = dataclasses.replace(parts, shape=(rows.size, self.shape[1]))
         return some.dequantise(dtype).reshape(*rows.shape, self.shape[1])
 
@@ -112,80 +120,82 @@ def contract(x: Float[Array, "*batch i"], matrix: Any, axis: int = 1) -> Float[A
         spec = "...i,ji->...j" if axis else "...i,ij->...j"
         return jnp.einsum(spec, x, matrix.astype(x.dtype), preferred_element_type=kind)
     assert matrix.axis == axis, "groups run along the axis that is summed over"
-    width = matrix.shape[axis]
+    few = math.prod(x.shape[:-1]) <= _FEW_TOKENS
+    width = matrix.scales.shape[0] * matrix.group_size if few else matrix.shape[axis]
     if x.shape[-1] < width:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
-    if math.prod(x.shape[:-1]) > _FEW_TOKENS:
-        return contract(x, matrix.dequantise(x.dtype), axis)
-    tokens = [_contract_codes(token, matrix) for token in x.reshape(-1, width).astype(kind)]
-    return jnp.stack(tokens).reshape(*x.shape[:-1], matrix.scales.shape[0])
+    if not few:
+        return contract(x, matrix._as_inputs_by_outputs(x.dtype), axis=0)
+    y_TxJ = _contract_codes(x.reshape(-1, width).astype(kind), matrix)
+    return y_TxJ.reshape(*x.shape[:-1], y_TxJ.shape[-1])
 
 
-def _contract_codes(x_I: Float[Array, " i"], matrix: QuantisedMatrix) -> Float[Array, " j"]:
-    """The product for one token: codes are unpacked, multiplied and summed in one loop, and scaled group by group."""
-    (rows, groups), size = matrix.scales.shape, matrix.group_size
-    x_GxS = jnp.pad(x_I, (0, groups * size - len(x_I))).reshape(groups, size)
-    parts = unpack(matrix.codes, matrix.bits)
-    products = jnp.zeros((), x_I.dtype)
-    for k, part in enumerate(parts):
-        n = size // len(parts)
-        codes = _in_groups(part, part.shape[1], groups, n).astype(x_I.dtype)
-        products = products + codes * x_GxS[:, k :: len(parts)]
-    y_J = (products.sum(axis=-1) * matrix.scales.astype(x_I.dtype)).sum(axis=-1)
-    return y_J if matrix.offsets is None else y_J + matrix.offsets.astype(x_I.dtype) @ x_GxS.sum(axis=-1)
+def _contract_codes(x_TxI: Float[Array, "t i"], matrix: QuantisedMatrix) -> Float[Array, "t j"]:
+    """The product for a few tokens, group by group: codes are unpacked, multiplied and summed in one loop."""
+    (groups, rows), size, kind = matrix.scales.shape, matrix.group_size, x_TxI.dtype
+    x_GxTxS = x_TxI.reshape(-1, groups, size).swapaxes(0, 1)
+
+    def add_group(y_TxJ: Array, group: tuple[Any, ...]) -> tuple[Array, None]:
+        codes, scale_J, offset_J, x_TxS = group
+        parts = unpack(codes, matrix.bits)
+        sums = []
+        for x_S in x_TxS:
+            terms = [part.astype(kind) * x_S[k :: len(parts), None] for k, part in enumerate(parts)]
+            sums.append(functools.reduce(operator.add, terms).sum(axis=0))
+        y_TxJ = y_TxJ + jnp.stack(sums) * scale_J.astype(kind)
+        if offset_J is not None:
+            y_TxJ = y_TxJ + x_TxS.sum(axis=1)[:, None] * offset_J.astype(kind)
+        return y_TxJ, None
+
+    codes = matrix.codes.reshape(groups, -1, rows)
+    start = jnp.zeros((x_TxI.shape[0], rows), kind)
+    y_TxJ: Array = jax.lax.scan(add_group, start, (codes, matrix.scales, matrix.offsets, x_GxTxS))[0]
+    return y_TxJ
 
 
-def _in_groups(codes: Array, width: int, groups: int, size: int) -> Array:
-    """(J, at least `width`) codes as (J, groups, size); zeros after the last."""
-    codes = codes[:, :width]
-    if groups * size > width:
-        codes = jnp.pad(codes, ((0, 0), (0, groups * size - width)))
-    return codes.reshape(len(codes), groups, size)
-
-
-def pack(codes: Int[np.ndarray, "j i"], bits: int) -> Int[np.ndarray, "j b"]:
-    """Codes as bytes: K successive codes, the first in the lowest bits, fill B bytes, the lowest first.
+def pack(codes: Int[np.ndarray, "i j"], bits: int) -> Int[np.ndarray, "b j"]:
+    """Codes as bytes: K successive codes of a column, the first in the lowest bits, fill B bytes, the lowest first.
 
     Args:
         codes: From -2^(bits-1) to 2^(bits-1) - 1; stored as their lowest bits.
         bits: One of `BITS`.
 
     Returns:
-        (J, bytes) uint8, rows padded with zeros to a whole byte; with 8 bits the codes themselves as int8.
+        (bytes, J) uint8, padded with codes of 0 to whole units of K; with 8 bits the codes themselves as int8.
 
     Example:
         >>> import numpy as np
-        >>> pack(np.array([[1, 2, -1]]), 4).tolist()
-        [[33, 15]]
+        >>> pack(np.array([[1], [2], [-1]]), 4).tolist()
+        [[33], [15]]
     """
     if bits == 8:
         return codes.astype(np.int8)
     count, n_bytes = _PACKED[bits]
-    pad = -codes.shape[1] % count
-    low = np.pad(codes, ((0, 0), (0, pad))).astype(np.uint32) & (2**bits - 1)
-    words = (low.reshape(len(codes), -1, count) << (bits * np.arange(count, dtype=np.uint32))).sum(-1, dtype=np.uint32)
-    packed = (words[..., None] >> (8 * np.arange(n_bytes, dtype=np.uint32))).astype(np.uint8)
-    return np.ascontiguousarray(packed.reshape(len(codes), -1)[:, : packed_width(codes.shape[1], bits)])
+    low = np.pad(codes, ((0, -len(codes) % count), (0, 0))).astype(np.uint32) & (2**bits - 1)
+    words = np.zeros((len(low) // count, low.shape[1]), np.uint32)
+    for k in range(count):
+        words |= low[k::count] << np.uint32(bits * k)
+    parts = [(words >> np.uint32(8 * place)).astype(np.uint8) for place in range(n_bytes)]
+    return np.stack(parts, axis=1).reshape(-1, codes.shape[1])
 
 
-def packed_width(width: int, bits: int) -> int:
-    """Bytes of a row of packed codes: whole units of K codes."""
+def packed_length(length: int, bits: int) -> int:
+    """Bytes of a column of packed codes."""
     count, n_bytes = _PACKED[bits]
-    return -(-width // count) * n_bytes
+    return -(-length // count) * n_bytes
 
 
-def unpack(packed: Int[Array, "j b"], bits: int) -> list[Int[Array, "j n"]]:
-    """The inverse of `pack` as K arrays of int8: the k-th has every K-th code of a row, from the k-th."""
+def unpack(packed: Int[Array, "b j"], bits: int) -> list[Int[Array, "n j"]]:
+    """The inverse of `pack` as K arrays: the k-th has every K-th code of a column, from the k-th."""
     if bits == 8:
         return [packed]
     count, n_bytes = _PACKED[bits]
-    words = packed
+    words = packed.astype(jnp.int32)
     if n_bytes > 1:
-        places = packed.reshape(len(packed), -1, n_bytes).astype(jnp.uint32)
-        words = sum(places[..., place] << (8 * place) for place in range(n_bytes))
+        places = words.reshape(-1, n_bytes, packed.shape[1])
+        words = functools.reduce(operator.or_, (places[:, place] << (8 * place) for place in range(n_bytes)))
     half = 2 ** (bits - 1)
-    lows = [((words >> (bits * k)) & (2**bits - 1)).astype(jnp.int8) for k in range(count)]
-    return [(low ^ half) - jnp.int8(half) for low in lows]
+    return [(((words >> (bits * k)) & (2**bits - 1)) ^ half) - half for k in range(count)]
 
 
 def is_quantised(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ A token's position is its index in its own sequence; position -1 marks padding, 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -192,6 +193,10 @@ def extend(
     return both, written
 
 
+# Number of tokens from which on the angles are computed apart from what they rotate.
+_MANY_TOKENS = 128
+
+
 def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope) -> Float[Array, "B L N H"]:
     """Apply a rotary embedding to every head, pairing dimension i with i + H/2 as Hugging Face does.
 
@@ -203,8 +208,16 @@ def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"],
     head_dim = x_BxLxNxH.shape[-1]
     frequencies = jnp.asarray(rope.inverse_frequencies(head_dim).astype(np.float32))
     angle_BxLx1xh = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
-    cos = jnp.cos(angle_BxLx1xh) * rope.attention_factor
-    sin = jnp.sin(angle_BxLx1xh) * rope.attention_factor
+
+    def turn(angle: Array) -> tuple[Array, Array]:
+        return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+
+    if math.prod(positions_BxL.shape) < _MANY_TOKENS:
+        cos, sin = turn(angle_BxLx1xh)
+    else:
+        # XLA's CPU compiler would compute them again for every head; it does not fuse across a condition.
+        always = positions_BxL.ravel()[0] >= -1
+        cos, sin = jax.lax.cond(always, turn, lambda angle: (angle, angle), angle_BxLx1xh)
     first, second = jnp.split(x_BxLxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxLxNxH.dtype)

@@ -60,7 +60,12 @@ def model_card(
     if plain:
         parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
     else:
-        parts.append("Only ngc-jax loads it: its weights are made of neuron states when it runs.")
+        why = {
+            "its weights are made of neuron states when it runs": model.plan is not None and bool(model.plan.groups),
+            "its weights are stored as packed integers of a few bits": model.quantised,
+            f"its layers are applied {model.config.iterations} times": model.config.iterations > 1,
+        }
+        parts.append(f"Only ngc-jax loads it: {' and '.join(text for text, holds in why.items() if holds)}.")
     parts.append(f'    ngc-jax generate {name} --prompt "The capital of France is"\n    ngc-jax info {name}')
     base = conversion["base_model"] if "base_model" in conversion else hub_id(str(source or model.name))
     front = front_matter(model.license, base, plain=plain)
@@ -126,8 +131,13 @@ def _conversion_text(model: LanguageModel, what: str) -> str:
         refitted = (
             " and the rest refitted" if conversion.get("form") == "dense" and conversion.get("propagation") else ""
         )
-        text = f"{what}, whose MLPs were pruned to {model.config.mlp_dim:,} hidden neurons{refitted}, at {kept}."
+        pruned = f"whose MLPs were pruned to {model.config.mlp_dim:,} hidden neurons{refitted}"
+        how = pruned if plan.removed else "whose weights are dense"
+        text = f"{what}, {how}, at {kept}."
     rows = [(name, conversion.get(name)) for name in ("method", "form", "topology")]
+    size = sum(leaf.nbytes for leaf in model.leaves())
+    bits = f"{8 * size / model.count_parameters():.2f} bits for each parameter"
+    rows.append(("tensors", f"{size / 1e6:,.1f} MB, {bits}"))
     calibration = conversion.get("calibration")
     if isinstance(calibration, Mapping):
         rows.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['text']}"))

@@ -25,7 +25,14 @@ from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.groups.quantised import QuantisedMatrix, contract, stored_parameter
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, Readers, attend_in_latent_space
+from ngc_jax.models.latent_cache import (
+    AttentionRules,
+    CacheKind,
+    LatentCache,
+    MixedCache,
+    Readers,
+    attend_in_latent_space,
+)
 from ngc_jax.models.sites import JoinedProjection, product, site_of
 
 GroupStates = Mapping[str, Any]
@@ -153,23 +160,31 @@ class Attention(nn.Module):
             q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
             k_norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")
             k = k_norm(k)
-        limits = {
-            "scale": c.attention_scale,
-            "window": c.windows[self.layer],
-            "soft_cap": c.attention_soft_cap,
-        }
         if isinstance(cache, LatentCache):
             readers = self._readers(x, cache, groups, k_norm)
-            y, cache = attend_in_latent_space((q, k, v), cache, readers, positions, starts, rope, **limits)
+            rules = AttentionRules(rope, c.attention_scale, c.windows[self.layer], c.attention_soft_cap)
+            y, cache = attend_in_latent_space((q, k, v), cache, readers, positions, starts, rules)
             return self._output(y, groups), cache
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
+        # A cache without slots returns the tokens in order.
+        ordered = not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
         if self.hold_others:
             assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)
         else:
             attended, cache = extend(cache, k, v, positions)
-        y = attend(q, attended, positions, starts, own, ordered=cache is None, **limits)
+        y = attend(
+            q,
+            attended,
+            positions,
+            starts,
+            own,
+            scale=c.attention_scale,
+            window=c.windows[self.layer],
+            soft_cap=c.attention_soft_cap,
+            ordered=ordered,
+        )
         return self._output(y, groups), cache
 
     def _output(self, y: Float[Array, "B L N H"], groups: GroupStates) -> Float[Array, "B L D"]:

@@ -52,12 +52,14 @@ class Inspection:
     def summary(self) -> dict[str, Any]:
         """Counts as plain data."""
         stored, dense = self.stored_parameters(), self.dense_parameters()
+        total = sum(math.prod(shape) for shape in self.shapes.values())
         return {
             "keep_ratio": stored / dense,
             "stored_parameters": stored,
             "dense_parameters": dense,
-            "total_parameters": sum(math.prod(shape) for shape in self.shapes.values()),
+            "total_parameters": total,
             "bytes": self.bytes,
+            "bits_per_parameter": 8 * self.bytes / total,
             "unused_bytes": self.unused_bytes,
             "groups": 0 if self.plan is None else len(self.plan.groups),
             "cache_numbers_per_token": {

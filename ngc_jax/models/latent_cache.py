@@ -32,8 +32,8 @@ from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.rope import Rope
 
 CacheKind = Literal["full", "latent", "auto"]
-"""What a cache keeps: keys and values (`full`), signals wherever they are smaller (`latent`), or signals where that
-also takes no more time on short texts (`auto`)."""
+"""What a cache keeps: keys and values (`full`), signals wherever they are smaller (`latent`), or signals in place of
+values only (`auto`)."""
 
 
 class LatentCache(NamedTuple):
@@ -78,7 +78,7 @@ def cache_layout(config: DecoderConfig, plan: Plan | None, kind: CacheKind = "la
     Args:
         config: The decoder.
         plan: Its groups; None for a dense model, of which keys and values are kept.
-        kind: `auto` does not compute keys from a signal unless the signal also takes the place of values.
+        kind: `auto` keeps keys, since computing them from a signal takes more time than reading them.
 
     Raises:
         UsageError: If the kind is unknown.
@@ -97,13 +97,9 @@ def _layer_layout(config: DecoderConfig, plan: Plan, layer: int, kind: CacheKind
     for keys, values in dict.fromkeys([(None, None), (None, v), (k, None), (k, v)]):
         kept = tuple(width_of[name] for name in dict.fromkeys((keys, values)) if name is not None)
         layout = LayerLayout(keys, values, kept, sum(kept) + size * (keys, values).count(None))
-        if kind == "latent" or keys is values is None or (kind == "auto" and _pays(layout)):
+        if kind == "latent" or keys is values is None or (kind == "auto" and keys is None):
             choices.append(layout)
     return min(choices, key=lambda layout: layout.numbers)
-
-
-def _pays(layout: LayerLayout) -> bool:
-    return layout.keys is None or layout.keys == layout.values
 
 
 def numbers_per_token(config: DecoderConfig, plan: Plan | None, kind: CacheKind = "latent") -> int:
@@ -282,17 +278,29 @@ class Readers(NamedTuple):
     value_bias: Float[Array, "K H"] | None
 
 
+class AttentionRules(NamedTuple):
+    """What does not depend on the tokens.
+
+    Attributes:
+        rope: The rotary embedding.
+        scale: Multiplies the logits.
+        window: How many tokens a query sees, itself included; None for all before it.
+        soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh; None for no bound.
+    """
+
+    rope: Rope
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
 def attend_in_latent_space(
     qkv: tuple[Float[Array, "B L N H"], Float[Array, "B L K H"], Float[Array, "B L K H"]],
     cache: LatentCache,
     readers: Readers,
     positions_BxL: Int[Array, "B L"],
     starts_BxL: Int[Array, "B L"] | None,
-    rope: Rope,
-    *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    rules: AttentionRules,
 ) -> tuple[Float[Array, "B L N H"], LatentCache]:
     """Causal attention of new tokens to a cache that keeps signals; equal to `attend` after `extend`.
 
@@ -302,16 +310,13 @@ def attend_in_latent_space(
         readers: How keys and values are read from signals.
         positions_BxL: Positions of the new tokens; -1 for padding.
         starts_BxL: Lowest position that each query sees; None for 0.
-        rope: The rotary embedding.
-        scale: Multiplies the logits.
-        window: How many tokens a query sees, itself included; None for all before it.
-        soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh.
+        rules: Of the layer.
 
     Returns:
         The output and the new cache.
     """
     q, k, v = qkv
-    rotated = rotate(k, positions_BxL, rope)
+    rotated = rotate(k, positions_BxL, rules.rope)
     own = LayerCache(rotated.transpose(0, 2, 3, 1), v.swapaxes(1, 2), positions_BxL)
     fresh = LatentCache(
         None if cache.keys is None else own.keys,
@@ -319,21 +324,21 @@ def attend_in_latent_space(
         readers.signals,
         positions_BxL,
     )
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    attend_all = partial(attend, scale=rules.scale, window=rules.window, soft_cap=rules.soft_cap)
     if cache.positions.shape[1] == 0:
         fresh = _map(lambda old, axis, new: new.astype(old.dtype), cache, fresh)
-        return attend(rotate(q, positions_BxL, rope), own, positions_BxL, starts_BxL, **options), fresh
+        return attend_all(rotate(q, positions_BxL, rules.rope), own, positions_BxL, starts_BxL), fresh
     written = write(cache, fresh)
     if positions_BxL.shape[1] == 1:
-        return _attend_one(q, written, readers, positions_BxL, starts_BxL, rope, **options), written
+        return _attend_one(q, written, readers, positions_BxL, starts_BxL, rules), written
     # As in `attention.extend`: several tokens attend to the old cache and to themselves.
-    before = rebuilt(cache, readers, rope)
+    before = rebuilt(cache, readers, rules.rope)
     both = LayerCache(
         jnp.concatenate([before.keys, own.keys.astype(before.keys.dtype)], axis=3),
         jnp.concatenate([before.values, own.values.astype(before.values.dtype)], axis=2),
         jnp.concatenate([before.positions, positions_BxL], axis=1),
     )
-    return attend(rotate(q, positions_BxL, rope), both, positions_BxL, starts_BxL, **options), written
+    return attend_all(rotate(q, positions_BxL, rules.rope), both, positions_BxL, starts_BxL), written
 
 
 def rebuilt(cache: LatentCache, readers: Readers, rope: Rope) -> LayerCache:
@@ -364,22 +369,18 @@ def _attend_one(
     readers: Readers,
     position_Bx1: Array,
     starts_Bx1: Array | None,
-    rope: Rope,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    rules: AttentionRules,
 ) -> Array:
     """One query of every sequence."""
     batch, _, heads, head_dim = q_Bx1xNxH.shape
-    logits_BxKxGxS = _logits_of_one(q_Bx1xNxH, cache, readers, position_Bx1, rope) * scale
-    if soft_cap is not None:
-        logits_BxKxGxS = soft_cap * jnp.tanh(logits_BxKxGxS / soft_cap)
+    logits_BxKxGxS = _logits_of_one(q_Bx1xNxH, cache, readers, position_Bx1, rules.rope) * rules.scale
+    if rules.soft_cap is not None:
+        logits_BxKxGxS = rules.soft_cap * jnp.tanh(logits_BxKxGxS / rules.soft_cap)
     seen_BxS = (cache.positions >= 0) & (cache.positions <= position_Bx1)
     if starts_Bx1 is not None:
         seen_BxS &= cache.positions >= starts_Bx1
-    if window is not None:
-        seen_BxS &= position_Bx1 - cache.positions < window
+    if rules.window is not None:
+        seen_BxS &= position_Bx1 - cache.positions < rules.window
     logits_BxKxGxS = jnp.where(seen_BxS[:, None, None], logits_BxKxGxS, jnp.finfo(jnp.float32).min)
     weights_BxKxGxS = jax.nn.softmax(logits_BxKxGxS, axis=-1)
     if cache.values is not None:

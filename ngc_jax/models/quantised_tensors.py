@@ -7,14 +7,16 @@ axis that groups run along; see `ngc_jax.groups.quantised`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.quantised import BITS, QuantisedMatrix, is_quantised, packed_width
+from ngc_jax.groups.quantised import BITS, QuantisedMatrix, is_quantised, packed_length
 from ngc_jax.models.config import DecoderConfig, brief
 from ngc_jax.models.keys import hf_name
 from ngc_jax.types import Params
@@ -40,7 +42,15 @@ def tensors_of(name: str, leaf: Any) -> dict[str, Any]:
     """The tensors that store a parameter, by name."""
     if not is_quantised(leaf):
         return {name: leaf}
-    return {f"{name}_{part}": array for part in PARTS if (array := getattr(leaf, part)) is not None}
+    found = {f"{name}_{part}": array for part in PARTS if (array := getattr(leaf, part)) is not None}
+    stored = packed_length(leaf.shape[leaf.axis], leaf.bits)
+    return found | {f"{name}_codes": leaf.codes[:stored]}
+
+
+def whole_groups(matrix: QuantisedMatrix) -> QuantisedMatrix:
+    """A matrix as it is stored with the codes that complete its last group, in host memory."""
+    whole = packed_length(matrix.scales.shape[0] * matrix.group_size, matrix.bits)
+    return dataclasses.replace(matrix, codes=np.pad(matrix.codes, ((0, whole - len(matrix.codes)), (0, 0))))
 
 
 def find_quantised(
@@ -84,7 +94,7 @@ def _find(name: str, entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...
         )
     rows, width = shape[1 - axis], shape[axis]
     groups = -(-width // size)
-    wanted = {"codes": (rows, packed_width(width, bits)), "scales": (rows, groups), "offsets": (rows, groups)}
+    wanted = {"codes": (packed_length(width, bits), rows), "scales": (groups, rows), "offsets": (groups, rows)}
     kinds = {"codes": ("I8",) if bits == 8 else ("U8",), "scales": ("F16", "BF16", "F32")}
     parts: dict[str, Any] = {}
     for part in PARTS:

@@ -24,7 +24,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing, parse_json
 from ngc_jax.groups.quantised import QuantisedMatrix
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
-from ngc_jax.models.quantised_tensors import PARTS, find_quantised
+from ngc_jax.models.quantised_tensors import PARTS, find_quantised, whole_groups
 from ngc_jax.models.saved_config import SECTION
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -144,7 +144,7 @@ class SafetensorsSource(Closing):
         if matrix is None:
             return None
         found = {part: self._read(f"{name}_{part}") for part in PARTS if getattr(matrix, part) is not None}
-        return dataclasses.replace(matrix, **found)
+        return whole_groups(dataclasses.replace(matrix, **found))
 
     def _read(self, name: str) -> np.ndarray:
         if name not in self._entries:

@@ -18,8 +18,8 @@ from ngc_jax.models.quantised_tensors import ENTRY
 SECTION = "ngc"
 MODEL_TYPE = "ngc"
 ARCHITECTURE = "NgcForCausalLM"
-# 1: without the types of the dense architecture, which were in their usual place. 3: quantised matrices; only models that
-# have some are written so.
+# 1: without the types of the dense architecture, which were in their usual place. 3: quantised matrices, in the models
+# that have some.
 FORMAT_VERSION = 3
 _WITHOUT_QUANTISED = 2
 _CLASSES = {

@@ -145,6 +145,8 @@ def prepare(
     Raises:
         UsageError: If nothing would train, or the objective needs a teacher and there is none.
     """
+    if model.quantised:
+        raise UsageError(f"{model.name} is quantised and cannot be trained; train it before it is quantised")
     trained, frozen = split_params(model.params, config.trainable)
     decoder = model.decoder.clone(param_dtype=jnp.dtype("float32"), dtype=config.compute_dtype, remat=config.remat)
     optimizer = config.optimizer or OptimizerConfig(steps=config.steps)

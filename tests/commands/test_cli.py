@@ -85,7 +85,8 @@ def test_info_agrees_with_convert(compact, tmp_path, capsys):
     assert "L0-qkv" in printed
     cache = summary["cache_numbers_per_token"]
     assert cache["latent"] < cache["full"]
-    assert f"{cache['full']:,} numbers per token; {cache['latent']:,} with --cache latent" in " ".join(printed.split())
+    sizes = f"{2 * cache['full']:,} bytes per token, {2 * cache['latent']:,} bytes with --cache latent"
+    assert sizes in " ".join(printed.split())
     assert f"{summary['stored_parameters']:,}" in printed
 
 

@@ -11,13 +11,23 @@ import jax
 import numpy as np
 import pytest
 
-from ngc_jax.conversion import Calibration, chain, convert, factorise, propagate_errors, prune_neurons, remeasure
+from ngc_jax.conversion import (
+    Calibration,
+    chain,
+    convert,
+    factorise,
+    propagate_errors,
+    prune_neurons,
+    quantise,
+    remeasure,
+)
 from ngc_jax.conversion.chains import REGISTERED, Pass, option_names, register_pass
 from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.measurement_cache import MeasurementCache
 from ngc_jax.conversion.methods import METHODS, method_chain, register_method
 from ngc_jax.conversion.registry import all_passes, option_docs
 from ngc_jax.errors import UsageError
+from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.save import save_model
 from tests.tiny import forward, random_tokens, tiny_model
 
@@ -28,6 +38,7 @@ EXAMPLES = {
     "factorise": chain(factorise("ngc", allocation="loss", gauge=True)),
     "remeasure": chain(factorise("ngc", allocation="loss"), remeasure()),
     "propagate_errors": chain(factorise("svd_llm"), propagate_errors(0.5)),
+    "quantise": chain(factorise("ngc", allocation="loss", gauge=True), quantise(3, group_size=32)),
 }
 
 
@@ -50,7 +61,7 @@ def test_every_pass_is_deterministic_counted_and_plain_data(name):
     once, again = (made(passes, keep=0.6) for _ in range(2))
     for one, other in zip(jax.tree.leaves(once.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(one, other)
-    stored = sum(leaf.size for leaf in jax.tree.leaves(once.params["groups"]))
+    stored = sum(leaf.size for leaf in jax.tree.leaves(once.params["groups"], is_leaf=is_quantised))
     biases = sum(member.d_out for group in once.plan.groups for member in group.members if member.bias)
     left = sum(block.parameters for block in once.plan.dense)
     assert once.plan.count_parameters() == stored + biases + left
@@ -118,6 +129,7 @@ def test_a_chain_that_only_prunes_makes_a_dense_model():
         ((propagate_errors(0.3), factorise("ngc")), "add factorise before propagate_errors"),
         ((factorise("ngc"), factorise("ngc")), "factorises once"),
         ((factorise("svd"), propagate_errors(0.3)), "measures no inputs"),
+        ((quantise(4), factorise("ngc")), "put quantise last"),
         ((factorise("ngc"), "propagate"), "pass 1 of the chain is 'propagate'; expected a pass"),
     ],
 )

@@ -65,8 +65,11 @@ def test_every_figure_is_measured_at_the_tiny_size(tmp_path):
     assert found["logits", "converted, float32"]["max logit"] > 0.1
     for kind in ("dense", "grouped 0.6", "pruned 0.6"):
         assert found[f"generate, {kind}", "batch 3"]["decode (tokens/s)"] > 0
-    dense, grouped = (found[f"generate, {kind}", "weights"]["weights (GB)"] for kind in ("dense", "grouped 0.6"))
+    dense, grouped, int8 = (
+        found[f"generate, {kind}", "weights"]["weights (GB)"] for kind in ("dense", "grouped 0.6", "grouped 0.6, int8")
+    )
     assert grouped < dense
+    assert 0.5 < int8 / grouped < 0.6  # one byte in place of two, and the scales
     (step,) = (values for (figure, _), values in found.items() if figure == "training step")
     assert step["finite"] == 1
     assert found["large matrices", "refined eigenvectors, device float32, float64 refinement"]["error"] < 1e-7
@@ -112,7 +115,7 @@ def test_models_of_eight_billion_parameters_have_their_sizes():
     config = DecoderConfig.from_hf(size.generation)
     made = {name: variant() for name, variant in variants(size).items()}
     for name, variant in made.items():
-        if name != "dense":
+        if "grouped" in name or "pruned" in name:
             keep = float(name.split()[1].rstrip(","))
             assert keep - 0.06 < variant.keep_ratio(size) <= keep, name
     assert made["dense"].keep_ratio(size) == 1.0

@@ -1,14 +1,17 @@
 """The run-time layout computes what the plain decoder does."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
+from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models import sites
+from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inference import inference_model
 from ngc_jax.models.load import LanguageModel
-from tests.models.compact import compact_model, fixed_gauge_model
+from tests.models.compact import compact_model, dense_model, fixed_gauge_model, random_params
 from tests.tiny import forward
 
 HEADS = {"num_attention_heads": 6}
@@ -50,3 +53,14 @@ def test_logits_are_the_plain_decoders(make: Callable[..., LanguageModel], archi
     assert bool(readings) == (form != "folded")
     if make is fixed_gauge_model and form == "gathered":
         assert any(reading.pivots for reading in readings)
+
+
+def test_a_layer_of_which_every_block_is_in_a_group_has_a_run_time_layout() -> None:
+    model = dense_model("llama")
+    plan = Plan(tuple(GroupPlan(f"one-{block.name}", (block,), 5) for block in model.config.blocks()))
+    model = dataclasses.replace(model, plan=plan, params=random_params(Decoder(model.config, plan)))
+    assert "attn" not in model.params["layers"]["0"]  # without biases nothing is left of it
+    fast = inference_model(model)
+    expected, _ = forward(model.params, TOKENS, POSITIONS, decoder=model.decoder)
+    actual, _ = forward(fast.params, TOKENS, POSITIONS, decoder=fast.decoder)
+    np.testing.assert_allclose(np.asarray(actual)[0], np.asarray(expected)[0], rtol=2e-4, atol=2e-5)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernel_spec import Kernel
@@ -28,6 +29,7 @@ from ngc_jax.models.latent_cache import (
 )
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.training import sharding
 from tests.models.compact import dense_model, random_params
 
 LENGTH = 25
@@ -205,13 +207,32 @@ def test_generation_is_the_same(dtype):
     assert dtype == "bfloat16" or np.array_equal(*greedy)
 
 
+def test_devices_share_the_cache():
+    """Rows over two devices, heads over two: the same logits, and the signals' rows are split."""
+    model, lengths = grouped("qwen2", "pivots"), np.array([7, 3])
+    mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    # The vocabulary of 259 cannot be split.
+    inner, outer = ({n: v for n, v in model.params.items() if ("embed" in n) == out} for out in (False, True))
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.BATCH)
+    placed = {**jax.device_put(inner, sharding.params_shardings(inner, mesh)), **jax.device_put(outer, everywhere)}
+    decoder, prompts = with_cache(model, "latent").decoder, some_tokens()[:, :7]
+    _, cache = prefill(decoder, model.params, prompts, lengths, 9)
+    _, spread = prefill(decoder, placed, jax.device_put(prompts, rows), jax.device_put(lengths, rows), 9)
+    assert spread[0].signals[0].sharding.shard_shape(spread[0].signals[0].shape)[0] == 1
+    step = np.full((2, 1), 5)
+    close(
+        apply(decoder, placed, step, lengths[:, None], spread)[0],
+        apply(decoder, model.params, step, lengths[:, None], cache)[0],
+    )
+
+
 def test_numbers_per_token():
     """Of what arrays have, and by hand: keys and values have 20 numbers each in a layer."""
     for name, latent, auto in [
-        ("kv", 8 + 11, 8 + 11),
-        ("pivots", 8 + 3, 8 + 3),
+        ("kv", 8 + 11, 20 + 8 + 20 + 11),
+        ("pivots", 8 + 3, 20 + 8 + 20 + 3),
         ("private", 6 + 5 + 20 + 4, 20 + 5 + 20 + 4),
-        ("riemannian", 7 + 6 + 20, 7 + 20 + 20),
+        ("riemannian", 7 + 6 + 20, 20 + 7 + 20 + 20),
         ("layers", 2 * (5 + 9), 2 * (20 + 9)),
     ]:
         model = grouped("llama", name)

@@ -15,7 +15,7 @@ from ngc_jax.stability.depth import depth_stability
 from ngc_jax.stability.driving import alignment, mean_motion, potential_over_alone, potential_over_mean
 from ngc_jax.stability.sequence import responses, sequence_stability
 from ngc_jax.stability.streams import record, token_maps
-from tests.models.compact import compact_model, dense_equivalent
+from tests.models.compact import compact_model, dense_equivalent, dense_model
 from tests.test_tokens import BOS, bos_tokenizer
 from tests.tiny import random_tokens, tiny_model
 
@@ -41,7 +41,7 @@ def sequence(model, tokens, lengths=None, **options):
     return sequence_stability(model.decoder, model.params, tokens, lengths, key=KEY, **options)
 
 
-@pytest.mark.parametrize("make", [partial(tiny_model, "gemma3"), tiny_model, compact_model])
+@pytest.mark.parametrize("make", [partial(dense_model, "gemma3"), dense_model, compact_model])
 def test_depth_agrees_with_the_jacobians_of_one_token(make):
     """With as many directions as dimensions nothing is random: the metric is that of the Frobenius norm."""
     model = make()
@@ -68,7 +68,7 @@ def test_depth_agrees_with_the_jacobians_of_one_token(make):
 
 
 def test_a_few_directions_estimate_the_metric_and_say_how_well():
-    model = tiny_model()
+    model = dense_model("llama")
     tokens = jnp.stack([prompt(24, seed) for seed in range(8)])
     exact = depth(model, tokens, directions=24).metric
     few = depth(model, tokens, directions=6)
@@ -116,7 +116,7 @@ def test_a_compact_model_is_as_stable_as_the_dense_one_it_makes(measure):
 
 
 def test_padding_and_company_change_nothing_along_depth():
-    model = tiny_model()
+    model = dense_model("llama")
     one, other = prompt(), prompt(9, seed=1)
     found = depth(model, *padded(one, other), keep_frames=True)
     for row, tokens in enumerate((one, other)):
@@ -129,7 +129,7 @@ def test_padding_and_company_change_nothing_along_depth():
 
 @pytest.mark.slow
 def test_padding_and_company_change_nothing_along_the_sequence():
-    model = tiny_model()
+    model = dense_model("llama")
     one, other = prompt(), prompt(9, seed=1)
     found = sequence(model, *padded(one, other), memory=3)
     for row, tokens in enumerate((one, other)):
@@ -145,7 +145,7 @@ def test_padding_and_company_change_nothing_along_the_sequence():
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architecture):
     """With as many directions as the memory has numbers the metric is that of the Frobenius norm."""
-    model, memory, steps = tiny_model(architecture), 2, 4
+    model, memory, steps = dense_model(architecture), 2, 4
     tokens = prompt(memory + steps)
     config = model.config
     size = config.num_layers * 2 * memory * config.num_kv_heads * config.head_dim
@@ -198,7 +198,7 @@ def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architect
 
 
 def test_responses_are_causal_and_those_of_finite_differences():
-    model = tiny_model()
+    model = dense_model("llama")
     tokens, sources = prompt(), jnp.array([0, 4])
     found = np.asarray(responses(model.decoder, model.params, tokens, sources, key=KEY))
     np.testing.assert_allclose(found[[0, 1], 0, [0, 4]], 1.0, rtol=1e-5)
@@ -223,7 +223,7 @@ def test_responses_are_causal_and_those_of_finite_differences():
 
 
 def test_potentials_and_undriven_motions_add_up_to_the_motion():
-    model = tiny_model()
+    model = dense_model("llama")
     tokens, lengths = padded(prompt(), prompt(9, seed=1))
     over_alone = potential_over_alone(model.decoder, model.params, tokens, lengths)
     motion = mean_motion(model.decoder, model.params, tokens, lengths)
@@ -269,7 +269,7 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
 )
 def test_what_does_not_fit_is_refused(measure):
     with pytest.raises(UsageError, match="expected"):
-        measure(tiny_model())
+        measure(dense_model("llama"))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_refused(measure):
     ],
 )
 def test_tokens_that_the_model_does_not_know_are_refused(measure):
-    model = tiny_model()
+    model = dense_model("llama")
     with pytest.raises(UsageError, match=r"token id 30000 \(at position 1\) is outside the model's vocabulary"):
         measure(model, jnp.full((1, 80), 1).at[0, 1].set(30_000))
 
@@ -341,7 +341,7 @@ def test_a_text_for_a_decoder_says_what_to_give():
 
 
 def test_what_pads_a_row_may_be_any_number():
-    model = tiny_model()
+    model = dense_model("llama")
     rows, lengths = jnp.stack([prompt(), prompt()]), jnp.array([len(prompt()), 3])
     padded = jnp.where(jnp.arange(rows.shape[1]) < lengths[:, None], rows, -1)
     np.testing.assert_array_equal(depth(model, padded, lengths).metric, depth(model, rows, lengths).metric)
@@ -349,7 +349,7 @@ def test_what_pads_a_row_may_be_any_number():
 
 def test_gradients_reach_the_parameters():
     """A regulariser on the metric can be trained: its derivative is that of finite differences."""
-    model, tokens = tiny_model(), prompt(8)[None]
+    model, tokens = dense_model("llama"), prompt(8)[None]
 
     def total(kernel):
         layers = model.params["layers"]

@@ -18,14 +18,15 @@ from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from ngc_jax.training.step import Constants, Program, gradient_sums, init_state, jit_step, loss_sums, pmap_step
 from ngc_jax.training.trainable import merge_params, split_params
-from tests.tiny import random_tokens, tiny_model
+from tests.models.compact import dense_model
+from tests.tiny import random_tokens
 
 ROWS, LENGTH, STEPS = 16, 12, 3
 
 
 def student_and_teacher():
-    teacher = tiny_model("llama", 3)
     # Sizes that a mesh divides: 24 embed, 40 mlp, 4 x 10 heads, 2 x 10 kv; the vocabulary of 259 it does not.
+    teacher = dense_model("llama", num_hidden_layers=1, intermediate_size=40)
     student = convert(teacher, Recipe("svd", keep=0.7, gauge=True), random_tokens(64))
     return student, teacher
 
@@ -252,4 +253,4 @@ def test_bad_meshes_and_parameters_are_refused():
     with pytest.raises(UsageError, match="dimensions"):
         spec("layers/0/attn/q/kernel", (40,))
     with pytest.raises(UsageError, match="no neuron states"):
-        split_params(tiny_model().params, "states")
+        split_params(dense_model("llama", num_hidden_layers=1).params, "states")
