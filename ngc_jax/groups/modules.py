@@ -52,7 +52,8 @@ class Group(nn.Module):
     def setup(self) -> None:
         """Declare the parameters, one entry for each of the states'."""
         d_outs = dict(self.d_outs)
-        parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=self.pivots)
+        pivots = None if self.pivots is None else tuple(np.asarray(self.pivots).tolist())
+        parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=pivots)
         self._states = {name: stored_parameter(self, name, init) for name, init in parts.items()}
 
     def __call__(self) -> dict[str, Any]:
