@@ -26,7 +26,7 @@ class GenerateConfig:
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
         cache: What is kept of earlier tokens: keys and values (full), the smaller signals that they are read from
-            (latent), or signals where that takes no more time (auto).
+            (latent), or signals in place of values only (auto).
         json: Also write the summary to this file.
     """
 
@@ -42,7 +42,7 @@ class GenerateConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    cache: Literal["full", "latent", "auto"] = "auto"
+    cache: Literal["full", "latent", "auto"] = "full"
     json: str | None = None
 
     def run(self) -> dict[str, Any]:

