@@ -27,7 +27,7 @@ class GenerateConfig:
         dtype: Of the computation: float32, bfloat16 or float16; float32 on CPU by default.
         param_dtype: In which parameters are stored in memory, if not in that type.
         cache: What is kept of earlier tokens: keys and values (full), the smaller signals that they are read from
-            (latent), or signals where that takes no more time (auto).
+            (latent), or signals in place of values only (auto).
         json: Also write the summary to this file.
     """
 
@@ -44,7 +44,7 @@ class GenerateConfig:
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    cache: Literal["full", "latent", "auto"] = "auto"
+    cache: Literal["full", "latent", "auto"] = "full"
     json: str | None = None
 
     def run(self) -> dict[str, Any]:

