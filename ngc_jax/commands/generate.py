@@ -48,6 +48,7 @@ class GenerateConfig:
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.models.generate import generate, stream_text
+        from ngc_jax.models.inference import inference_model
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sampling import Sampling
         from ngc_jax.models.sources import open_source
@@ -61,7 +62,7 @@ class GenerateConfig:
             tokenizer = source.tokenizer()
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
-                model = load_from_source(source, dtype=self.dtype, progress=bar)
+                model = inference_model(load_from_source(source, dtype=self.dtype, progress=bar))
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,

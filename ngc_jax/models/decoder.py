@@ -242,7 +242,9 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, self.hold_others, self.joined, name="attn")(attn_in, positions, cache, groups, starts)
+        y, cache = Attention(*module, self.hold_others, self.joined, name="attn")(
+            attn_in, positions, cache, groups, starts
+        )
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)

@@ -52,7 +52,9 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
             joined = {}
             for roles in sites:
                 site = site_of(decoder.config, plan, layer, roles)
-                joined[roles] = _site_params(site, decoder, params, layer, {role: blocks.pop(role, {}) for role in roles})
+                joined[roles] = _site_params(
+                    site, decoder, params, layer, {role: blocks.pop(role, {}) for role in roles}
+                )
             own[part] = blocks | joined
         layers[str(layer)] = own
     rest = {name: part for name, part in params.items() if name not in ("layers", "groups")}

@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from ngc_jax.errors import UsageError
 from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import model_card
 from ngc_jax.models.keys import hf_name
@@ -44,8 +45,10 @@ def save_model(
         The directory.
 
     Raises:
-        UsageError: See `files.check_output`.
+        UsageError: If the model is in the run-time layout; see also `files.check_output`.
     """
+    if model.joined:
+        raise UsageError("the model is in the run-time layout; save the model that it was made from")
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)
