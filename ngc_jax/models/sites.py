@@ -1,7 +1,8 @@
 """How the blocks that read one input are multiplied at run time, in a decoder whose weights were joined.
 
-The parameters of a trained or converted model are stored per block and per group. To run it fast, the matrices that read
-the same numbers are joined into one product (`Site`); see `inference.for_inference`. The same function, up to rounding.
+The parameters of a trained or converted model are stored per block and per group. To run it fast, the matrices that
+read the same numbers are joined into one product (`Site`); see `inference.for_inference`. The same function, up to
+rounding.
 
 Legend: I inputs, J outputs of all blocks, S signal width, R rank.
 """
@@ -13,7 +14,6 @@ import math
 from functools import lru_cache
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -167,7 +167,7 @@ class JoinedProjection(nn.Module):
 def product(
     x: Float[Array, "... I"], weight_IxJ: Float[Array, "I J"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... J"]:
-    """x · weight, accumulated in float32; of x's type unless another is given.
+    """Multiply x · weight, accumulated in float32; of x's type unless another is given.
 
     Weights are (in, out): XLA's CPU compiler multiplies few rows by them up to twice as fast as by (out, in).
     """

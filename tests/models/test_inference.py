@@ -107,7 +107,7 @@ def test_a_single_row_in_bfloat16_is_a_row_of_several() -> None:
 
 
 def test_the_fastest_form_has_the_fewest_numbers_to_read() -> None:
-    """512 inputs and outputs, by hand: factors cost 2 r 512, in the fixed gauge r (1,024 - r), dense weights 512 x 512."""
+    """By hand, at 512 inputs and outputs: factors cost 2 r 512, in the fixed gauge r (1,024 - r), weights 512 x 512."""
     block = Block("layers.0.attn.o", 512, 512)
     pivots = {rank: tuple(range(rank)) for rank in (8, 200, 480)}
     for rank, expected in ((8, None), (200, pivots[200])):
