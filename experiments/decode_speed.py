@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.errors import UsageError
 from ngc_jax.files import write_json
 from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.config import DecoderConfig
@@ -121,7 +122,8 @@ def read_model(model: str) -> tuple[dict[str, Any], DecoderConfig, Plan]:
         hf_config, section = split_config(source.config, source.name)
         config = DecoderConfig.from_hf(hf_config)
         plan = read_plan(section, config, source.name)
-    assert plan is not None, f"{model} is dense; expected a converted model"
+    if plan is None:
+        raise UsageError(f"{model} is dense; name converted models, the dense one is measured beside them")
     return dict(hf_config), config, plan
 
 

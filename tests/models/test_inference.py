@@ -106,6 +106,14 @@ def test_a_single_row_in_bfloat16_is_a_row_of_several() -> None:
         np.testing.assert_allclose(sites.product(row[None], weight, jnp.float32)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_of_a_table(dtype: str) -> None:
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7)), dtype)
+    found = np.asarray(sites.take_columns(table, jnp.array([[6, 0, 7]])), np.float32)
+    np.testing.assert_array_equal(found[0, :2], np.asarray(table, np.float32).T[[6, 0]])
+    assert np.isnan(found[0, 2]).all()
+
+
 def test_the_fastest_form_has_the_fewest_numbers_to_read() -> None:
     """By hand, at 512 inputs and outputs: factors cost 2 r 512, in the fixed gauge r (1,024 - r), weights 512 x 512."""
     block = Block("layers.0.attn.o", 512, 512)
