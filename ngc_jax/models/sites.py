@@ -185,11 +185,11 @@ def split(y: Float[Array, "... J"], widths: list[int]) -> list[Array]:
     return [y] if len(widths) == 1 else jnp.split(y, np.cumsum(widths)[:-1].tolist(), axis=-1)
 
 
-def take_columns(table_DxV: Float[Array, "D V"], indices: Int[Array, "..."]) -> Float[Array, "... D"]:
+def take_columns(table_DxV: Float[Array, "D V"], indices: Int[Array, " *batch"]) -> Float[Array, "... D"]:
     """Columns of a matrix; NaN for an index out of range."""
     if table_DxV.dtype.itemsize != 2:
         return jnp.moveaxis(jnp.take(table_DxV, indices, axis=1), 0, -1)
-    # As bits: XLA's CPU compiler would convert the whole matrix to float32 before it looks up a column. All ones is NaN.
+    # As bits: XLA's CPU compiler would convert the whole matrix to float32 before it looks up a column. All ones: NaN.
     bits = jnp.take(jax.lax.bitcast_convert_type(table_DxV, jnp.uint16), indices, axis=1, fill_value=0xFFFF)
     return jnp.moveaxis(jax.lax.bitcast_convert_type(bits, table_DxV.dtype), 0, -1)
 
