@@ -7,7 +7,7 @@ stores as many parameters as the first of them. Weights are random: speed does n
 its plain form and in the run-time layout. `--torch` adds transformers' PyTorch, dense and narrower, on as many threads.
 
 Other load on the machine affects all rows equally: in each round every row is measured once, its speed is divided by
-the first row's in that round, and the medians over the rounds are printed.
+the first row's in that round, and the medians over the rounds are printed, with the ratio of the fastest rounds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.errors import UsageError
 from ngc_jax.files import write_json
 from ngc_jax.groups.plan import Block, Plan
 from ngc_jax.models.config import DecoderConfig
@@ -37,7 +38,7 @@ from ngc_jax.models.sources import open_source
 from ngc_jax.types import Params
 
 PROMPT = 64
-STEPS = 16
+STEPS = 8
 # Runs the measured work once, and returns after it is done.
 Run = Callable[[], None]
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt that is read; 0 for none")
     parser.add_argument("--dtype", default="float32", help="of parameters and activations")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=60.0, help="stop a task after this time, between rounds")
     parser.add_argument("--layers", type=int, help="take this number of layers, evenly spaced: compiles faster")
     parser.add_argument("--forms", nargs="+", default=["plain", "inference"], choices=["plain", "inference"])
     parser.add_argument("--torch", action="store_true", help="also transformers' PyTorch")
@@ -76,7 +78,7 @@ def main() -> None:
         runs = {row.name: decoding_run(row, count) if count else prefill_run(row, tokens) for row in rows}
         if arguments.torch:
             runs |= torch_runs(rows, hf_config, arguments.dtype, count, tokens)
-        seconds = alternate(runs, arguments.rounds)
+        seconds = alternate(runs, arguments.rounds, arguments.seconds)
         found[task] = summarise(task, seconds, tokens)
         jax.clear_caches()
     if arguments.json:
@@ -120,7 +122,8 @@ def read_model(model: str) -> tuple[dict[str, Any], DecoderConfig, Plan]:
         hf_config, section = split_config(source.config, source.name)
         config = DecoderConfig.from_hf(hf_config)
         plan = read_plan(section, config, source.name)
-    assert plan is not None, f"{model} is dense; expected a converted model"
+    if plan is None:
+        raise UsageError(f"{model} is dense; name converted models, the dense one is measured beside them")
     return dict(hf_config), config, plan
 
 
@@ -158,7 +161,7 @@ def random_params(decoder: Decoder) -> Params:
 
 def decoding_run(row: Row, batch: int) -> Run:
     """Decode `STEPS` more tokens of every sequence, greedily."""
-    tokens = (np.arange(batch * PROMPT, dtype=np.int32) % row.decoder.config.vocab_size).reshape(batch, PROMPT)
+    tokens = (jnp.arange(batch * PROMPT, dtype=jnp.int32) % row.decoder.config.vocab_size).reshape(batch, PROMPT)
     stops, greedy = jnp.full(8, -1, jnp.int32), Sampling().arrays
     lengths, remaining = jnp.full(batch, PROMPT, jnp.int32), jnp.full(batch, 1 << 20, jnp.int32)
     keys = jax.random.split(jax.random.key(0), batch)
@@ -200,10 +203,10 @@ def torch_runs(rows: list[Row], hf_config: dict[str, Any], dtype: str, batch: in
         def run(model: Any = model, memory: list[Any] = []) -> None:  # noqa: B006
             with torch.inference_mode():
                 if not batch:
-                    model(torch.arange(length)[None] % config.vocab_size, use_cache=True, logits_to_keep=1)
+                    model(torch.arange(length)[None] % hf_config["vocab_size"], use_cache=True, logits_to_keep=1)
                     return
                 if not memory:
-                    tokens = torch.arange(batch * PROMPT).reshape(batch, PROMPT) % config.vocab_size
+                    tokens = torch.arange(batch * PROMPT).reshape(batch, PROMPT) % hf_config["vocab_size"]
                     out = model(tokens, use_cache=True, logits_to_keep=1)
                     memory[:] = [out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)]
                 for _ in range(STEPS):
@@ -214,12 +217,15 @@ def torch_runs(rows: list[Row], hf_config: dict[str, Any], dtype: str, batch: in
     return runs
 
 
-def alternate(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after one that is not counted."""
+def alternate(runs: dict[str, Run], rounds: int, limit: float) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after one that is not counted; no further round after `limit` seconds."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done and time.perf_counter() - begin > limit:
+            break
         for name, run in runs.items():
             before = time.perf_counter()
             run()
@@ -235,9 +241,10 @@ def summarise(task: str, seconds: dict[str, list[float]], tokens: int) -> dict[s
     for name, its in seconds.items():
         ratios = [first / each for first, each in zip(base, its, strict=True)]
         speed = tokens / statistics.median(its)
-        found[name] = {"tokens_per_second": speed, "ratio": statistics.median(ratios)}
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"  {name:40s} {speed:8.1f} tokens/s  {found[name]['ratio']:.2f} ({spread})", flush=True)
+        best = min(base) / min(its)
+        found[name] = {"tokens_per_second": speed, "ratio": statistics.median(ratios), "ratio_of_fastest": best}
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}; fastest rounds {best:.2f}"
+        print(f"  {name:34s} {speed:8.1f} tokens/s  {found[name]['ratio']:.2f} ({spread})", flush=True)
     return found
 
 

@@ -247,11 +247,13 @@ class Comparison:
         from ngc_jax.commands.convert import text_tokens
         from ngc_jax.evaluation.perplexity import measure_perplexity
         from ngc_jax.models.generate import measure_decode_speed
+        from ngc_jax.models.inference import inference_model
 
         c = self.config
         tokens = text_tokens(c.evaluation_text, tokenizer, c.skip_tokens, c.max_tokens)
-        result = measure_perplexity(model, tokens, tokenizer=tokenizer, window=self.window, bos=c.bos)
-        speed = measure_decode_speed(model) if decode else None
+        fast = inference_model(model)
+        result = measure_perplexity(fast, tokens, tokenizer=tokenizer, window=self.window, bos=c.bos)
+        speed = measure_decode_speed(fast) if decode else None
         return {
             **dataclasses.asdict(result),
             "prefix": list(tokenizer.prefix(c.bos)),

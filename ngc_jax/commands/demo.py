@@ -99,11 +99,13 @@ class DemoConfig(ConversionOptions):
         from ngc_jax.commands.convert import model_window
         from ngc_jax.evaluation.perplexity import measure_perplexity
         from ngc_jax.models.generate import generate, measure_decode_speed
+        from ngc_jax.models.inference import inference_model
         from ngc_jax.models.sampling import Sampling
 
+        fast = inference_model(model)
         with progress_bar(name) as bar:
             result = measure_perplexity(
-                model,
+                fast,
                 tokens,
                 tokenizer=tokenizer,
                 window=model_window(self.window, model.config.max_length),
@@ -111,7 +113,7 @@ class DemoConfig(ConversionOptions):
                 progress=bar,
             )
         (sample,) = generate(
-            model,
+            fast,
             [tokenizer.encode_prompt(self.prompt, self.bos)],
             max_new_tokens=self.max_new_tokens,
             sampling=Sampling(),
@@ -123,6 +125,6 @@ class DemoConfig(ConversionOptions):
             "parameters": model.count_parameters(),
             "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
             **dataclasses.asdict(result),
-            "decode_tokens_per_second": measure_decode_speed(model),
+            "decode_tokens_per_second": measure_decode_speed(fast),
             "sample": tokenizer.decode(sample, skip_special_tokens=True),
         }

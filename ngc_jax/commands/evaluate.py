@@ -44,6 +44,7 @@ class EvaluateConfig:
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive, model_window, text_tokens
         from ngc_jax.evaluation.perplexity import check_window, measure_perplexity
+        from ngc_jax.models.inference import inference_model
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sources import open_source
 
@@ -56,6 +57,7 @@ class EvaluateConfig:
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
             with progress_bar("load") as bar:
                 model = load_from_source(source, dtype=self.dtype, param_dtype=self.param_dtype, progress=bar)
+        parameters, model = model.count_parameters(), inference_model(model)
         window = model_window(self.window, model.config.max_length)
         with progress_bar("evaluate") as bar:
             result = measure_perplexity(
@@ -75,7 +77,7 @@ class EvaluateConfig:
             "bos": self.bos,
             "prefix": list(prefix),
             **dataclasses.asdict(result),
-            "parameters": model.count_parameters(),
+            "parameters": parameters,
         }
         console.print(
             f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "

@@ -53,6 +53,7 @@ class GenerateConfig:
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.models.generate import generate, stream_text
+        from ngc_jax.models.inference import inference_model
         from ngc_jax.models.latent_cache import bytes_per_token
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sampling import Sampling
@@ -68,7 +69,7 @@ class GenerateConfig:
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
                 kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "cache": self.cache}
-                model = load_from_source(source, **kinds, progress=bar)
+                model = inference_model(load_from_source(source, **kinds, progress=bar))
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,

@@ -33,7 +33,7 @@ from ngc_jax.models.latent_cache import (
     Readers,
     attend_in_latent_space,
 )
-from ngc_jax.models.sites import JoinedProjection, product, site_of
+from ngc_jax.models.sites import JoinedProjection, product, site_of, take_columns
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
@@ -447,7 +447,7 @@ class Decoder(nn.Module):
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
         if self.joined and self.config.tied_embeddings:  # one matrix, stored as the unembedding reads it
-            rows = jnp.moveaxis(jnp.take(self.unembed(self.config.embed_dim), tokens, axis=1), 0, -1)
+            rows = take_columns(self.unembed(self.config.embed_dim), tokens)
         else:
             rows = self.embed(tokens)
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.

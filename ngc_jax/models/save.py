@@ -50,12 +50,14 @@ def save_model(
         The directory.
 
     Raises:
-        UsageError: See `files.check_output`.
+        UsageError: If the model is in the run-time layout; see also `files.check_output`.
 
     Example:
         >>> save_model(compact, "compact").name
         'compact'
     """
+    if model.joined:
+        raise UsageError("the model is in the run-time layout; save the model that it was made from")
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)

@@ -1,7 +1,8 @@
 """How the blocks that read one input are multiplied at run time, in a decoder whose weights were joined.
 
-The parameters of a trained or converted model are stored per block and per group. To run it fast, the matrices that read
-the same numbers are joined into one product (`Site`); see `inference.for_inference`. The same function, up to rounding.
+The parameters of a trained or converted model are stored per block and per group. To run it fast, the matrices that
+read the same numbers are joined into one product (`Site`); see `inference.for_inference`. The same function, up to
+rounding.
 
 Legend: I inputs, J outputs of all blocks, S signal width, R rank.
 """
@@ -15,7 +16,7 @@ from functools import lru_cache
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ngc_jax.groups.gauge import other_neurons
 from ngc_jax.groups.plan import GroupPlan, Plan
@@ -166,7 +167,7 @@ class JoinedProjection(nn.Module):
 def product(
     x: Float[Array, "... I"], weight_IxJ: Float[Array, "I J"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... J"]:
-    """X · weight, accumulated in float32; of x's type unless another is given.
+    """Multiply x · weight, accumulated in float32; of x's type unless another is given.
 
     Weights are (in, out): XLA's CPU compiler multiplies few rows by them up to twice as fast as by (out, in).
     """
@@ -181,6 +182,15 @@ def product(
 def split(y: Float[Array, "... J"], widths: list[int]) -> list[Array]:
     """Consecutive parts of the last axis."""
     return [y] if len(widths) == 1 else jnp.split(y, np.cumsum(widths)[:-1].tolist(), axis=-1)
+
+
+def take_columns(table_DxV: Float[Array, "D V"], indices: Int[Array, " *batch"]) -> Float[Array, "... D"]:
+    """Columns of a matrix; NaN for an index out of range."""
+    if table_DxV.dtype.itemsize != 2:
+        return jnp.moveaxis(jnp.take(table_DxV, indices, axis=1), 0, -1)
+    # As bits: XLA's CPU compiler would convert the whole matrix to float32 before it looks up a column. All ones: NaN.
+    bits = jnp.take(jax.lax.bitcast_convert_type(table_DxV, jnp.uint16), indices, axis=1, fill_value=0xFFFF)
+    return jnp.moveaxis(jax.lax.bitcast_convert_type(bits, table_DxV.dtype), 0, -1)
 
 
 def _take(x: Array, indices: np.ndarray) -> Array:
