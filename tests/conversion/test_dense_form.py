@@ -31,7 +31,7 @@ def made(family="llama_untied", keep=0.7, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["llama_untied", "gemma3"])  # biases, none; norms after blocks
+@pytest.mark.parametrize("family", ["llama_untied", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_model_of_the_architecture_that_is_refitted_and_saved(family, tmp_path):
     dense, refitted = tiny_model(family), made(family)
     assert refitted.plan.groups == ()
