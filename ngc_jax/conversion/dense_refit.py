@@ -68,8 +68,9 @@ def refit_dense(state: ConversionState, strength: float, shrinkage: float) -> La
         shrinkage: Of the inputs' second moments, as for `fitting.shrunk`.
     """
     pruned, calibration = state.compact, state.calibration
+    original = state.original
     assert pruned is not None
-    original = state.dense if state.original is None else state.original
+    assert original is not None
     mesh, config = calibration.mesh, pruned.config
     tokens = calibration.tokens[: calibration.propagation_tokens]
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)

@@ -1,5 +1,6 @@
 """The form dense: a plain architecture at a keep ratio, with what remains refitted."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -30,17 +31,16 @@ def made(family="llama_untied", keep=0.7, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["llama_untied", "gemma3"])  # biases, none; norms after blocks
+@pytest.mark.parametrize("family", ["llama_untied", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_model_of_the_architecture_that_is_refitted_and_saved(family, tmp_path):
     dense, refitted = tiny_model(family), made(family)
     assert refitted.plan.groups == ()
     assert refitted.plan.keep_ratio() <= 0.7
     assert refitted.hf_config["intermediate_size"] == refitted.config.mlp_dim < dense.config.mlp_dim
     # The next wider one stores too much.
-    step = int(np.gcd(dense.config.mlp_dim, 32))
-    wider = plan_dense(dense.config, "q-k-v-o-u-g-d", 1.0).config
-    assert step == 8
-    assert wider == dense.config
+    wider = dataclasses.replace(dense.config, mlp_dim=refitted.config.mlp_dim + 8)
+    stored = sum(block.parameters for block in wider.blocks())
+    assert stored > 0.7 * sum(block.parameters for block in dense.config.blocks())
     # On the calibration text it is nearer to the dense model than without the refit.
     expected = logits(dense)
     far = np.square(logits(made(family, propagation=0)) - expected).mean()
@@ -55,7 +55,7 @@ def test_a_model_of_the_architecture_that_is_refitted_and_saved(family, tmp_path
 
 
 def test_nothing_is_pruned_and_nothing_changes_at_one():
-    np.testing.assert_allclose(logits(made(keep=1.0)), logits(tiny_model("llama_untied")), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(logits(made(keep=1.0)), logits(tiny_model("llama_untied")))
 
 
 def test_the_estimate_is_least_squares():
@@ -82,18 +82,12 @@ def test_the_estimate_is_least_squares():
 )
 def test_widths(keep, multiple, width):
     sizes = {"embed_dim": 576, "mlp_dim": 1536, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
-    config = _with(tiny_model("llama").config, sizes)
+    config = dataclasses.replace(tiny_model("llama").config, **sizes)
     found = plan_dense(config, "q-k-v-o-u-g-d", keep, multiple)
     assert found.config.mlp_dim == width
     assert (
         keep - 0.75 * (multiple or 32) / 1536 < 1 - found.removed / sum(b.parameters for b in config.blocks()) <= keep
     )
-
-
-def _with(config, sizes):
-    import dataclasses
-
-    return dataclasses.replace(config, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ class PropagateErrors(Pass):
         factorise = state.chain.find(Factorise)
         assert factorise is not None
         if factorise.is_dense:
+            if state.original is None:  # nothing was pruned
+                return state
             from ngc_jax.conversion.dense_refit import refit_dense
 
             return dataclasses.replace(state, compact=refit_dense(state, self.propagation, factorise.shrinkage))
