@@ -44,7 +44,7 @@ test: $(TEST_STAMP) ## the tests that a change must keep green
 FAST := $(addprefix tests/, \
   commands/test_config_file.py \
   conversion/test_factorisations.py conversion/test_methods.py conversion/test_statistics_file.py \
-  conversion/test_symmetric_sums.py docs/test_commands.py evaluation/test_perplexity.py export/test_docs.py \
+  conversion/test_symmetric_sums.py docs/test_commands.py evaluation/test_perplexity.py exporting/test_docs.py \
   groups/test_modules.py groups/test_plan.py groups/test_states.py groups/test_topology.py \
   models/gguf/test_source.py models/test_config.py models/test_keys.py models/test_load.py models/test_rope.py \
   models/test_safetensors.py models/test_sampling.py \

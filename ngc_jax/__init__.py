@@ -10,7 +10,7 @@ The public names are here, and are imported on first use:
     save_model(compact, "smollm2-0.8")
 
 The packages behind them: `groups` (neuron states, kernels, topologies, plans, dynamics), `models` (decoder, loading,
-generation), `planning` (ranks), `conversion` (passes, methods), `training`, `stability`, `evaluation`, `export`,
+generation), `planning` (ranks), `conversion` (passes, methods), `training`, `stability`, `evaluation`, `exporting`,
 `reporting`.
 """
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from ngc_jax.errors import UsageError
     from ngc_jax.evaluation.perplexity import Perplexity, evaluate
+    from ngc_jax.exporting import export, push
     from ngc_jax.groups.plan import Plan
     from ngc_jax.models.decoder import Decoder
     from ngc_jax.models.generate import generate
@@ -67,12 +68,14 @@ __all__ = [
     "depth_stability",
     "distil",
     "evaluate",
+    "export",
     "factorise",
     "generate",
     "load_model",
     "lyapunov_spectrum",
     "propagate_errors",
     "prune_neurons",
+    "push",
     "read_text",
     "remeasure",
     "report",
@@ -94,6 +97,7 @@ _PLACES = {
     ),
     "errors": ("UsageError",),
     "evaluation.perplexity": ("Perplexity", "evaluate"),
+    "exporting": ("export", "push"),
     "groups.plan": ("Plan",),
     "models.decoder": ("Decoder",),
     "models.generate": ("generate",),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from ngc_jax.errors import UsageError
 
 # Packages that only some of the library needs, and the extra that brings them.
 _EXTRAS = {
@@ -36,6 +39,33 @@ def require(package: str) -> None:
         ModuleNotFoundError: If it is not installed; `missing_extra` says what to do.
     """
     importlib.import_module(package)
+
+
+@contextmanager
+def needs(package: str, what: str) -> Iterator[None]:
+    """Imports within need a package, without which the rest of the library works.
+
+    Args:
+        package: Its name.
+        what: What it is needed for, the subject of the message.
+
+    Raises:
+        UsageError: If it is not installed.
+
+    Example:
+        >>> with needs("fitz", "this page"):
+        ...     raise ModuleNotFoundError(name="fitz.utils")
+        Traceback (most recent call last):
+        ngc_jax.errors.UsageError: this page needs the package fitz, which is not installed; run 'pip install fitz'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != package:
+            raise
+        raise UsageError(
+            f"{what} needs the package {package}, which is not installed; run 'pip install {package}'"
+        ) from None
 
 
 def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

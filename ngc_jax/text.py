@@ -24,6 +24,10 @@ def read_text(text: str) -> str:
 
     Raises:
         UsageError: If there is no such text, it cannot be read, or it is empty.
+
+    Example:
+        >>> "object" in read_text("pydoc")
+        True
     """
     if text == "pydoc" or text.startswith("pydoc:"):
         content = _pydoc(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,7 +23,8 @@ def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Encoder | None = None,
     """Convert any accepted form of input to one stream of token ids.
 
     Args:
-        tokens: (T,) whole numbers, a NumPy or JAX array or a list; or (1, T); or, with a tokenizer, a text.
+        tokens: (T,) whole numbers, a NumPy or JAX array or a list; or (1, T); or, with a tokenizer, a text, or a list
+            of texts that are read one after the other.
         vocab_size: Of the model; ids are below it.
         tokenizer: The model's.
         least: Minimum number of tokens.
@@ -38,22 +39,78 @@ def as_tokens(tokens: Any, vocab_size: int, *, tokenizer: Encoder | None = None,
         >>> as_tokens([[3, 1, 4]], 10)
         array([3, 1, 4], dtype=int32)
     """
-    if isinstance(tokens, str) and tokenizer is not None:
-        tokens = tokenizer.encode(tokens)
+    texts = [tokens] if isinstance(tokens, str) else tokens
+    if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
+        if tokenizer is None:
+            raise UsageError("a text was given, and there is no tokenizer here to read it; expected token ids, (T,)")
+        tokens = np.concatenate([tokenizer.encode(text) for text in texts])
     try:
         array = np.asarray(tokens)
     except ValueError:  # rows of different lengths
         raise UsageError("the tokens are rows of different lengths; expected one stream, (T,): join the rows") from None
+    wanted = "token ids" if tokenizer is None else "token ids or a text"
+    if array.dtype.kind in "OSU" or array.ndim == 0:
+        raise UsageError(f"the tokens are {_kind(tokens)}; expected {wanted}, (T,) whole numbers")
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1:
         raise UsageError(f"the tokens are of shape {array.shape}; expected one stream, (T,): join the rows")
     if len(array) < least:
         raise UsageError(f"there are {len(array)} tokens; expected at least {least}: give a longer text")
     if len(array) and not np.issubdtype(array.dtype, np.integer):
-        wanted = "token ids" if tokenizer is None else "token ids or a text"
         raise UsageError(f"the tokens are of type {array.dtype}; expected {wanted}, (T,) whole numbers")
     check_ids(array, vocab_size)
     return array.astype(np.int32)
+
+
+def as_rows(prompts: Any, encode: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+    """Convert any accepted form of prompts to one array of token ids for each.
+
+    Args:
+        prompts: Arrays or lists of whole numbers, (L,) or (1, L) each, and texts; or one of these alone; or (B, L).
+        encode: Reads a text.
+
+    Returns:
+        The ids of each prompt; neither they nor their number are checked.
+
+    Raises:
+        UsageError: If it is none of these.
+
+    Example:
+        >>> [row.tolist() for row in as_rows([3, 1, 4], encode=None)]
+        [[3, 1, 4]]
+    """
+    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0 or isinstance(prompts, bytes | dict):
+        raise UsageError(f"prompts is {type(prompts).__name__}; expected texts, or token ids (L,) of each")
+    alone = isinstance(prompts, str) or getattr(prompts, "ndim", 0) == 1 or _is_ids(prompts)
+    found = []
+    for index, prompt in enumerate([prompts] if alone else prompts):
+        if isinstance(prompt, dict):
+            raise UsageError(
+                f"prompt {index} is a message of a conversation; expected a text, or token ids (L,), which "
+                "Tokenizer.apply_chat_template makes of a conversation"
+            )
+        if isinstance(prompt, str):
+            prompt = encode(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:
+            raise UsageError(f"prompt {index} has rows of different lengths; expected token ids, (L,)") from None
+        if ids.dtype.kind in "OSU":
+            raise UsageError(f"prompt {index} is {_kind(prompt)}; expected a text, or token ids (L,)")
+        found.append(ids[0] if ids.ndim == 2 and len(ids) == 1 else ids)
+    return found
+
+
+def _is_ids(prompts: object) -> bool:
+    """Whether a list is one prompt's ids."""
+    return isinstance(prompts, list | tuple) and bool(prompts) and all(isinstance(i, int | np.integer) for i in prompts)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    first = next(iter(value), None) if isinstance(value, list | tuple) else None
+    name = type(value).__name__
+    return name if first is None else f"a {name} of {type(first).__name__}"
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> None:

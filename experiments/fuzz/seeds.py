@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ngc_jax.conversion import Recipe
 from ngc_jax.conversion.pipeline import convert
-from ngc_jax.export import export_gguf
+from ngc_jax.exporting import export_gguf
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source
 from ngc_jax.models.tokenizer import Tokenizer, wrap

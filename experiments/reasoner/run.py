@@ -42,7 +42,7 @@ from ngc_jax.models.generate import generate
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.training.fresh import fresh_model
-from ngc_jax.training.loop import LoopConfig, train
+from ngc_jax.training.loop import LoopConfig, Placed, train
 from ngc_jax.training.losses import Objective, objective_sums
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.sharding import make_mesh
@@ -129,14 +129,13 @@ def fit(
     batches = ProblemBatches(
         seed, rows=settings.rows, length=settings.length, steps=settings.chain, operands=settings.operands
     )
+    constants = Constants(frozen, None if teacher is None else teacher.params)
+    placed = Placed(program, trained, constants, make_mesh(1, devices=jax.devices()[:1]))
     with progress_bar(label) as bar:
         result = train(
-            program,
-            trained,
-            Constants(frozen, None if teacher is None else teacher.params),
+            placed,
             batches,
             LoopConfig(steps),
-            mesh=make_mesh(1, devices=jax.devices()[:1]),
             on_metrics=lambda m: bar(int(m["step"]), steps, f"{label}, loss {m['loss']:.3f}"),
         )
     if result.interrupted:

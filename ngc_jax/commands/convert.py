@@ -53,6 +53,8 @@ class ConvertConfig(ConversionOptions):
         bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
         dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
+        store_dtype: Of the saved parameters that are not quantised; by default bfloat16 if the model takes at most 16
+            bits for each of its parameters, else float32.
         overwrite: Replace the output directory if it exists.
         json: Also write the summary to this file.
     """
@@ -72,6 +74,7 @@ class ConvertConfig(ConversionOptions):
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
     json: str | None = None
 
@@ -105,7 +108,7 @@ def convert_and_save(
     from ngc_jax.models.config import DecoderConfig
     from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
-    from ngc_jax.models.save import save_model
+    from ngc_jax.models.save import in_dtype, save_model, storage_dtype
     from ngc_jax.models.saved_config import split_config
     from ngc_jax.models.sources import open_source
     from ngc_jax.training.sharding import make_mesh
@@ -150,6 +153,7 @@ def convert_and_save(
         tokens = None
         if reads and config.text != "sampled":
             tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
+        stored = config.store_dtype or storage_dtype(source)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
     if reads and tokens is None:
@@ -178,7 +182,7 @@ def convert_and_save(
         )
     details = {
         "method": config.method,
-        "keep": config.keep if config.rank is None else None,
+        "keep": config.keep if config.rank is None and recipe.method != "dense" else None,
         **recipe.chain.options(),
         "passes": [one.name for one in recipe.chain],
         "source": config.model,
@@ -194,7 +198,7 @@ def convert_and_save(
         if tokens is not None
         else None,
     }
-    compact = dataclasses.replace(compact, conversion=details)
+    compact = in_dtype(dataclasses.replace(compact, conversion=details), stored)
     save_model(compact, config.out, overwrite=config.overwrite)
     with open_source(config.out) as saved:
         summary = {
@@ -208,8 +212,15 @@ def convert_and_save(
     console.print(
         f"{config.out}: {summary['groups']} groups, keep ratio {summary['keep_ratio']:.4f} "
         f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
+        f"{summary['bytes'] / 1e6:,.1f} MB, "
         f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 2**30:.2f} GiB of memory at most"
     )
+    if recipe.chain.options().get("cache_ratio") is not None:
+        cache = summary["cache_numbers_per_token"]
+        console.print(
+            f"a latent cache keeps {cache['latent']:,} of {cache['full']:,} numbers per token: "
+            f"{cache['latent'] / cache['full']:.4f}"
+        )
     return dense, compact, summary
 
 

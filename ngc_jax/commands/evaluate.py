@@ -22,7 +22,8 @@ class EvaluateConfig:
         batch_size: Windows that run at once.
         bos: Start of each window of text: auto, by the tokenizer's own rule; always, with its BOS token; or never.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
+        dtype: Of the computation: float32, bfloat16 or float16; float32 on CPU by default.
+        param_dtype: In which parameters are stored in memory, if not in that type.
         json: Also write the summary to this file.
     """
 
@@ -35,6 +36,7 @@ class EvaluateConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class EvaluateConfig:
             prefix = tokenizer.prefix(self.bos)
             tokens = text_tokens(self.text, tokenizer, self.skip_tokens, self.max_tokens)
             with progress_bar("load") as bar:
-                model = load_from_source(source, dtype=self.dtype, progress=bar)
+                model = load_from_source(source, dtype=self.dtype, param_dtype=self.param_dtype, progress=bar)
         window = model_window(self.window, model.config.max_length)
         with progress_bar("evaluate") as bar:
             result = measure_perplexity(

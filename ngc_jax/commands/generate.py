@@ -24,7 +24,10 @@ class GenerateConfig:
         seed: Of the sampling.
         bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
+        dtype: Of the computation: float32, bfloat16 or float16; float32 on CPU by default.
+        param_dtype: In which parameters are stored in memory, if not in that type.
+        cache: What is kept of earlier tokens: keys and values (full), the smaller signals that they are read from
+            (latent), or signals where that takes no more time (auto).
         json: Also write the summary to this file.
     """
 
@@ -40,6 +43,8 @@ class GenerateConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    cache: Literal["full", "latent", "auto"] = "auto"
     json: str | None = None
 
     def run(self) -> dict[str, Any]:
@@ -48,6 +53,7 @@ class GenerateConfig:
 
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.models.generate import generate, stream_text
+        from ngc_jax.models.latent_cache import bytes_per_token
         from ngc_jax.models.load import load_from_source
         from ngc_jax.models.sampling import Sampling
         from ngc_jax.models.sources import open_source
@@ -61,7 +67,8 @@ class GenerateConfig:
             tokenizer = source.tokenizer()
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
-                model = load_from_source(source, dtype=self.dtype, progress=bar)
+                kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "cache": self.cache}
+                model = load_from_source(source, **kinds, progress=bar)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,
@@ -85,6 +92,8 @@ class GenerateConfig:
             "tokenizer": self.tokenizer,
             "bos": self.bos,
             "prefix": [] if self.chat else list(tokenizer.prefix(self.bos)),  # templates write their own
+            "cache": self.cache,
+            "cache_bytes_per_token": bytes_per_token(model.config, model.plan, model.dtype)[self.cache],
             "prompts": list(self.prompt),
             "texts": texts,
         }

@@ -13,7 +13,7 @@ from jsonargparse import DefaultHelpFormatter
 # From the option to its group; groups are shown in this order. What is in none is an option of the command itself.
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "conversion": ("method", "keep"),
-    "compact model": ("topology", "rank", "kernel", "metric_rank", "lift", "rank_multiple", "iterations"),
+    "compact model": ("form", "topology", "rank", "kernel", "metric_rank", "lift", "rank_multiple", "iterations"),
     "text": (
         "text",
         "calibration_tokens",
@@ -57,7 +57,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "machine": (
         "dtype",
-        "compute_dtype",
+        "param_dtype",
+        "cache",
         "devices",
         "microbatches",
         "remat",
@@ -116,6 +117,10 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     "export": (
         "ngc-jax export smollm2-0.8 --to hf --out smollm2-0.8-hf",
         "ngc-jax export smollm2-0.8 --to gguf --type q8_0 --out smollm2-0.8.gguf",
+    ),
+    "push": (
+        "ngc-jax push smollm2-0.8 --repo me/smollm2-0.8 --dry-run",
+        "ngc-jax push smollm2-0.8 --repo me/smollm2-0.8 --private",
     ),
 }
 

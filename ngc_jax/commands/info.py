@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class InfoConfig:
-    """Print the contents of a model: groups, ranks, parameters, keep ratio, bytes.
+    """Print the contents of a model: groups, ranks, parameters, keep ratio, bytes, size of the key-value cache.
 
     Reads config.json and the headers of the tensors only.
 
@@ -39,8 +39,13 @@ class InfoConfig:
         unused = summary["unused_bytes"]
         beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""
         console.print(
-            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors{beside}"
+            f"{summary['total_parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of tensors "
+            f"({summary['bits_per_parameter']:.2f} bits for each parameter){beside}"
         )
+        cache = summary["cache_numbers_per_token"]
+        bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}
+        smaller = "" if cache["latent"] == cache["full"] else f", {bytes_of['latent']} with --cache latent"
+        console.print(f"key-value cache in 16 bits: {bytes_of['full']} per token{smaller}")
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary

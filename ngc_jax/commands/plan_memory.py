@@ -28,7 +28,7 @@ class PlanMemoryConfig:
         sequence_length: Tokens of a row.
         compile: Also compile the step for the mesh's number of devices of this machine (which needs that many), for
             the compiler's own account of temporaries.
-        compute_dtype: Type of the models' computation.
+        dtype: Of the computation; parameters that train are float32.
         optimizer: Any of optax's optimisers, by name.
         json: Also write the summary to this file.
     """
@@ -45,7 +45,7 @@ class PlanMemoryConfig:
     batch_size: int = 256
     sequence_length: int = 2048
     compile: bool = False
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     optimizer: str = "adamw"
     json: str | None = None
 
@@ -59,8 +59,10 @@ class PlanMemoryConfig:
         from ngc_jax.models.config import DecoderConfig
         from ngc_jax.models.saved_config import split_config
         from ngc_jax.models.sources import open_source
+        from ngc_jax.training.fit import TrainConfig
         from ngc_jax.training.fresh import uniform_plan
         from ngc_jax.training.memory import plan_memory
+        from ngc_jax.training.optimizer import OptimizerConfig
 
         with open_source(self.model) as source:
             hf_config, section = split_config(source.config, self.model)
@@ -73,13 +75,15 @@ class PlanMemoryConfig:
         found = plan_memory(
             config,
             plan,
-            batch_size=self.batch_size,
-            sequence_length=self.sequence_length,
+            TrainConfig(
+                batch_size=self.batch_size,
+                sequence_length=self.sequence_length,
+                optimizer=OptimizerConfig(self.optimizer),
+                trainable=self.trainable,
+                dtype=self.dtype,
+            ),
             mesh_shape=(self.data, self.fsdp, self.tensor),
             teacher=self.teacher,
-            trainable=self.trainable,
-            compute_dtype=self.compute_dtype,
-            optimizer=self.optimizer,
             compile=self.compile,
         )
         rows = [[name, f"{value / 2**30:,.3f}"] for name, value in found["bytes_per_device"].items()]
@@ -87,5 +91,10 @@ class PlanMemoryConfig:
         console.print(
             f"{found['devices']} devices; student of {found['parameters']:,} parameters, {found['trained']:,} of them "
             f"trained; {found['replicated_share']:.1%} of its bytes are replicated on every device"
+        )
+        cache = found["cache_bytes_per_token"]
+        console.print(
+            f"when it generates, {cache['full']:,} bytes of key-value cache per token in {self.compute_dtype}, "
+            f"{cache['latent']:,} with a latent cache"
         )
         return found

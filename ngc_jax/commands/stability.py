@@ -36,7 +36,8 @@ class StabilityConfig:
         seed: Of the directions.
         bos: Start of a prompt: auto, by the tokenizer's own rule; always, with its BOS token; or never.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
-        dtype: Of the parameters: float32, bfloat16 or float16; float32 on CPU by default.
+        dtype: Of the computation: float32, bfloat16 or float16; float32 on CPU by default.
+        param_dtype: In which parameters are stored in memory, if not in that type.
         out: Directory to write to.
         json: Also write the summary to this file.
     """
@@ -53,6 +54,7 @@ class StabilityConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     out: str = "runs/stability"
     json: str | None = None
 
@@ -83,7 +85,7 @@ class StabilityConfig:
             tokenizer = source.tokenizer()
             encoded = [self._encode(tokenizer, text) for text in texts]
             with progress_bar("load") as bar:
-                model = load_from_source(source, dtype=self.dtype, progress=bar)
+                model = load_from_source(source, dtype=self.dtype, param_dtype=self.param_dtype, progress=bar)
         for tokens in encoded:
             check_ids(tokens, model.config.vocab_size)
         memory = self.memory or min(32, *(len(tokens) // 2 for tokens in encoded))

@@ -49,8 +49,8 @@ class TrainingOptions:
         optimizer_options: Its further options, for example "{b2: 0.99}".
         clip_norm: Maximum global norm of a gradient.
         learning_rate_scales: Factors of the learning rate by regular expressions of parameter paths.
-        compute_dtype: Type of the models' computation; trained parameters are stored in float32. By default float32 on
-            CPU and bfloat16 elsewhere.
+        dtype: Of the computation: bfloat16 for mixed precision, in which parameters that train, gradients and the
+            optimiser's state are still float32; or float32. By default float32 on CPU and bfloat16 elsewhere.
         remat: Recompute each layer in the backward pass to save memory.
         parallel: jit over a mesh, or pmap (data parallel only).
         data: Devices along the mesh's axis data; -1 for all remaining ones.
@@ -89,7 +89,7 @@ class TrainingOptions:
     optimizer_options: dict[str, Any] | None = None
     clip_norm: float | None = 1.0
     learning_rate_scales: dict[str, float] | None = None
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     remat: bool = False
     parallel: Literal["jit", "pmap"] = "jit"
     data: int = -1
@@ -151,8 +151,8 @@ class TrainingOptions:
             yield
 
     def resolved_dtype(self, backend: str) -> str:
-        """The type of the models' computation."""
-        return self.compute_dtype or ("float32" if backend == "cpu" else "bfloat16")
+        """The type of the computation."""
+        return self.dtype or ("float32" if backend == "cpu" else "bfloat16")
 
     @property
     def rows_of_a_step(self) -> int:
@@ -213,7 +213,6 @@ class TrainingOptions:
             evaluate_every=self.evaluate_every,
             save_every=self.save_every,
             keep=self.keep_checkpoints,
-            parallel=self.parallel,
             profile=self.profile,
         )
 
@@ -304,12 +303,9 @@ class TrainingOptions:
                     console.print(f"step {step}: perplexity {metrics['perplexity']:.3f}")
 
             result = train(
-                prepared.program,
-                prepared.trained,
-                prepared.constants,
+                prepared.placed(),
                 batches,
                 options.loop(),
-                mesh=prepared.mesh,
                 directory=directory / "checkpoints",
                 settings={**options.settings(), **(made_of or {})},
                 evaluate=evaluate,

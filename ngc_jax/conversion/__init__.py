@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ngc_jax.conversion.passes.factorise import factorise
     from ngc_jax.conversion.passes.propagate_errors import propagate_errors
     from ngc_jax.conversion.passes.prune_neurons import prune_neurons
+    from ngc_jax.conversion.passes.quantise import quantise
     from ngc_jax.conversion.passes.remeasure import remeasure
     from ngc_jax.conversion.pipeline import convert
     from ngc_jax.conversion.state import Calibration, ConversionState
@@ -33,6 +34,7 @@ __all__ = [
     "method_chain",
     "propagate_errors",
     "prune_neurons",
+    "quantise",
     "register_method",
     "register_pass",
     "remeasure",
@@ -43,6 +45,7 @@ _PLACES = {
     "passes.factorise": ("factorise",),
     "passes.propagate_errors": ("propagate_errors",),
     "passes.prune_neurons": ("prune_neurons",),
+    "passes.quantise": ("quantise",),
     "passes.remeasure": ("remeasure",),
     "pipeline": ("convert",),
     "state": ("Calibration", "ConversionState"),

@@ -38,6 +38,13 @@ class Pass:
     """One step of a conversion. Subclasses override the methods that differ.
 
     Fields are options, unless their metadata contain {"option": False}. Option names are unique across all passes.
+
+    Example:
+        See `register_pass`, and docs/howto/add_a_pass.md.
+
+        >>> from ngc_jax import prune_neurons
+        >>> prune_neurons(0.9)
+        PruneNeurons(keep_neurons=0.9, flexible=False)
     """
 
     name: ClassVar[str]
@@ -91,6 +98,12 @@ class Chain:
     Attributes:
         passes: The passes, in order.
         method: The name of the method, or `custom`.
+
+    Example:
+        >>> from ngc_jax import chain, factorise
+        >>> made = chain(factorise("svd_llm", gauge=True))
+        >>> made.method, made.options()["gauge"]
+        ('custom', True)
     """
 
     passes: tuple[Pass, ...]
@@ -174,10 +187,30 @@ def register_pass(*, after: str | None = None) -> Callable[[type[P]], type[P]]:
         after: The pass that it follows where options ask for both; None for the first place.
 
     Raises:
-        ValueError: If another pass already has one of its options.
+        ValueError: If the class is no dataclass with a name, or another pass already has one of its options.
+
+    Example:
+        >>> @register_pass(after="factorise")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Report(Pass):
+        ...     name: ClassVar[str] = "report"
+        ...     loudness: int = 0
+        ...
+        ...     def apply(self, state):
+        ...         print("groups:", len(state.compact.plan.groups))
+        ...         return state
+        >>> from ngc_jax import chain, convert, factorise
+        >>> compact = convert(model, chain(factorise("svd"), Report()), keep=0.6)
+        groups: 21
+        >>> del REGISTERED["report"]
     """
 
     def register(kind: type[P]) -> type[P]:
+        if not isinstance(getattr(kind, "name", None), str) or "__dataclass_fields__" not in vars(kind):
+            raise ValueError(
+                f"{kind.__name__} cannot be registered as a pass; expected a class with @register_pass(...) above "
+                '@dataclasses.dataclass(frozen=True), and a name: ClassVar[str] = "..."'
+            )
         others = [other for other, _ in REGISTERED.values() if other.name != kind.name]
         taken = set(option_names(kind)) & {name for other in others for name in option_names(other)}
         if taken:

@@ -52,7 +52,7 @@ def measure_fisher(
         By block name, (d_in,) float64.
     """
     batches = split_windows(as_tokens(tokens, model.config.vocab_size), window, 1)
-    decoder = Decoder(model.config, None, model.dtype, remat=True)
+    decoder = model.decoder.clone(plan=None, remat=True)
     sums = {block.name: np.zeros(block.d_in) for block in model.config.blocks()}
     for done, (window_tokens, positions) in enumerate(batches, start=1):
         squares = _squared_gradients(model.params, window_tokens, positions, decoder=decoder)

@@ -161,7 +161,7 @@ def build_compact(
         fitted_states, _ = fit_kernel(kernel, names, dense, measured, found, steps=factorise.fit_steps)
         made += 1
         report(f"fit {kernel.name} states", made, sum(ranks[other.name] != DENSE for other in chosen))
-        return jax.tree.map(lambda leaf: leaf.astype(model.dtype), fitted_states)
+        return jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), fitted_states)
 
     return assemble(model, chosen, ranks, states, gauge=False, donate=donate, kernel=kernel, params_of=params_of)
 

@@ -164,7 +164,9 @@ def assemble(
     made: dict[str, Any] = {}
     for group, (found, pivots) in zip(grouped, found_states, strict=True):
         plans.append(GroupPlan(group.name, group.members, ranks[group.name], kernel, pivots))
-        made[group.name] = _group_params(group, found, model.dtype) if params_of is None else params_of(group, found)
+        made[group.name] = (
+            _group_params(group, found, model.param_dtype) if params_of is None else params_of(group, found)
+        )
         if donate:
             for member in group.members:
                 kernel_of(model.params, member.name).delete()

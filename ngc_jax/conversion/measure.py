@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from ngc_jax.conversion.fisher import measure_fisher
-from ngc_jax.conversion.layerwise import BATCHES_PER_CALL
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
-from ngc_jax.conversion.state import Calibration, Needs
-from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, calibrate
-from ngc_jax.errors import UsageError
+from ngc_jax.conversion.state import Calibration, Needs, check_dense
+from ngc_jax.conversion.statistics import InputSums, OutputGradients, Statistics, measure_inputs
 from ngc_jax.host_memory import give_back_freed, handed_over
+from ngc_jax.models.layerwise import BATCHES_PER_CALL
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.types import Progress
 
@@ -50,8 +49,12 @@ def measure(
     """
     check_dense(model)
     report = progress or (lambda stage, done, total: None)
-    config, tokens, window = model.config, calibration.tokens, calibration.window
-    some, mesh = tokens[: calibration.gradient_tokens], calibration.mesh
+    num_layers, tokens = model.config.num_layers, calibration.tokens
+    some = dataclasses.replace(
+        calibration,
+        tokens=tokens[: calibration.gradient_tokens],
+        batch_size=max(calibration.batch_size // 2, 1),
+    )
     if not needs.anything:
         return
     # If only one layer's statistics are held although there are gradients, memory matters more than time.
@@ -59,45 +62,39 @@ def measure(
     batches_per_call = 1 if sparing else BATCHES_PER_CALL
     fisher = None
     if needs.fisher:
-        fisher = measure_fisher(model, some, window=window, progress=lambda *a: report("gradients", *a))
+        fisher = measure_fisher(model, some.tokens, window=some.window, progress=lambda *a: report("gradients", *a))
 
-    def gradients_of(layers: Iterable[int], inputs: InputSums | None = None) -> dict[str, OutputGradients]:
+    def gradients_of(layers: Sequence[int], inputs: InputSums | None = None) -> dict[str, OutputGradients]:
         return measure_output_gradients(
-            config,
-            model.params,
+            model,
             some,
-            geometry=needs.gradients or "full",
-            full_roles=PRUNED_ROLES if needs.whole else "",
-            layers=list(layers),
+            GradientMeasurement(
+                geometry=needs.gradients or "full",
+                full_roles=PRUNED_ROLES if needs.whole else "",
+                layers=layers,
+            ),
             inputs=inputs,
-            window=window,
-            batch_size=max(calibration.batch_size // 2, 1),
             batches_per_call=batches_per_call,
-            mesh=mesh,
             progress=lambda *a: report("gradients", *a),
         )[0]
 
     gradients: dict[str, OutputGradients] = {}
     begun: InputSums | None = None
-    step = calibration.layers_per_pass or config.num_layers
-    if needs.gradients is not None and needs.held and step >= config.num_layers:
-        begun = InputSums(config)
-        gradients = gradients_of(range(config.num_layers), begun)
-    stream = calibrate(
-        config,
-        model.params,
-        tokens if begun is None else tokens[begun.count :],
+    step = calibration.layers_per_pass or num_layers
+    if needs.gradients is not None and needs.held and step >= num_layers:
+        begun = InputSums(model.config)
+        gradients = gradients_of(range(num_layers), begun)
+    stream = measure_inputs(
+        model,
+        calibration if begun is None else dataclasses.replace(calibration, tokens=tokens[begun.count :]),
         begun=begun,
         keep_first=needs.first,
-        window=window,
-        batch_size=calibration.batch_size,
         batches_per_call=batches_per_call,
-        mesh=mesh,
         progress=lambda *a: report("calibrate", *a),
     )
     for layer, statistics in stream:
         if needs.gradients is not None and begun is None and layer % step == 0:
-            gradients = gradients_of(range(layer, min(layer + step, config.num_layers)))
+            gradients = gradients_of(range(layer, min(layer + step, num_layers)))
         if fisher is not None:
             statistics = {n: dataclasses.replace(s, fisher=fisher[n]) for n, s in statistics.items()}
         if gradients:
@@ -107,15 +104,3 @@ def measure(
         yield handed_over(statistics)
         if sparing:
             give_back_freed()
-
-
-def check_dense(model: LanguageModel) -> None:
-    """Refuse a model that cannot be converted.
-
-    Raises:
-        UsageError: If it is compact, or applies its layers several times.
-    """
-    if model.plan is not None:
-        raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
-    if model.config.iterations > 1:
-        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")

@@ -13,10 +13,10 @@ import numpy as np
 
 from ngc_jax.conversion.fisher import measure_fisher
 from ngc_jax.conversion.fitted import FitCache
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pruning import PRUNED_ROLES
 from ngc_jax.conversion.state import Calibration, Needs
-from ngc_jax.conversion.statistics import Statistics, calibrate
+from ngc_jax.conversion.statistics import Statistics, measure_inputs
 from ngc_jax.conversion.statistics_file import load_statistics, save_statistics
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.types import Params, Progress
@@ -117,26 +117,25 @@ def _measure(
     seconds: dict[str, float] = {}
     fisher: dict[str, Any] = {}
     gradients: dict[str, Any] = {}
-    tokens, window = calibration.tokens, calibration.window
-    some = tokens[: calibration.gradient_tokens]
+    # Whatever the conversions' own sizes of batches, so that the cache serves them all.
+    text = Calibration(calibration.tokens, calibration.window)
+    some = Calibration(text.tokens[: calibration.gradient_tokens], text.window, batch_size=2)
     started = time.perf_counter()
-    stream = calibrate(model.config, model.params, tokens, window=window, progress=lambda *a: report("calibrate", *a))
+    stream = measure_inputs(model, text, progress=lambda *a: report("calibrate", *a))
     layers = [statistics for _, statistics in stream]
     seconds["inputs"] = time.perf_counter() - started
     if needs.gradients is not None:
         started = time.perf_counter()
         gradients, _ = measure_output_gradients(
-            model.config,
-            model.params,
+            model,
             some,
-            full_roles=PRUNED_ROLES if needs.whole else "",
-            window=window,
+            GradientMeasurement(full_roles=PRUNED_ROLES if needs.whole else ""),
             progress=lambda *a: report("gradients", *a),
         )
         seconds["gradients"] = time.perf_counter() - started
     if needs.fisher:
         started = time.perf_counter()
-        fisher = measure_fisher(model, some, window=window, progress=lambda *a: report("fisher", *a))
+        fisher = measure_fisher(model, some.tokens, window=some.window, progress=lambda *a: report("fisher", *a))
         seconds["fisher"] = time.perf_counter() - started
     return [
         {n: dataclasses.replace(s, fisher=fisher.get(n), gradients=gradients.get(n)) for n, s in layer.items()}

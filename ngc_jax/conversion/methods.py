@@ -20,14 +20,19 @@ from ngc_jax.errors import UsageError
 
 # By name: a function from the keep ratio to the method's chain.
 METHODS: dict[str, Callable[[float], Chain]] = {}
+# The same, in the form dense; methods that prune no neurons have none.
+DENSE_FORMS: dict[str, Callable[[float], Chain]] = {}
 
 
-def register_method(name: str, make: Callable[[float], Chain]) -> None:
+def register_method(
+    name: str, make: Callable[[float], Chain], *, dense: Callable[[float], Chain] | None = None
+) -> None:
     """Register a method under a name, for `convert`, the command line and comparisons.
 
     Args:
         name: The name; replaces a method of the same name.
         make: Maps a keep ratio to the chain.
+        dense: The same in the form dense; None if the method has none.
 
     Example:
         >>> register_method("svd_llm_gauge", lambda keep: chain(factorise("svd_llm", gauge=True)))
@@ -36,6 +41,9 @@ def register_method(name: str, make: Callable[[float], Chain]) -> None:
         >>> del METHODS["svd_llm_gauge"]
     """
     METHODS[name] = make
+    DENSE_FORMS.pop(name, None)
+    if dense is not None:
+        DENSE_FORMS[name] = dense
 
 
 def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = None) -> Chain:
@@ -51,6 +59,12 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
 
     Raises:
         UsageError: If the method or an option is unknown, or options contradict each other.
+
+    Example:
+        >>> [one.name for one in method_chain("ngc", 0.8)]
+        ['prune_neurons', 'factorise', 'remeasure', 'propagate_errors']
+        >>> [one.name for one in method_chain("ngc", 0.8, {"rounds": 0, "propagation": 0})]
+        ['prune_neurons', 'factorise']
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
@@ -59,7 +73,13 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
     known = [option for kind in kinds for option in option_names(kind)]
     if wrong := sorted(set(given) - set(known)):
         raise UsageError(f"there is no option {wrong[0]!r} of a conversion; expected one of {', '.join(known)}")
-    passes, asked = list(METHODS[name](keep)), set()
+    make = METHODS[name]
+    if given.get("form") == "dense":
+        if name not in DENSE_FORMS:
+            known = ", ".join(DENSE_FORMS)
+            raise UsageError(f"method {name} has no form dense, because it prunes no neurons; expected one of {known}")
+        make = DENSE_FORMS[name]
+    passes, asked = list(make(keep)), set()
     for place, kind in enumerate(kinds):
         mine = {option: given[option] for option in option_names(kind) if option in given}
         if not mine:
@@ -126,6 +146,10 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep ratio {keep:g} is outside (0, 1]; 0.8 keeps 80 % of the parameters")
 
 
+# Nothing is factorised: for a conversion by options alone, such as bits.
+register_method("dense", lambda keep: chain())
+
+
 def _plain(factorisation: str, **options: Any) -> Callable[[float], Chain]:
     return lambda keep: chain(factorise(factorisation, **options))
 
@@ -140,6 +164,7 @@ register_method("svd_llm_v2", _plain("svd_llm", allocation="svd_llm_v2"))
 register_method(
     "nystrom",
     lambda keep: chain(prune_neurons(keep, flexible=True), factorise("svd_llm", allocation="neurons")),
+    dense=lambda keep: chain(prune_neurons(), factorise("svd_llm", form="dense")),
 )
 register_method("basis_sharing", _plain("basis_sharing", topology="qq-kk-vv-o-uu-gg-d"))
 register_method("ngc_paper", _plain("ngc_paper", topology="qkv-o-ug-d"))
@@ -154,4 +179,5 @@ register_method(
         remeasure(rounds=1),
         propagate_errors(0.3),
     ),
+    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(0.5)),
 )

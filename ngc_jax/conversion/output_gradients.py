@@ -11,6 +11,7 @@ outputs of a block, I its inputs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -21,14 +22,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.conversion.layerwise import BATCHES_PER_CALL, each_batch, stack_batches
-from ngc_jax.conversion.statistics import InputSums, OutputGradients, layer_kind, read_layer, run_layer, sown_input
+from ngc_jax.conversion.state import Calibration
+from ngc_jax.conversion.statistics import InputSums, OutputGradients, add_inputs
 from ngc_jax.conversion.symmetric_sums import gram, whole, zero_bands
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
-from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.plan import Block
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name
-from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
+from ngc_jax.models.decoder import INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.layerwise import (
+    BATCHES_PER_CALL,
+    Layer,
+    each_batch,
+    embed,
+    layer_module,
+    run_stack,
+    stack_batches,
+)
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
@@ -37,11 +48,31 @@ Loss = Literal["text", "sampled", "teacher"]
 LayerParams = Callable[[int], Params]
 
 
-def _block_sums(d_out: int, d_in: int, geometry: GradientGeometry, slopes: bool, full: bool) -> dict[str, Any]:
-    sums: dict[str, Any] = {"mean_square": jnp.zeros(d_out)}
-    if geometry == "full":
-        sums["second_moment"] = zero_bands(d_out if full else min(d_out, d_in))
-    if slopes:
+@dataclasses.dataclass(frozen=True)
+class GradientMeasurement:
+    """Which gradients are measured, and which of their statistics.
+
+    Attributes:
+        loss: Cross-entropy with the `text`, with tokens `sampled` from the model (the true Fisher information), or
+            divergence from the `teacher`.
+        geometry: Sum `full` second moments, or only their diagonal.
+        slopes: Also sum the loss's slope along the line from the teacher's weights to those of the measured model.
+        full_roles: Roles of which G itself is summed, whatever the block's shape.
+        layers: Which to measure; all if None. The backward pass stops at the lowest.
+    """
+
+    loss: Loss = "text"
+    geometry: GradientGeometry = "full"
+    slopes: bool = False
+    full_roles: str = ""
+    layers: Sequence[int] | None = None
+
+
+def _block_sums(block: Block, what: GradientMeasurement, full: bool) -> dict[str, Any]:
+    sums: dict[str, Any] = {"mean_square": jnp.zeros(block.d_out)}
+    if what.geometry == "full":
+        sums["second_moment"] = zero_bands(block.d_out if full else min(block.d_out, block.d_in))
+    if what.slopes:
         sums["slope"] = jnp.zeros(())
     return sums
 
@@ -67,25 +98,24 @@ def _add(
     return new
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "mesh", "full_roles"), donate_argnames=("sums", "upstream"))
+@partial(jax.jit, static_argnames=("layer", "mesh", "full_roles"), donate_argnames=("sums", "upstream"))
 def _backward(
-    params: Params,
-    teacher: Params | None,
+    params: tuple[Params, Params | None],
     x: Float[Array, "K B L D"],
     positions: Int[Array, "K B L"],
     upstream: Float[Array, "K B L D"],
     sums: dict[str, dict[str, Any]],
     *,
-    config: DecoderConfig,
-    kind: int,
+    layer: DecoderLayer,
     mesh: Mesh | None,
     full_roles: str,
 ) -> tuple[Array, dict[str, dict[str, Any]]]:
     """Run a layer on a stack, backpropagate the gradient from its output to its input, and add to its blocks' sums.
 
-    `teacher` has the weights W of W^T g: those of the dense model, whichever model runs; None if that is the dense one.
+    `params` has the layer's, and those with the weights W of W^T g: the dense model's, whichever model runs; None if
+    that is the dense one.
     """
-    layer = DecoderLayer(config, Plan(), kind, x.dtype)
+    config = layer.config
 
     def step(
         both: tuple[Params, Params | None],
@@ -97,21 +127,18 @@ def _backward(
         x, positions = data["x"], data["positions"]
         nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
         for role in ROLES:
-            _, _, part, _ = (block := config.block(kind, role)).name.split(".")
+            _, _, part, _ = (block := config.block(layer.layer, role)).name.split(".")
             nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
 
         def run(x: Array, moved: Params) -> tuple[Array, Any]:
-            variables = {"params": params, "perturbations": moved}
-            (y, _), sown = layer.apply(variables, x, positions, mutable=[BLOCK_INPUTS])
-            return y, sown[BLOCK_INPUTS]
+            return Layer(layer, params).read(x, positions, perturbations=moved)
 
-        _, pull, sown = jax.vjp(run, x, nothing, has_aux=True)
+        _, pull, inputs = jax.vjp(run, x, nothing, has_aux=True)
         downstream, gradients = pull(upstream)
         new = {}
         for name, block_sums in sums.items():
             part, role = name.split(".")
-            gradient = gradients[part][role]["output"]
-            read = sown_input(sown, role)
+            gradient, read = gradients[part][role]["output"], inputs[INPUT_SITE[role]]
             new[name] = _add(
                 block_sums,
                 params[part][role]["kernel"],
@@ -122,7 +149,7 @@ def _backward(
             )
         return downstream, new
 
-    return each_batch(step, (params, teacher), {"x": x, "positions": positions}, upstream, sums, mesh=mesh)
+    return each_batch(step, params, {"x": x, "positions": positions}, upstream, sums, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("decoder", "loss"))
@@ -158,22 +185,14 @@ def _loss_gradient(
 
 
 def measure_output_gradients(
-    config: DecoderConfig,
-    params: Params,
-    tokens: np.ndarray,
+    model: LanguageModel,
+    calibration: Calibration,
+    what: GradientMeasurement | None = None,
     *,
     layer_params: LayerParams | None = None,
-    loss: Loss = "text",
-    geometry: GradientGeometry = "full",
-    slopes: bool = False,
-    full_roles: str = "",
-    layers: Sequence[int] | None = None,
     inputs: InputSums | None = None,
     key: Key[Array, ""] | None = None,
-    window: int = 1024,
-    batch_size: int = 2,
     batches_per_call: int = BATCHES_PER_CALL,
-    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, OutputGradients], float]:
     """Measure the gradients of the loss with respect to the outputs of the blocks of a decoder.
@@ -182,23 +201,14 @@ def measure_output_gradients(
     compiled function serves all layers. Memory: the residual streams of a stack times layers, and the sums.
 
     Args:
-        config: The architecture.
-        params: Dense parameters of the teacher.
-        tokens: (T,), one stream of token ids; cut into windows.
+        model: The dense model, the teacher.
+        calibration: The tokens, and how they are run: all of the tokens, whatever its `gradient_tokens`.
+        what: The loss and its statistics; those of `GradientMeasurement()` if None.
         layer_params: Dense parameters of each layer of the model measured, by number; the teacher's if None.
-        loss: Cross-entropy with the `text`, with tokens `sampled` from the model (the true Fisher information), or
-            divergence from the `teacher`.
-        geometry: Sum `full` second moments, or only their diagonal.
-        slopes: Also sum the loss's slope along the line from the teacher's weights to those of the measured model.
-        full_roles: Roles of which G itself is summed, whatever the block's shape.
-        layers: Which to measure; all if None. The backward pass stops at the lowest.
         inputs: Sums to which the blocks' inputs are added on the way forward, for `calibrate` to continue. Of the
             teacher only.
         key: For sampled tokens.
-        window: Tokens in a window.
-        batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
-        mesh: The windows of a batch are sharded over its axis "data"; None for one device.
         progress: Called with (batches done, total).
 
     Returns:
@@ -207,47 +217,38 @@ def measure_output_gradients(
     Raises:
         UsageError: If there are fewer than two tokens, or gradients are not finite.
     """
-    tokens = as_tokens(tokens, config.vocab_size, least=0)
+    what = what or GradientMeasurement()
+    config, params, mesh = model.config, model.params, calibration.mesh
+    decoder = model.decoder.clone(dtype=None)
+    tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
     if len(tokens) < 2:
         raise UsageError("there are too few tokens to take gradients on; give a longer text")
-    if loss == "sampled" and key is None:
+    if what.loss == "sampled" and key is None:
         raise ValueError("sampled tokens need a key")
     if inputs is not None and layer_params is not None:
         raise ValueError("only the teacher's inputs can be added up")
-    dtype = jax.tree.leaves(params["layers"])[0].dtype
-    decoder = Decoder(config, None, dtype)
     ends = {name: value for name, value in params.items() if name != "layers"}
-    embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
     teacher_layers: LayerParams = lambda layer: params["layers"][str(layer)]  # noqa: E731
     ours = layer_params or teacher_layers
-    chosen = sorted(range(config.num_layers) if layers is None else layers)
-    sums = {
-        layer: {
-            ".".join(block.name.split(".")[2:]): _block_sums(
-                block.d_out, block.d_in, geometry, slopes, role in full_roles
-            )
-            for role, block in ((role, config.block(layer, role)) for role in ROLES)
-        }
-        for layer in chosen
-    }
-    stacks = stack_batches(tokens, window, batch_size, batches_per_call, mesh)
+    modules = [layer_module(decoder, layer) for layer in range(config.num_layers)]
+    chosen = sorted(range(config.num_layers) if what.layers is None else what.layers)
+    sums = {layer: _layer_sums(config, layer, what) for layer in chosen}
+    stacks = stack_batches(tokens, calibration.window, calibration.batch_size, batches_per_call, mesh)
     done, in_all = 0, sum(stack.used() for stack in stacks)
     total = 0.0
     for stack in stacks:
-        batch, positions, mask = stack
-        kept = [embed({"embed": params["embed"]}, batch)]
+        kept = [embed(decoder, params, stack.tokens)]
         teacher = kept[0]
-        for layer in range(config.num_layers):
-            kind = layer_kind(config, layer)
+        for layer, module in enumerate(modules):
             if inputs is None:
-                kept.append(run_layer(ours(layer), kept[-1], positions, config=config, kind=kind, mesh=mesh))
+                kept.append(run_stack(ours(layer), kept[-1], stack.positions, layer=module, mesh=mesh))
             else:
-                y, inputs.layers[layer] = read_layer(
-                    ours(layer), kept[-1], positions, mask, inputs.layers[layer], config=config, kind=kind, mesh=mesh
+                y, inputs.layers[layer] = add_inputs(
+                    ours(layer), kept[-1], stack, inputs.layers[layer], layer=module, mesh=mesh
                 )
                 kept.append(y)
-            if loss == "teacher":
-                teacher = run_layer(teacher_layers(layer), teacher, positions, config=config, kind=kind, mesh=mesh)
+            if what.loss == "teacher":
+                teacher = run_stack(teacher_layers(layer), teacher, stack.positions, layer=module, mesh=mesh)
         upstream = jnp.zeros_like(last := kept.pop())
         for k in range(stack.used()):
             if key is not None:
@@ -255,51 +256,67 @@ def measure_output_gradients(
             value, gradient = _loss_gradient(
                 ends,
                 last[k],
-                teacher[k] if loss == "teacher" else None,
-                batch[k],
-                positions[k],
-                batch_key if loss == "sampled" else None,
+                teacher[k] if what.loss == "teacher" else None,
+                stack.tokens[k],
+                stack.positions[k],
+                batch_key if what.loss == "sampled" else None,
                 decoder=decoder,
-                loss=loss,
+                loss=what.loss,
             )
             upstream = upstream.at[k].set(gradient)
             total += float(value)
         for layer in range(config.num_layers - 1, chosen[0] - 1, -1):
-            kind = layer_kind(config, layer)
             upstream, new = _backward(
-                ours(layer),
-                None if layer_params is None else teacher_layers(layer),
+                (ours(layer), None if layer_params is None else teacher_layers(layer)),
                 kept.pop(),
-                positions,
+                stack.positions,
                 upstream,
                 sums.get(layer, {}),
-                config=config,
-                kind=kind,
+                layer=modules[layer],
                 mesh=mesh,
-                full_roles=full_roles,
+                full_roles=what.full_roles,
             )
             if layer in sums:
                 sums[layer] = new
         if inputs is not None:
-            inputs.count += int((positions >= 0).sum())
+            inputs.count += int((stack.positions >= 0).sum())
         done += stack.used()
         if progress is not None:
             jax.block_until_ready(upstream)
             progress(done, in_all)
     if not np.isfinite(total):
         raise UsageError("the loss on the calibration text is not finite; load the model with --dtype float32")
-    found = {}
+    found: dict[str, OutputGradients] = {}
     for layer in chosen:
-        for role in ROLES:
-            block = config.block(layer, role)
-            mean: dict[str, Any] = {
-                name: (whole(map(np.asarray, value)) if name == "second_moment" else np.asarray(value, np.float64))
-                / len(tokens)
-                for name, value in sums[layer].pop(".".join(block.name.split(".")[2:])).items()
-            }
-            if not all(np.isfinite(value).all() for value in mean.values()):
-                raise UsageError(f"the gradients of {block.name} are not finite; load the model with --dtype float32")
-            if slopes:
-                mean["slope"] = float(mean["slope"])
-            found[block_name(layer, role)] = OutputGradients(len(tokens), **mean)
+        found |= _means(config, layer, sums.pop(layer), len(tokens))
     return found, total / len(tokens)
+
+
+def _layer_sums(config: DecoderConfig, layer: int, what: GradientMeasurement) -> dict[str, dict[str, Any]]:
+    """Empty sums of a layer's blocks, by part and role."""
+    blocks = {role: config.block(layer, role) for role in ROLES}
+    return {_short(block.name): _block_sums(block, what, role in what.full_roles) for role, block in blocks.items()}
+
+
+def _short(block: str) -> str:
+    """A block's name within its layer."""
+    return ".".join(block.split(".")[2:])
+
+
+def _means(
+    config: DecoderConfig, layer: int, sums: dict[str, dict[str, Any]], count: int
+) -> dict[str, OutputGradients]:
+    """The statistics of a layer's blocks by name, from sums that are freed one by one."""
+    found = {}
+    for role in ROLES:
+        name = block_name(layer, role)
+        mean: dict[str, Any] = {
+            kind: (whole(map(np.asarray, value)) if kind == "second_moment" else np.asarray(value, np.float64)) / count
+            for kind, value in sums.pop(_short(name)).items()
+        }
+        if not all(np.isfinite(value).all() for value in mean.values()):
+            raise UsageError(f"the gradients of {name} are not finite; load the model with --dtype float32")
+        if "slope" in mean:
+            mean["slope"] = float(mean["slope"])
+        found[name] = OutputGradients(count, **mean)
+    return found

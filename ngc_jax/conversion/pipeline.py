@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ngc_jax.conversion.chains import Chain
+from ngc_jax.conversion.chains import Chain, Pass, chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
-from ngc_jax.conversion.state import Calibration, ConversionState, Measurements
+from ngc_jax.conversion.registry import option_types
+from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, check_dense
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 def convert(
     model: LanguageModel,
-    how: str | Recipe | Chain,
+    how: str | Recipe | Chain | Pass,
     calibration: Any = None,
     *,
     keep: float | None = None,
@@ -37,7 +39,7 @@ def convert(
 
     Args:
         model: The dense model.
-        how: The name of a method, a recipe, or a chain of passes.
+        how: The name of a method, a recipe, a chain of passes, or a single pass.
         calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`. Not
             needed by a method that measures nothing.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 by default.
@@ -45,7 +47,8 @@ def convert(
         donate: Consume the dense model: each weight is deleted as soon as its states are made, so that both models are
             never in memory at once.
         progress: Called with (stage, done, total).
-        options: Of the calibration, such as `window` and `bos`.
+        options: Of the calibration, such as `window` and `bos`; with the name of a method also its own, such as
+            `form="dense"`.
 
     Returns:
         The compact model; it shares parameters that are not replaced with the dense one.
@@ -55,27 +58,28 @@ def convert(
             the keep ratio cannot be reached.
 
     Example:
-        >>> compact = convert(model, "ngc", text, keep=0.8)  # doctest: +SKIP
+        >>> compact = convert(model, "svd_llm", text, keep=0.8, window=32)
         >>> from ngc_jax import chain, factorise, prune_neurons
         >>> own = chain(prune_neurons(0.9), factorise("svd_llm", gauge=True))
-        >>> compact = convert(model, own, text, keep=0.8, window=512)  # doctest: +SKIP
+        >>> compact = convert(model, own, text, keep=0.8, window=32)
+        >>> compact.plan.keep_ratio() <= 0.8
+        True
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from ngc_jax.conversion.measure import Measured, check_dense
+    from ngc_jax.conversion.measure import Measured
 
-    passes, keep = resolve(how, keep)
+    own = {name: options.pop(name) for name in set(options) & set(option_types())}
+    passes, keep = resolve(how, keep, own)
     check_dense(model)
     check_conversion(model.config, passes, keep)
-    if isinstance(calibration, Calibration):
-        if options:
-            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
-    else:
+    if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
             raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
-        calibration = Calibration.of(model, calibration if reads else None, **options)
+        calibration = calibration if reads else None
+    calibration = Calibration.given(model, calibration, options)
     if calibration.mesh is not None:
         everywhere = NamedSharding(calibration.mesh, PartitionSpec())
         model = dataclasses.replace(model, params=jax.device_put(model.params, everywhere, donate=donate))
@@ -99,12 +103,16 @@ def convert(
     return dataclasses.replace(compact, plan=dataclasses.replace(compact.plan, removed=state.removed))
 
 
-def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float]:
-    """The passes and the keep ratio of the argument of `convert`.
+def resolve(
+    how: str | Recipe | Chain | Pass, keep: float | None, options: Mapping[str, Any] | None = None
+) -> tuple[Chain, float]:
+    """The passes and the keep ratio of the argument of `convert`; options are of a method that is given by its name.
 
     Raises:
-        UsageError: If a recipe has another keep ratio, or `how` is none of the three.
+        UsageError: If a recipe has another keep ratio, `how` is none of the four, or options come without a name.
     """
+    if options and not isinstance(how, str):
+        raise UsageError(f"{min(options)} is an option of a method; set it in the recipe or in the passes of the chain")
     if isinstance(how, Recipe):
         if keep not in (None, how.keep):
             raise UsageError(f"keep ratio {keep:g} is given, and the recipe's is {how.keep:g}; give one of them")
@@ -112,9 +120,11 @@ def resolve(how: str | Recipe | Chain, keep: float | None) -> tuple[Chain, float
     keep = 0.8 if keep is None else keep
     check_keep(keep)
     if isinstance(how, str):
-        return method_chain(how, keep), keep
+        return method_chain(how, keep, options), keep
+    if isinstance(how, Pass):
+        return chain(how), keep
     if not isinstance(how, Chain):
-        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, or chain(...)")
+        raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, a pass, or chain(...)")
     return how, keep
 
 

@@ -31,16 +31,25 @@ from jaxtyping import Array, Float, Int
 from ngc_jax.conversion.closed_form import Factors
 from ngc_jax.conversion.fitting import assemble, fit_group
 from ngc_jax.conversion.input_drift import carried_over, regression
-from ngc_jax.conversion.layerwise import Compensated, each_batch, stack_batches
 from ngc_jax.conversion.remeasuring import dense_layer
 from ngc_jax.conversion.spill import Fitted
 from ngc_jax.conversion.state import ConversionState
-from ngc_jax.conversion.statistics import Statistics, layer_kind, run_layer, sown_input, token_rows
+from ngc_jax.conversion.statistics import Statistics, token_rows
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.plan import Plan
-from ngc_jax.models.config import DecoderConfig, block_name
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.config import block_name
+from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layerwise import (
+    Compensated,
+    Layer,
+    Stack,
+    each_batch,
+    embed,
+    layer_module,
+    run_stack,
+    stack_batches,
+)
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.planning.candidates import Candidate, all_candidates, candidate_cells
 from ngc_jax.types import Params
@@ -71,35 +80,29 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     whole, all_kept = (model, None) if state.original is None else (state.original, state.kept)
     chosen = {group.name: group for group in all_candidates(candidate_cells(config, factorise.topology))}
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
-    embed = jax.jit(lambda p, t: Decoder(config, param_dtype=model.dtype).apply({"params": p}, t, method="embedded"))
-    ours = [embed({"embed": model.params["embed"]}, stack.tokens) for stack in stacks]
+    decoders = [one.decoder.clone(dtype=None) for one in (whole, model)]
+    ours = [embed(decoders[1], model.params, stack.tokens) for stack in stacks]
     theirs = list(ours)
     found: dict[str, Fitted] = {}
     for layer in range(config.num_layers):
         dense, once = whole.params["layers"][str(layer)], dense_layer(model, compact, layer)
         kept = None if all_kept is None else jnp.asarray(all_kept[layer])
-        kind = layer_kind(config, layer)
+        modules = layer_module(decoders[0], layer), layer_module(decoders[1], layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
         sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
-        for index, (_, positions, mask) in enumerate(stacks):
+        for index, stack in enumerate(stacks):
             theirs[index], sums = _add_both(
-                (dense, once, kept),
-                theirs[index],
-                ours[index],
-                positions,
-                mask,
-                sums,
-                configs=(whole.config, config),
-                kind=kind,
-                mesh=mesh,
+                (dense, once, kept), (theirs[index], ours[index]), stack, sums, layers=modules, mesh=mesh
             )
         moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
         here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
         refits = [(chosen[plan.name], plan.rank) for plan in here]
         found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, refits)
-        new = _with_states(once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.dtype)
-        for index, (_, positions, _) in enumerate(stacks):
-            ours[index] = run_layer(new, ours[index], positions, config=config, kind=kind, mesh=mesh)
+        new = _with_states(
+            once, {plan.name: (plan.members, found[plan.name].states) for plan in here}, model.param_dtype
+        )
+        for index, stack in enumerate(stacks):
+            ours[index] = run_stack(new, ours[index], stack.positions, layer=modules[1], mesh=mesh)
         state.report("propagate", layer + 1, config.num_layers)
     groups = [chosen[plan.name] for plan in compact.plan.groups]
     ranks = {plan.name: plan.rank for plan in compact.plan.groups}
@@ -233,35 +236,31 @@ def _moments(sums: _Sums, count: int, known: np.ndarray | None) -> list[np.ndarr
     return [mean, cross.value() / count, mean_product(converted, count)]
 
 
-@partial(jax.jit, static_argnames=("configs", "kind", "mesh"), donate_argnames=("sums",))
+@partial(jax.jit, static_argnames=("layers", "mesh"), donate_argnames=("sums",))
 def _add_both(
     params: tuple[Params, Params, Int[Array, " S"] | None],
-    theirs: Float[Array, "K B L D"],
-    ours: Float[Array, "K B L D"],
-    positions: Int[Array, "K B L"],
-    mask: Float[Array, "K B L"] | None,
+    streams: tuple[Float[Array, "K B L D"], Float[Array, "K B L D"]],
+    stack: Stack,
     sums: dict[str, _Sums],
     *,
-    configs: tuple[DecoderConfig, DecoderConfig],
-    kind: int,
+    layers: tuple[DecoderLayer, DecoderLayer],
     mesh: Mesh | None,
 ) -> tuple[Array, dict[str, _Sums]]:
-    """Run a layer of both models on a stack; returns the residual streams after it and the sums.
+    """Run a layer of both models on a stack; returns the dense model's residual streams after it and the sums.
 
     `params` has those of both models, and which hidden neurons of the dense model the other one keeps; None for all.
     """
-    dense_one, compact_one = (DecoderLayer(config, Plan(), kind, theirs.dtype) for config in configs)
 
     def step(
         params: tuple[Params, Params, Array | None], data: Mapping[str, Any], theirs: Array, sums: dict[str, _Sums]
     ) -> tuple[Array, dict[str, _Sums]]:
         dense, compact, kept = params
-        (after, _), at_theirs = dense_one.apply({"params": dense}, theirs, data["positions"], mutable=[BLOCK_INPUTS])
-        _, at_ours = compact_one.apply({"params": compact}, data["ours"], data["positions"], mutable=[BLOCK_INPUTS])
+        after, at_theirs = Layer(layers[0], dense).read(theirs, data["positions"])
+        _, at_ours = Layer(layers[1], compact).read(data["ours"], data["positions"])
         new: dict[str, _Sums] = {}
-        for role, site in INPUT_SITE.items():
-            x, y = (sown_input(sown[BLOCK_INPUTS], role) for sown in (at_theirs, at_ours))
-            x = x if kept is None or role != "d" else x[..., kept]
+        for site in at_theirs:
+            x, y = at_theirs[site], at_ours[site]
+            x = x if kept is None or site != INPUT_SITE["d"] else x[..., kept]
             x, y = (token_rows(inputs, data["mask"]) for inputs in (x, y))
             own, cross, converted = sums[site]
             both = jnp.einsum("ti,tj->ij", x, y, precision="highest")
@@ -269,7 +268,8 @@ def _add_both(
             new[site] = (own, cross.add(both), add_products(converted, y))
         return after, new
 
-    data = {"positions": positions, "mask": mask, "ours": ours}
+    theirs, ours = streams
+    data = {"positions": stack.positions, "mask": stack.mask, "ours": ours}
     return each_batch(step, params, data, theirs, sums, mesh=mesh)
 
 

@@ -254,7 +254,8 @@ def _of_outputs(entry: Statistics, kept: np.ndarray, kernel_SxI: np.ndarray) -> 
         return entry
     second = gradients.second_moment
     if second is not None:
-        second = second[np.ix_(kept, kept)]
+        # Of W^T G W nothing is left to use: the pruned outputs' part cannot be taken out.
+        second = second[np.ix_(kept, kept)] if len(second) == len(gradients.mean_square) else None
     gradients = dataclasses.replace(gradients, mean_square=gradients.mean_square[kept], second_moment=second)
     return dataclasses.replace(entry, gradients=_pulled(gradients, kernel_SxI))
 

@@ -11,10 +11,15 @@ from docstring_parser import parse as parse_docstring
 
 from ngc_jax.conversion import passes
 from ngc_jax.conversion.chains import REGISTERED, Pass, option_names
+from ngc_jax.errors import UsageError
 
 
 def all_passes() -> list[type[Pass]]:
-    """All pass classes, in their order in a chain made from options."""
+    """All pass classes, in their order in a chain made from options.
+
+    Raises:
+        UsageError: If a pass follows one that does not exist.
+    """
     for module in pkgutil.iter_modules(passes.__path__):
         importlib.import_module(f"{passes.__name__}.{module.name}")
     order: list[type[Pass]] = []
@@ -26,6 +31,10 @@ def all_passes() -> list[type[Pass]]:
                 add_followers(kind.name)
 
     add_followers(None)
+    lost = [(kind.name, after) for kind, after in REGISTERED.values() if kind not in order]
+    if lost:
+        (name, after), names = lost[0], ", ".join(kind.name for kind in order)
+        raise UsageError(f"pass {name!r} is to follow {after!r}, which is no pass; expected one of {names}")
     return order
 
 

@@ -13,7 +13,7 @@ import scipy.linalg
 from flax import traverse_util
 
 from ngc_jax.conversion.closed_form import RIDGE, mean_diagonal
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.state import ConversionState
 from ngc_jax.conversion.statistics import OutputGradients, Statistics
 from ngc_jax.conversion.thread_map import thread_map
@@ -80,15 +80,10 @@ def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: b
 
     layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
     again, _ = measure_output_gradients(
-        model.config,
-        model.params,
-        tokens,
+        model,
+        dataclasses.replace(calibration, tokens=tokens, batch_size=2),
+        GradientMeasurement(geometry=factorise.gradients, slopes=sensitivities),
         layer_params=layers.__getitem__,
-        slopes=sensitivities,
-        geometry=factorise.gradients,
-        window=calibration.window,
-        batch_size=2,
-        mesh=calibration.mesh,
         progress=lambda *a: state.report("again", *a),
     )
 
@@ -202,5 +197,5 @@ def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Par
             if group.pivots is not None:
                 inputs = free_gauge(group.pivots, inputs, group.d_in)
             formed = states["output_states"][block.name] @ inputs[: block.d_in].T
-            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.dtype))
+            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.param_dtype))
     return traverse_util.unflatten_dict(flat)

@@ -42,6 +42,11 @@ class Calibration:
 
     Raises:
         UsageError: If a number is below 1.
+
+    Example:
+        >>> calibration = Calibration.of(model, text, window=32, gradient_tokens=64)
+        >>> calibration.window, calibration.gradient_tokens
+        (32, 64)
     """
 
     tokens: np.ndarray
@@ -60,6 +65,19 @@ class Calibration:
                 raise UsageError(f"{name} is {value}; expected at least 1")
 
     @classmethod
+    def given(cls, model: LanguageModel, calibration: Any, options: Mapping[str, Any]) -> Calibration:
+        """A calibration as it is, or made by `of` from a text or token ids and options.
+
+        Raises:
+            UsageError: As `of`, and if options are given in addition to a calibration.
+        """
+        if not isinstance(calibration, Calibration):
+            return cls.of(model, calibration, **options)
+        if options:
+            raise UsageError(f"{sorted(options)[0]} is given, and a Calibration; set it in the calibration")
+        return calibration
+
+    @classmethod
     def of(cls, model: LanguageModel, tokens: Any, *, bos: Bos = "auto", **options: Any) -> Calibration:
         """Calibration on tokens or a text.
 
@@ -76,7 +94,8 @@ class Calibration:
             UsageError: If the tokens are not the model's, or an option is unknown or out of range.
 
         Example:
-            >>> Calibration.of(model, "A long text ...", window=512)  # doctest: +SKIP
+            >>> Calibration.of(model, "A long text ...", window=4).tokens[:4].tolist()
+            [32, 220, 75, 78]
         """
         known = {field.name for field in dataclasses.fields(cls)} - {"tokens", "prefix"}
         if wrong := sorted(set(options) - known):
@@ -94,6 +113,18 @@ class Calibration:
             gradient_tokens=whole_windows(made.gradient_tokens, made.window, prefix),
             propagation_tokens=whole_windows(made.propagation_tokens, made.window, prefix),
         )
+
+
+def check_dense(model: LanguageModel) -> None:
+    """Refuse a model that cannot be converted.
+
+    Raises:
+        UsageError: If it is compact, or applies its layers several times.
+    """
+    if model.plan is not None:
+        raise UsageError(f"{model.name} is a compact model already; convert the dense model it was made from")
+    if model.config.iterations > 1:
+        raise UsageError(f"{model.name} applies its layers {model.config.iterations} times, which cannot be converted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +191,13 @@ class ConversionState:
         donate: Delete replaced dense weights once they are no longer needed.
         fits: Fits that are shared with other conversions.
         progress: Called with (stage, done, total).
+
+    Example:
+        >>> from ngc_jax import chain, factorise
+        >>> passes = chain(factorise("svd"))
+        >>> after = passes.apply(ConversionState(model, 0.6, passes, Calibration.of(model, None)))
+        >>> len(after.compact.plan.groups)
+        21
     """
 
     dense: LanguageModel

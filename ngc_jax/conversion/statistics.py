@@ -14,15 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ngc_jax.conversion.layerwise import BATCHES_PER_CALL, Compensated, each_batch, stack_batches
+from ngc_jax.conversion.state import Calibration, check_dense
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Plan
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layerwise import (
+    BATCHES_PER_CALL,
+    Compensated,
+    Layer,
+    Stack,
+    each_batch,
+    embed,
+    layer_module,
+    stack_batches,
+)
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
@@ -127,41 +137,14 @@ def token_rows(x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | N
     return (x if mask_BxL is None else x * mask_BxL[..., None]).reshape(-1, x.shape[-1])
 
 
-def layer_kind(config: DecoderConfig, layer: int) -> int:
-    """The first layer with the same computation: same window, same rotary embedding."""
-    kinds = list(zip(config.windows, config.ropes, strict=True))
-    return kinds.index(kinds[layer])
-
-
-@partial(jax.jit, static_argnames=("config", "kind", "mesh"))
-def run_layer(
+@partial(jax.jit, static_argnames=("layer", "mesh"), donate_argnames=("moments",))
+def add_inputs(
     params: Params,
     x: Float[Array, "K B L D"],
-    positions: Int[Array, "K B L"],
-    *,
-    config: DecoderConfig,
-    kind: int,
-    mesh: Mesh | None = None,
-) -> Float[Array, "K B L D"]:
-    """The residual streams of a stack after a dense layer; `kind` from `layer_kind`, `mesh` as for `each_batch`."""
-    layer = DecoderLayer(config, Plan(), kind, x.dtype)
-
-    def step(params: Params, data: Mapping[str, Array], x: Array, sums: None) -> tuple[Array, None]:
-        return layer.apply({"params": params}, x, data["positions"])[0], sums
-
-    return each_batch(step, params, {"positions": positions}, x, None, mesh=mesh)[0]
-
-
-@partial(jax.jit, static_argnames=("config", "kind", "mesh"), donate_argnames=("moments",))
-def read_layer(
-    params: Params,
-    x: Float[Array, "K B L D"],
-    positions: Int[Array, "K B L"],
-    mask: Float[Array, "K B L"] | None,
+    stack: Stack,
     moments: dict[str, Moments],
     *,
-    config: DecoderConfig,
-    kind: int,
+    layer: DecoderLayer,
     mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Moments]]:
     """Run one dense layer on a stack of batches and add its blocks' inputs to the sums.
@@ -169,52 +152,64 @@ def read_layer(
     Args:
         params: The layer's.
         x: The residual streams before it.
-        positions: Of the tokens.
-        mask: 1 for a token, 0 for padding; None if there is none.
+        stack: The tokens.
         moments: Sums so far, by input site.
-        config: The architecture.
-        kind: From `layer_kind`.
+        layer: From `layer_module`.
         mesh: As for `each_batch`.
 
     Returns:
         The residual streams after it, and the sums.
     """
-    layer = DecoderLayer(config, Plan(), kind, x.dtype)
 
     def step(
         params: Params, data: Mapping[str, Any], x: Array, moments: dict[str, Moments]
     ) -> tuple[Array, dict[str, Moments]]:
-        (y, _), sown = layer.apply({"params": params}, x, data["positions"], mutable=[BLOCK_INPUTS])
-        inputs = sown[BLOCK_INPUTS]
-        new = {site: add_tokens(sums, _at_site(inputs, site), data["mask"]) for site, sums in moments.items()}
-        return y, new
+        y, inputs = Layer(layer, params).read(x, data["positions"])
+        return y, {site: add_tokens(sums, inputs[site], data["mask"]) for site, sums in moments.items()}
 
-    return each_batch(step, params, {"positions": positions, "mask": mask}, x, moments, mesh=mesh)
-
-
-def sown_input(sown: Mapping[str, Any], role: str) -> Array:
-    """The input of the block of this role, (B, L, I), from what its layer has sown."""
-    return _at_site(sown, INPUT_SITE[role])
-
-
-def _at_site(sown: Mapping[str, Any], site: str) -> Array:
-    value: Any = sown
-    for part in site.split("."):
-        value = value[part]
-    return value[0]
+    return each_batch(step, params, {"positions": stack.positions, "mask": stack.mask}, x, moments, mesh=mesh)
 
 
 def calibrate(
-    config: DecoderConfig,
-    params: Params,
-    tokens: np.ndarray,
+    model: LanguageModel,
+    calibration: Any,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, dict[str, Statistics]]]:
+    """Measure the inputs of every block of a dense model on a text, one layer after the other; see `measure_inputs`.
+
+    Args:
+        model: The dense model.
+        calibration: A `Calibration`; or a text or token ids, which `Calibration.of` takes with `options`.
+        progress: Called with (layer batches done, total).
+        options: Of the calibration, such as `window` and `bos`.
+
+    Returns:
+        An iterator over a layer's number and the statistics of its blocks by name.
+
+    Raises:
+        UsageError: If the model is compact, or there are no tokens or they are not the model's. When the iterator is
+            read, if a layer's activations are not finite.
+
+    Example:
+        >>> layer, statistics = next(calibrate(model, text, window=32))
+        >>> statistics["layers.0.attn.q"].second_moment.shape  # the width of the model, twice
+        (24, 24)
+    """
+    if not isinstance(model, LanguageModel):
+        raise UsageError(f"calibrate was given {type(model).__name__}; expected a model, as load_model returns it")
+    check_dense(model)
+    return measure_inputs(model, Calibration.given(model, calibration, options), progress=progress)
+
+
+def measure_inputs(
+    model: LanguageModel,
+    calibration: Calibration,
     *,
     begun: InputSums | None = None,
     keep_first: bool = False,
-    window: int = 1024,
-    batch_size: int = 4,
     batches_per_call: int = BATCHES_PER_CALL,
-    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Statistics]]]:
     """Measure the inputs of every block of a dense model, one layer after the other.
@@ -223,16 +218,11 @@ def calibrate(
     compiled function serves every layer.
 
     Args:
-        config: The architecture.
-        params: Dense parameters.
-        tokens: (T,), one stream of token ids; cut into windows. It includes the prefix of each window, see
-            `ngc_jax.tokens.begin_windows`.
+        model: The dense model; it runs in the type of its parameters.
+        calibration: The tokens, and how they are run. With a mesh, the parameters are on all of its devices.
         begun: Sums over tokens that were read before these; consumed layer by layer.
         keep_first: Also yield the statistics of the tokens of `begun` alone.
-        window: Tokens in a window.
-        batch_size: Windows that run at once, on each device.
         batches_per_call: Batches of a stack.
-        mesh: As for `each_batch`; the parameters are on all of its devices.
         progress: Called with (layer batches done, total).
 
     Yields:
@@ -241,16 +231,17 @@ def calibrate(
     Raises:
         UsageError: If there are no tokens or they are not the model's, or a layer's activations are not finite.
     """
-    tokens = as_tokens(tokens, config.vocab_size, least=0)
+    config, params, mesh = model.config, model.params, calibration.mesh
+    decoder = model.decoder.clone(dtype=None)
+    tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")
-    stacks = stack_batches(tokens, window, batch_size, batches_per_call, mesh) if len(tokens) else []
+    stacks: list[Stack] = []
+    if len(tokens):
+        stacks = stack_batches(tokens, calibration.window, calibration.batch_size, batches_per_call, mesh)
     counts = np.cumsum([stack.used() for stack in stacks])
-    dtype = jax.tree.leaves(params["layers"])[0].dtype
-    decoder = Decoder(config, param_dtype=dtype)
-    embed = jax.jit(lambda p, t: decoder.apply({"params": p}, t, method="embedded"))
-    streams = [embed({"embed": params["embed"]}, stack.tokens) for stack in stacks]
+    streams = [embed(decoder, params, stack.tokens) for stack in stacks]
     for layer in range(config.num_layers):
         moments = _init_sites(config) if begun is None else begun.layers.pop(layer)
         first: dict[str, FirstTokens] = {}
@@ -259,16 +250,10 @@ def calibrate(
                 site: FirstTokens(begun.count, mean_product(sums.second, begun.count).astype(np.float32))
                 for site, sums in moments.items()
             }
+        module = layer_module(decoder, layer)
         for index, stack in enumerate(stacks):
-            streams[index], moments = read_layer(
-                params["layers"][str(layer)],
-                streams[index],
-                stack.positions,
-                stack.mask,
-                moments,
-                config=config,
-                kind=layer_kind(config, layer),
-                mesh=mesh,
+            streams[index], moments = add_inputs(
+                params["layers"][str(layer)], streams[index], stack, moments, layer=module, mesh=mesh
             )
             if progress is not None:
                 jax.block_until_ready(moments)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ngc_jax.conversion.layerwise import Compensated
+from ngc_jax.models.layerwise import Compensated
 
 # Most rows of a band. Lower bands compute less twice, higher ones multiply larger matrices.
 _BAND = 384

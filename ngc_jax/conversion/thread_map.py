@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 # The largest matrix width for which BLAS runs on one thread.
@@ -35,9 +33,11 @@ def thread_map(
         costs: Of each item, roughly proportional to its time: the longest start first.
         widths: Of each item's widest matrix.
     """
-    if not all(width < _SMALL_MATRIX for width in widths):
+    if len(items) < 2 or not all(width < _SMALL_MATRIX for width in widths):
         yield from map(run, items)
         return
+    from threadpoolctl import threadpool_limits  # an accelerator's machine may lack it, and its matrices are large
+
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(items), _AT_ONCE):
             some = range(start, min(start + _AT_ONCE, len(items)))

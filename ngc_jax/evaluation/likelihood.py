@@ -14,6 +14,66 @@ from ngc_jax.models.decoder import Decoder
 from ngc_jax.types import Params
 
 
+def cross_entropy(logits: Float[Array, "... V"], targets: Array) -> Float[Array, ...]:
+    """-log p(target) in nats.
+
+    Args:
+        logits: (..., V), float32.
+        targets: (...) int32.
+    """
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def divergence(
+    teacher: Float[Array, "... V"], student: Float[Array, "... V"], *, temperature: float = 1.0, top_k: int = 0
+) -> Float[Array, ...]:
+    """t^2 KL(teacher || student) of the softmaxes of logits over t, in nats.
+
+    Args:
+        teacher: (..., V) logits, float32.
+        student: (..., V).
+        temperature: t.
+        top_k: Over the teacher's top-k tokens and the mass of all others, which by the data-processing
+            inequality is at most the divergence over the whole vocabulary; 0 for the latter.
+    """
+    teacher, student = teacher / temperature, student / temperature
+    theirs = teacher - jax.nn.logsumexp(teacher, axis=-1, keepdims=True)
+    ours = student - jax.nn.logsumexp(student, axis=-1, keepdims=True)
+    if 0 < top_k < teacher.shape[-1]:
+        top, index = jax.lax.top_k(theirs, top_k)
+        theirs = jnp.concatenate([top, _rest(theirs, index)], axis=-1)
+        ours = jnp.concatenate([jnp.take_along_axis(ours, index, axis=-1), _rest(ours, index)], axis=-1)
+    return temperature**2 * (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+
+def _rest(log_probabilities: Array, index: Array) -> Array:
+    """Log of the mass outside `index`, (..., 1); summed, because subtracting from 1 would cancel."""
+    others = jnp.put_along_axis(log_probabilities, index, jnp.finfo(jnp.float32).min, axis=-1, inplace=False)
+    return jax.nn.logsumexp(others, axis=-1, keepdims=True)
+
+
+def scored_sums(
+    decoder: Decoder,
+    params: Params,
+    tokens_BxL: Int[Array, "B L"],
+    positions_BxL: Int[Array, "B L"],
+    *,
+    context: int,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Summed log-likelihood of each window after its first `context` tokens, which are not scored, and their number.
+
+    Args:
+        decoder: The model.
+        params: Its parameters.
+        tokens_BxL: Token ids.
+        positions_BxL: Their positions; -1 marks padding.
+        context: At least 1: the length of the prefix of each window, or 1 without one.
+    """
+    likelihoods, mask = token_log_likelihoods(decoder, params, tokens_BxL, positions_BxL)
+    return likelihoods[:, context - 1 :].sum(axis=1), mask[:, context - 1 :].sum(axis=1)
+
+
 def token_log_likelihoods(
     decoder: Decoder,
     params: Params,
@@ -134,15 +194,11 @@ def divergence_gradient(
 
 
 def _log_likelihood(decoder: Decoder, params: Params, hidden_BxcxD: Array, targets_Bxc: Array) -> Array:
-    logits_BxcxV = _logits(decoder, params, hidden_BxcxD)
-    chosen = jnp.take_along_axis(logits_BxcxV, targets_Bxc[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits_BxcxV, axis=-1)
+    return -cross_entropy(_logits(decoder, params, hidden_BxcxD), targets_Bxc)
 
 
 def _divergence(decoder: Decoder, params: Params, hidden_BxcxD: Array, teacher_BxcxD: Array) -> Array:
-    ours = jax.nn.log_softmax(_logits(decoder, params, hidden_BxcxD), axis=-1)
-    theirs = jax.nn.log_softmax(_logits(decoder, params, teacher_BxcxD), axis=-1)
-    return (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
+    return divergence(_logits(decoder, params, teacher_BxcxD), _logits(decoder, params, hidden_BxcxD))
 
 
 def _sum_and_gradient(

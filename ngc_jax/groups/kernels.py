@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jaxtyping import Array, Float
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.gauge import Indices, other_neurons, stored_rows
 from ngc_jax.groups.kernel_spec import Kernel, count_parameters, logical_axes
+from ngc_jax.groups.quantised import QuantisedMatrix, contract
 from ngc_jax.groups.states import States, fixed_lift, from_bilinear, init_states
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "States",
     "count_parameters",
     "encode",
+    "encoder",
     "forward",
     "from_bilinear",
     "init_states",
@@ -77,7 +80,7 @@ def encode(
     """
     if pivots is not None:
         return _encode_in_fixed_gauge(kernel, states, x, pivots).astype(x.dtype)
-    signal = _product("...i,is->...s", x, input_features(kernel, states, x.shape[-1]))
+    signal = contract(x, _encoder(kernel, states, x.shape[-1]), axis=0)
     return _apply_interaction(kernel, states, signal).astype(x.dtype)
 
 
@@ -96,7 +99,10 @@ def read(kernel: Kernel, states: States, member: str, signal: Float[Array, "*bat
     Raises:
         UsageError: If the group has no such member.
     """
-    return _product("...s,js->...j", signal, output_features(kernel, states, member)).astype(signal.dtype)
+    features = states["output_states"].get(member)
+    if not isinstance(features, QuantisedMatrix) or kernel.name == "lifted":
+        features = output_features(kernel, states, member)
+    return contract(signal, features).astype(signal.dtype)
 
 
 def forward(
@@ -139,10 +145,23 @@ def weights(
         UsageError: If the group has no such member, `d_in` exceeds the group's inputs, or the pivots do not fit the
             kernel or the states.
     """
-    phi_IxS = _accurate(input_features(kernel, states, d_in, pivots=pivots))
     phi_JxS = _accurate(output_features(kernel, states, member))
     with jax.default_matmul_precision("highest"):
-        return phi_JxS @ _apply_interaction(kernel, states, phi_IxS).T
+        return phi_JxS @ encoder(kernel, states, d_in, pivots=pivots).T
+
+
+def encoder(
+    kernel: Kernel, states: States, d_in: int | None = None, *, pivots: Sequence[int] | None = None
+) -> Float[Array, "i s"]:
+    """phi_in · M of the first `d_in` input states: the matrix by which `encode` multiplies its input, formed.
+
+    In float32 at least, by products of full precision on every device. Arguments as for `input_features`.
+
+    Raises:
+        UsageError: As `input_features`.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _apply_interaction(kernel, states, _accurate(input_features(kernel, states, d_in, pivots=pivots)))
 
 
 def input_features(
@@ -153,7 +172,7 @@ def input_features(
     Raises:
         UsageError: If the group has fewer inputs, or the pivots do not fit the kernel or the states.
     """
-    q_IxR = states["input_states"]
+    q_IxR = _floating(states["input_states"])
     if pivots is not None:
         row_of_I = stored_rows(pivots, _inputs(kernel, states, pivots))
         q_IxR = jnp.concatenate([jnp.eye(len(pivots), dtype=q_IxR.dtype), q_IxR])[row_of_I]
@@ -172,7 +191,7 @@ def output_features(kernel: Kernel, states: States, member: str) -> Float[Array,
         near = difflib.get_close_matches(member, list(members), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(members))}"
         raise UsageError(f"the group has no member {member!r}; {hint}")
-    features = _features(kernel, states, members[member])
+    features = _features(kernel, states, _floating(members[member]))
     if kernel.name != "lifted":
         return features
     return features * states["amplitude"][member].astype(features.dtype)[:, None]
@@ -182,7 +201,9 @@ def interaction(kernel: Kernel, states: States) -> Float[Array, "s s"]:
     """M as a matrix (S, S): the identity, the metric, or the gain's multiple of the identity; for study."""
     width = kernel.signal_width(states["input_states"].shape[1])
     with jax.default_matmul_precision("highest"):
-        return _apply_interaction(kernel, states, jnp.eye(width, dtype=_accurate(states["input_states"]).dtype))
+        return _apply_interaction(
+            kernel, states, jnp.eye(width, dtype=_accurate(_floating(states["input_states"])).dtype)
+        )
 
 
 def _encode_in_fixed_gauge(
@@ -193,11 +214,13 @@ def _encode_in_fixed_gauge(
     _check_width(width, d_in)
     pivots_R, others_O = np.asarray(pivots, np.intp), other_neurons(pivots, d_in)
     if math.prod(x.shape[:-1]) >= _MANY_TOKENS:
-        return _product("...i,is->...s", x, input_features(kernel, states, width, pivots=pivots))
+        return contract(x, input_features(kernel, states, width, pivots=pivots), axis=0)
     # Both are ascending: the rows of an input with fewer neurons come first.
     pivots_P, others_O = pivots_R[pivots_R < width], others_O[others_O < width]
-    rest_OxR = states["input_states"][: len(others_O)]
-    signal = _product("...o,or->...r", _take(x, others_O), rest_OxR)
+    rest_OxR = states["input_states"]
+    if not isinstance(rest_OxR, QuantisedMatrix):
+        rest_OxR = rest_OxR[: len(others_O)]
+    signal = contract(_take(x, others_O), rest_OxR, axis=0)
     own = _take(x, pivots_P).astype(signal.dtype)
     # A pivot beyond the last neuron of a smaller input adds nothing to its dimension.
     return signal + jnp.pad(own, [(0, 0)] * (x.ndim - 1) + [(0, len(pivots_R) - len(pivots_P))])
@@ -251,8 +274,18 @@ def _apply_interaction(kernel: Kernel, states: States, signal: Float[Array, "*b 
     return signal
 
 
-def _product(spec: str, x: Array, features: Array) -> Array:
-    return jnp.einsum(spec, x, features.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+def _encoder(kernel: Kernel, states: States, width: int) -> Any:
+    """phi_in of the first `width` inputs; quantised if it is stored so."""
+    stored = states["input_states"]
+    if isinstance(stored, QuantisedMatrix) and kernel.name != "lifted":
+        _check_width(width, stored.shape[0])
+        return stored
+    return input_features(kernel, states, width)
+
+
+def _floating(matrix: Any) -> Array:
+    """A matrix as an array."""
+    return matrix.dequantise() if isinstance(matrix, QuantisedMatrix) else matrix
 
 
 def _accurate(array: Array) -> Array:

@@ -161,6 +161,11 @@ class Plan(_Value):
 
     Raises:
         UsageError: If a block is named twice or two groups have the same name.
+
+    Example:
+        >>> plan = compact.plan
+        >>> len(plan.groups), plan.groups[0].rank, round(plan.keep_ratio(), 2)
+        (21, 9, 0.59)
     """
 
     groups: tuple[GroupPlan, ...] = ()

@@ -6,6 +6,7 @@ A token's position is its index in its own sequence; position -1 marks padding, 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -72,28 +73,34 @@ def to_rings(config: DecoderConfig, prompts: Cache, capacity: int) -> Cache:
         prompts: A cache of capacity 0 after the prompts: positions 0, 1, 2, ... of every sequence, then padding.
         capacity: As for `init_cache`.
     """
+    slots = [capacity if window is None else min(window, capacity) for window in config.windows * config.iterations]
+    return tuple(to_ring(*both) for both in zip(prompts, slots, strict=True))
 
-    def layer(window: int | None, cache: LayerCache) -> LayerCache:
-        slots = capacity if window is None else min(window, capacity)
-        length = cache.positions.shape[1]
-        if length <= slots:
-            after = (0, slots - length)
-            return LayerCache(
-                jnp.pad(cache.keys, ((0, 0), (0, 0), (0, 0), after)),
-                jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
-                jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
-            )
-        # The newest position with the slot as remainder.
-        newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
-        position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
-        index_BxS = jnp.maximum(position_BxS, 0)
+
+def to_ring(cache: LayerCache, slots: int) -> LayerCache:
+    """The ring of one layer; see `to_rings`.
+
+    Args:
+        cache: The layer's prompts in order.
+        slots: S of the ring.
+    """
+    length = cache.positions.shape[1]
+    if length <= slots:
+        after = (0, slots - length)
         return LayerCache(
-            jnp.take_along_axis(cache.keys, index_BxS[:, None, None, :], axis=3),
-            jnp.take_along_axis(cache.values, index_BxS[:, None, :, None], axis=2),
-            jnp.maximum(position_BxS, -1),
+            jnp.pad(cache.keys, ((0, 0), (0, 0), (0, 0), after)),
+            jnp.pad(cache.values, ((0, 0), (0, 0), after, (0, 0))),
+            jnp.pad(cache.positions, ((0, 0), after), constant_values=-1),
         )
-
-    return tuple(layer(*both) for both in zip(config.windows * config.iterations, prompts, strict=True))
+    # The newest position with the slot as remainder.
+    newest_Bx1 = cache.positions.max(axis=1, keepdims=True)
+    position_BxS = newest_Bx1 - (newest_Bx1 - jnp.arange(slots)) % slots
+    index_BxS = jnp.maximum(position_BxS, 0)
+    return LayerCache(
+        jnp.take_along_axis(cache.keys, index_BxS[:, None, None, :], axis=3),
+        jnp.take_along_axis(cache.values, index_BxS[:, None, :, None], axis=2),
+        jnp.maximum(position_BxS, -1),
+    )
 
 
 def write_cache(
@@ -186,6 +193,10 @@ def extend(
     return both, written
 
 
+# Number of tokens from which on the angles are computed apart from what they rotate.
+_MANY_TOKENS = 128
+
+
 def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope) -> Float[Array, "B L N H"]:
     """Apply a rotary embedding to every head, pairing dimension i with i + H/2 as Hugging Face does.
 
@@ -197,8 +208,16 @@ def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"],
     head_dim = x_BxLxNxH.shape[-1]
     frequencies = jnp.asarray(rope.inverse_frequencies(head_dim).astype(np.float32))
     angle_BxLx1xh = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
-    cos = jnp.cos(angle_BxLx1xh) * rope.attention_factor
-    sin = jnp.sin(angle_BxLx1xh) * rope.attention_factor
+
+    def turn(angle: Array) -> tuple[Array, Array]:
+        return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+
+    if math.prod(positions_BxL.shape) < _MANY_TOKENS:
+        cos, sin = turn(angle_BxLx1xh)
+    else:
+        # XLA's CPU compiler would compute them again for every head; it does not fuse across a condition.
+        always = positions_BxL.ravel()[0] >= -1
+        cos, sin = jax.lax.cond(always, turn, lambda angle: (angle, angle), angle_BxLx1xh)
     first, second = jnp.split(x_BxLxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxLxNxH.dtype)

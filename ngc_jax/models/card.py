@@ -56,11 +56,16 @@ def model_card(
         parts.append(f"Perplexity on {measured.text}: {measured.perplexity:.3f}.")
     if source is not None and model.license in (None, "other"):
         parts.append("The weights keep the licence of the model they were made from.")
-    plain = is_plain(model.config, model.plan)
+    plain = is_plain(model.config, model.plan, quantised=model.quantised)
     if plain:
         parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
     else:
-        parts.append("Only ngc-jax loads it: its weights are made of neuron states when it runs.")
+        why = {
+            "its weights are made of neuron states when it runs": model.plan is not None and bool(model.plan.groups),
+            "its weights are stored as packed integers of a few bits": model.quantised,
+            f"its layers are applied {model.config.iterations} times": model.config.iterations > 1,
+        }
+        parts.append(f"Only ngc-jax loads it: {' and '.join(text for text, holds in why.items() if holds)}.")
     parts.append(f'    ngc-jax generate {name} --prompt "The capital of France is"\n    ngc-jax info {name}')
     base = conversion["base_model"] if "base_model" in conversion else hub_id(str(source or model.name))
     front = front_matter(model.license, base, plain=plain)
@@ -123,8 +128,16 @@ def _conversion_text(model: LanguageModel, what: str) -> str:
         members = sum(len(group.members) for group in plan.groups)
         text = f"{what}: {len(plan.groups)} neuronal groups in place of {members} weight matrices, at {kept}."
     else:
-        text = f"{what}, whose MLPs were pruned, at {kept}."
-    rows = [("method", conversion.get("method")), ("topology", conversion.get("topology"))]
+        refitted = (
+            " and the rest refitted" if conversion.get("form") == "dense" and conversion.get("propagation") else ""
+        )
+        pruned = f"whose MLPs were pruned to {model.config.mlp_dim:,} hidden neurons{refitted}"
+        how = pruned if plan.removed else "whose weights are dense"
+        text = f"{what}, {how}, at {kept}."
+    rows = [(name, conversion.get(name)) for name in ("method", "form", "topology")]
+    size = sum(leaf.nbytes for leaf in model.leaves())
+    bits = f"{8 * size / model.count_parameters():.2f} bits for each parameter"
+    rows.append(("tensors", f"{size / 1e6:,.1f} MB, {bits}"))
     calibration = conversion.get("calibration")
     if isinstance(calibration, Mapping):
         rows.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['text']}"))

@@ -11,7 +11,7 @@ at `layers/<layer>/output`. Each block's output can be perturbed through the lin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,11 +19,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ngc_jax.groups.kernels import encode, read
+from ngc_jax.groups.kernels import encode, output_features, read
 from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Block, Plan
-from ngc_jax.models.attention import Cache, LayerCache, attend, extend, rotate
+from ngc_jax.groups.quantised import QuantisedMatrix, contract, stored_parameter
+from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.latent_cache import (
+    AttentionRules,
+    CacheKind,
+    LatentCache,
+    MixedCache,
+    Readers,
+    attend_in_latent_space,
+)
+from ngc_jax.models.sites import JoinedProjection, product, site_of
 
 GroupStates = Mapping[str, Any]
 BLOCK_INPUTS = "block_inputs"
@@ -83,10 +93,11 @@ class Projection(nn.Module):
         """Map x (..., d_in) to (..., d_out); `grouped` is the output of the block's group, if it has one."""
         y = grouped
         if y is None:
-            kernel = self.param("kernel", _kernel_init, (self.block.d_out, self.block.d_in), self.param_dtype)
-            y = jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+            shape = self.block.d_out, self.block.d_in
+            kernel = stored_parameter(self, "kernel", _kernel_init, shape, self.param_dtype)
+            y = contract(x, kernel).astype(x.dtype)
         if self.block.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.block.d_out,), self.param_dtype).astype(y.dtype)
         return self.perturb("output", y)
 
 
@@ -98,8 +109,11 @@ def _project(
     x: Float[Array, "B L D"],
     groups: GroupStates,
     param_dtype: jnp.dtype,
+    joined: bool,
 ) -> list[Float[Array, "B L O"]]:
     """Read x by every role. Blocks of the same group encode x once and read the same signal."""
+    if joined:
+        return JoinedProjection(site_of(config, plan, layer, roles), param_dtype, name=roles)(x)
     signals: dict[str, Array] = {}
     outputs = []
     for role in roles:
@@ -123,28 +137,38 @@ class Attention(nn.Module):
     layer: int
     param_dtype: jnp.dtype
     hold_others: bool
+    joined: bool
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: LayerCache | None,
+        cache: LayerCache | LatentCache | None,
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B L D"], LayerCache | LatentCache | None]:
         """Attend; returns the output and the layer's new cache."""
         c = self.config
         rope = c.ropes[self.layer]
-        q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype)
+        q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype, self.joined)
         q = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
         k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:2], c.num_kv_heads, c.head_dim)
+        k_norm: Callable[[Array], Array] = lambda k: k  # noqa: E731
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")(k)
+            k_norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")
+            k = k_norm(k)
+        if isinstance(cache, LatentCache):
+            readers = self._readers(x, cache, groups, k_norm)
+            rules = AttentionRules(rope, c.attention_scale, c.windows[self.layer], c.attention_soft_cap)
+            y, cache = attend_in_latent_space((q, k, v), cache, readers, positions, starts, rules)
+            return self._output(y, groups), cache
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
+        # A cache without slots returns the tokens in order.
+        ordered = not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
         if self.hold_others:
             assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)
@@ -159,12 +183,40 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             window=c.windows[self.layer],
             soft_cap=c.attention_soft_cap,
-            ordered=cache is None,
+            ordered=ordered,
         )
-        y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
+        return self._output(y, groups), cache
+
+    def _output(self, y: Float[Array, "B L N H"], groups: GroupStates) -> Float[Array, "B L D"]:
+        y = y.reshape(*y.shape[:2], -1)
         self.sow(BLOCK_INPUTS, "o_input", y)
-        (out,) = _project(c, self.plan, self.layer, "o", y, groups, self.param_dtype)
-        return out, cache
+        (out,) = _project(self.config, self.plan, self.layer, "o", y, groups, self.param_dtype, self.joined)
+        return out
+
+    def _readers(
+        self, x: Float[Array, "B L D"], cache: LatentCache, groups: GroupStates, k_norm: Callable[[Array], Array]
+    ) -> Readers:
+        """How the cache's signals become keys and values."""
+        c = self.config
+        blocks = {role: c.block(self.layer, role) for role, kept in zip("kv", cache[:2], strict=True) if kept is None}
+        heads = (c.num_kv_heads, c.head_dim)
+        used = {role: self.plan.group_of[block.name] for role, block in blocks.items()}
+        # The compiler computes a signal once that is also encoded for the queries.
+        signals = tuple(
+            encode(group.kernel, groups[group.name], x, pivots=group.pivots) for group in dict.fromkeys(used.values())
+        )
+        biases = {role: self.variables["params"][role]["bias"] for role, block in blocks.items() if block.bias}
+
+        def keys(signal: Array) -> Array:
+            k = read(used["k"].kernel, groups[used["k"].name], blocks["k"].name, signal)
+            k = k + biases["k"].astype(k.dtype) if "k" in biases else k
+            return k_norm(k.reshape(*k.shape[:2], *heads))
+
+        values = None
+        if "v" in used:
+            values = output_features(used["v"].kernel, groups[used["v"].name], blocks["v"].name).reshape(*heads, -1)
+        bias = biases["v"].reshape(heads) if "v" in biases else None
+        return Readers(signals, keys if "k" in used else None, values, bias)
 
 
 class Mlp(nn.Module):
@@ -174,14 +226,15 @@ class Mlp(nn.Module):
     plan: Plan
     layer: int
     param_dtype: jnp.dtype
+    joined: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], groups: GroupStates) -> Float[Array, "B L D"]:
         """down(activation(gate(x)) * up(x))."""
-        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype)
+        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype, self.joined)
         hidden = _ACTIVATIONS[self.config.activation](gate) * up
         self.sow(BLOCK_INPUTS, "d_input", hidden)
-        (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype)
+        (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype, self.joined)
         return out
 
 
@@ -192,9 +245,10 @@ class DecoderLayer(nn.Module):
         config: The architecture.
         plan: Which blocks form which group.
         layer: Which layer, from 0.
-        param_dtype: Of parameters and activations.
+        param_dtype: Of the parameters that `init` makes; the computation has the type of its input.
         hold_others: Whether the cache has the keys and values of the tokens themselves, which each token then takes for
             all tokens but itself; see `attention.attend`.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     config: DecoderConfig
@@ -202,16 +256,17 @@ class DecoderLayer(nn.Module):
     layer: int
     param_dtype: jnp.dtype = jnp.float32
     hold_others: bool = False
+    joined: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentCache | None = None,
         groups: GroupStates | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B L D"], LayerCache | LatentCache | None]:
         """Apply the layer.
 
         Args:
@@ -232,11 +287,13 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, self.hold_others, name="attn")(attn_in, positions, cache, groups, starts)
+        y, cache = Attention(*module, self.hold_others, self.joined, name="attn")(
+            attn_in, positions, cache, groups, starts
+        )
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
-        y = Mlp(*module, name="mlp")(mlp_in, groups)
+        y = Mlp(*module, self.joined, name="mlp")(mlp_in, groups)
         x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
         self.sow(RESIDUALS, "output", x)
         return x, cache
@@ -249,21 +306,22 @@ class Layers(nn.Module):
     plan: Plan
     param_dtype: jnp.dtype
     remat: bool
+    joined: bool
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
-        cache: Cache | None,
+        cache: MixedCache | None,
         groups: GroupStates,
         starts: Int[Array, "B L"] | None,
-    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    ) -> tuple[Float[Array, "B L D"], MixedCache | None]:
         """Apply every layer in turn, in each of the model's iterations."""
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         modules = [
-            layer_type(self.config, self.plan, layer, self.param_dtype, name=str(layer))
+            layer_type(self.config, self.plan, layer, self.param_dtype, joined=self.joined, name=str(layer))
             for layer in range(self.config.num_layers)
         ]
         for number, module in enumerate(modules * self.config.iterations):
@@ -277,11 +335,28 @@ class Unembedding(nn.Module):
 
     vocab_size: int
     param_dtype: jnp.dtype
+    joined: bool = False
 
     @nn.compact
-    def __call__(self, embed_dim: int) -> Float[Array, "V D"]:
-        """The matrix."""
-        return self.param("kernel", _kernel_init, (self.vocab_size, embed_dim), self.param_dtype)
+    def __call__(self, embed_dim: int) -> Array:
+        """The matrix (V, D); (D, V) in the run-time layout."""
+        shape = (self.vocab_size, embed_dim)
+        return stored_parameter(self, "kernel", _kernel_init, shape[::-1] if self.joined else shape, self.param_dtype)
+
+
+class Embedding(nn.Embed):
+    """The embedding, also of a quantised matrix, of which only the rows of the tokens are read."""
+
+    def setup(self) -> None:
+        """Declare the matrix."""
+        shape = self.num_embeddings, self.features
+        self.embedding = stored_parameter(self, "embedding", self.embedding_init, shape, self.param_dtype)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The tokens' rows."""
+        if isinstance(self.embedding, QuantisedMatrix):
+            return self.embedding.take(tokens, self.dtype)
+        return super().__call__(tokens)
 
 
 class Decoder(nn.Module):
@@ -290,39 +365,58 @@ class Decoder(nn.Module):
     Attributes:
         config: The architecture.
         plan: Which blocks form which group; None for the dense model.
-        param_dtype: Of parameters and activations; norms, softmax and logits are float32 throughout.
+        param_dtype: Of the parameters that `init` makes, and of the computation unless `dtype` is given.
         remat: Recompute each layer in the backward pass instead of storing its intermediate values.
+        dtype: Of the computation: activations, and the parameters when they are used, whatever type they are stored in.
+            Products accumulate in float32; norms, rotary angles, softmax and logits are float32 throughout.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        cache: What the caches of `decoding` keep; see `latent_cache`.
+
+    Example:
+        >>> decoder = Decoder(model.config)
+        >>> logits, _ = decoder.apply({"params": model.params}, tokens[None, :5])
+        >>> logits.shape
+        (1, 5, 259)
     """
 
     config: DecoderConfig
     plan: Plan | None = None
     param_dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    dtype: jnp.dtype | None = None
+    joined: bool = False
+    cache: CacheKind = "full"
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of activations, and of the cache."""
+        return jnp.dtype(self.param_dtype if self.dtype is None else self.dtype)
 
     def setup(self) -> None:
         """Create the submodules."""
         c, plan = self.config, self.plan or Plan()
-        self.embed = nn.Embed(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.param_dtype)
-        self.layers = Layers(c, plan, self.param_dtype, self.remat)
+        if not (self.joined and c.tied_embeddings):
+            self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
+        self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
-        if not c.tied_embeddings:
-            self.unembed = Unembedding(c.vocab_size, self.param_dtype)
-        if plan.groups:
+        if self.joined or not c.tied_embeddings:
+            self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
+        if plan.groups and not self.joined:
             self.groups = Groups(plan, self.param_dtype)
 
     def __call__(
         self,
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
-        cache: Cache | None = None,
+        cache: MixedCache | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L V"], Cache | None]:
+    ) -> tuple[Float[Array, "B L V"], MixedCache | None]:
         """Next-token logits.
 
         Args:
             tokens: Token ids.
             positions: Their positions, ascending in a row, 0, 1, 2, ... if None; -1 marks padding.
-            cache: From `init_cache` or an earlier call; None to run without one.
+            cache: From `init_cache`, `init_latent_cache` or an earlier call; None to run without one.
             starts: Position at which each token's document begins, for several documents in a row: a token attends to
                 nothing before that. None for 0.
 
@@ -336,13 +430,13 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"] | None = None,
-        cache: Cache | None = None,
+        cache: MixedCache | None = None,
         starts: Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    ) -> tuple[Float[Array, "B L D"], MixedCache | None]:
         """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        groups = self.groups() if self.plan is not None and self.plan.groups else {}
+        groups = self.groups() if self.plan is not None and self.plan.groups and not self.joined else {}
         x, cache = self.layers(self.embedded(tokens), positions, cache, groups, starts)
         return self.normed(x), cache
 
@@ -352,12 +446,19 @@ class Decoder(nn.Module):
 
     def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
+        if self.joined and self.config.tied_embeddings:  # one matrix, stored as the unembedding reads it
+            rows = jnp.moveaxis(jnp.take(self.unembed(self.config.embed_dim), tokens, axis=1), 0, -1)
+        else:
+            rows = self.embed(tokens)
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
-        return self.embed(tokens) * jnp.asarray(self.config.embed_scale, self.param_dtype)
+        return rows * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""
-        table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
-        y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        if self.joined:
+            y = product(x, self.unembed(self.config.embed_dim), jnp.float32)
+        else:
+            table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
+            y = contract(x, table)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

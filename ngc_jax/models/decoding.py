@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ngc_jax.models.attention import Cache, init_cache, to_rings
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.latent_cache import MixedCache, init_latent_cache, to_rings
 from ngc_jax.models.sampling import SamplingArrays, sample
 from ngc_jax.types import Params
 
@@ -40,7 +40,7 @@ class DecodeState(NamedTuple):
         keys: (B,) each row's key.
     """
 
-    cache: Cache
+    cache: MixedCache
     tokens: Int[Array, B]
     positions: Int[Array, B]
     remaining: Int[Array, B]
@@ -49,7 +49,7 @@ class DecodeState(NamedTuple):
 
 def prefill(
     decoder: Decoder, params: Params, tokens_BxL: Int[Array, "B L"], lengths_B: Int[Array, " B"], capacity: int
-) -> tuple[Float[Array, "B V"], Cache]:
+) -> tuple[Float[Array, "B V"], MixedCache]:
     """Read prompts.
 
     Args:
@@ -154,12 +154,12 @@ def decode(
 
 
 @partial(jax.jit, static_argnames="decoder")
-def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array) -> tuple[Array, Cache]:
+def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array) -> tuple[Array, MixedCache]:
     """Logits after each prompt and a cache of the prompts in order."""
     batch, length = tokens_BxL.shape
     index_L = jnp.arange(length, dtype=jnp.int32)
     positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
-    cache = init_cache(decoder.config, batch, 0, decoder.param_dtype)
+    cache = init_latent_cache(decoder.config, decoder.plan, decoder.cache, batch, 0, decoder.compute_dtype)
     x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
     # Only the last token of each prompt is unembedded.
     x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]

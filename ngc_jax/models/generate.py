@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, dec
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
 from ngc_jax.models.tokenizer import Tokenizer
-from ngc_jax.tokens import check_ids
+from ngc_jax.tokens import as_rows, check_ids
 
 Prompt = np.ndarray | Array | Sequence[int] | str
 GREEDY = Sampling()
@@ -58,6 +58,14 @@ def generate(
     Raises:
         UsageError: If a prompt is empty, has tokens that the model does not know or leaves no room for
             max_new_tokens; if max_new_tokens is below 1; if there is no key to sample with.
+
+    Example:
+        >>> (continuation,) = generate(model, "Groups of neurons", max_new_tokens=4)
+        >>> len(continuation)
+        4
+        >>> warm = generate(model, ["One", "Two"], max_new_tokens=4, sampling=Sampling(0.8), key=jax.random.key(0))
+        >>> len(warm)
+        2
     """
     prompts = as_prompts(model, prompts)
     chunks = list(
@@ -80,26 +88,14 @@ def as_prompts(model: LanguageModel, prompts: Sequence[Prompt] | Prompt) -> list
     Raises:
         UsageError: If it is none of these.
     """
-    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
-        raise UsageError(f"prompts is {type(prompts).__name__}; expected texts, or token ids (L,) of each")
-    alone = isinstance(prompts, str) or getattr(prompts, "ndim", 0) == 1 or _is_ids(prompts)
     encode = None
-    found = []
-    for index, prompt in enumerate([prompts] if alone else prompts):
-        if isinstance(prompt, str):
-            encode = encode or model.load_tokenizer().encode_prompt
-            prompt = encode(prompt)
-        try:
-            ids = np.asarray(prompt)
-        except ValueError:
-            raise UsageError(f"prompt {index} has rows of different lengths; expected token ids, (L,)") from None
-        found.append(ids[0] if ids.ndim == 2 and len(ids) == 1 else ids)
-    return found
 
+    def read(text: str) -> np.ndarray:
+        nonlocal encode
+        encode = encode or model.load_tokenizer().encode_prompt
+        return encode(text)
 
-def _is_ids(prompts: object) -> bool:
-    """Whether a list is one prompt's ids."""
-    return isinstance(prompts, list | tuple) and bool(prompts) and all(isinstance(i, int | np.integer) for i in prompts)
+    return as_rows(prompts, read)
 
 
 def stream(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ngc_jax.errors import UsageError
+from ngc_jax.lazy import needs
 from ngc_jax.models.tokenizer import one_line
 
 # No *.py and no pickle files, so that no code can be run. Nor copies of the weights in other layouts.
@@ -34,13 +35,14 @@ def hub_snapshot(model: str, cache_dir: Path | None = None, *, weights: bool = T
         UsageError: there is no such repository or revision, access is restricted, or there is neither a
             network nor a cached copy.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    with needs("huggingface_hub", f"{model}: no such path; to fetch it from the hub"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
     repo, _, revision = model.partition("@")
     try:

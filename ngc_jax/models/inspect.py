@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import hf_name, match_tensors
+from ngc_jax.models.latent_cache import CacheKind, numbers_per_token
 from ngc_jax.models.load import parameter_shapes
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source
@@ -51,14 +52,19 @@ class Inspection:
     def summary(self) -> dict[str, Any]:
         """Counts as plain data."""
         stored, dense = self.stored_parameters(), self.dense_parameters()
+        total = sum(math.prod(shape) for shape in self.shapes.values())
         return {
             "keep_ratio": stored / dense,
             "stored_parameters": stored,
             "dense_parameters": dense,
-            "total_parameters": sum(math.prod(shape) for shape in self.shapes.values()),
+            "total_parameters": total,
             "bytes": self.bytes,
+            "bits_per_parameter": 8 * self.bytes / total,
             "unused_bytes": self.unused_bytes,
             "groups": 0 if self.plan is None else len(self.plan.groups),
+            "cache_numbers_per_token": {
+                kind: numbers_per_token(self.config, self.plan, kind) for kind in get_args(CacheKind)
+            },
         }
 
     def group_rows(self) -> list[list[str]]:

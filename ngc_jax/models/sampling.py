@@ -43,6 +43,10 @@ class Sampling:
 
     Raises:
         UsageError: If a setting is out of range.
+
+    Example:
+        >>> Sampling(temperature=0.7, top_p=0.9).greedy
+        False
     """
 
     temperature: float = 0.0

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from ngc_jax.errors import UsageError
 from ngc_jax.files import atomic_directory, os_errors
+from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.card import model_card
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.quantised_tensors import describe_quantised, tensors_of
 from ngc_jax.models.saved_config import join_config
+from ngc_jax.models.sources import Source
 
 SHARD_BYTES = 5 * 10**9
 
@@ -45,18 +51,48 @@ def save_model(
 
     Raises:
         UsageError: See `files.check_output`.
+
+    Example:
+        >>> save_model(compact, "compact").name
+        'compact'
     """
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)
     with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
-        hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion)
-        hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.dtype))
+        quantised = describe_quantised(model.params, model.config)
+        hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion, quantised)
+        hf_config["torch_dtype"] = hf_config["dtype"] = str(np.dtype(model.param_dtype))
         _write_text(temporary / "config.json", _json(hf_config) + "\n")
         _save_tensors(model, temporary)
         model.load_tokenizer().save(temporary)
         _write_text(temporary / "README.md", card or model_card(model, directory.absolute().name))
     return directory
+
+
+def storage_dtype(source: Source) -> str:
+    """The type to store a conversion in: bfloat16 if the source has at most 16 bits for each number, else float32."""
+    numbers = sum(math.prod(shape) for shape in source.shapes.values())
+    return "bfloat16" if 8 * source.nbytes <= 16 * numbers else "float32"
+
+
+def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:
+    """A model with the parameters that are not quantised in another type.
+
+    Raises:
+        UsageError: If a number is too large for it.
+    """
+
+    def cast(path: Any, leaf: Any) -> Any:
+        if is_quantised(leaf):
+            return leaf
+        made = leaf.astype(dtype)
+        if dtype == "float16" and not bool(jnp.isfinite(made).all()):
+            raise UsageError(f"{jax.tree_util.keystr(path)} has numbers too large for float16; store bfloat16")
+        return made
+
+    params = jax.tree_util.tree_map_with_path(cast, model.params, is_leaf=is_quantised)
+    return dataclasses.replace(model, params=params)
 
 
 def tensor_bytes(directory: Path) -> int:
@@ -78,7 +114,7 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
         if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][hf_name(".".join(path), model.config)] = leaf
+        shards[-1] |= tensors_of(hf_name(".".join(path), model.config), leaf)
         size += leaf.nbytes
         total += leaf.nbytes
     if len(shards) == 1:

@@ -13,12 +13,15 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, text_config
 from ngc_jax.models.quantised import ENTRIES
+from ngc_jax.models.quantised_tensors import ENTRY
 
 SECTION = "ngc"
 MODEL_TYPE = "ngc"
 ARCHITECTURE = "NgcForCausalLM"
-# 1: without the types of the dense architecture, which were in their usual place.
-FORMAT_VERSION = 2
+# 1: without the types of the dense architecture, which were in their usual place. 3: quantised matrices, in the models
+# that have some.
+FORMAT_VERSION = 3
+_WITHOUT_QUANTISED = 2
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -68,7 +71,11 @@ def split_config(stored: Mapping[str, Any], source: str) -> tuple[dict[str, Any]
 
 
 def join_config(
-    hf_config: Mapping[str, Any], config: DecoderConfig, plan: Plan | None, conversion: Mapping[str, Any] | None
+    hf_config: Mapping[str, Any],
+    config: DecoderConfig,
+    plan: Plan | None,
+    conversion: Mapping[str, Any] | None,
+    quantised: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config.json to write; the inverse of `split_config`.
 
@@ -79,13 +86,17 @@ def join_config(
         config: The same, read.
         plan: The groups; None for a dense model.
         conversion: How the model was made, if it was converted.
+        quantised: Its quantised matrices, from `describe_quantised`.
     """
     whole = {name: value for name, value in hf_config.items() if name not in _STALE}
     if not whole.get("architectures") and whole.get("model_type") in _CLASSES:
         # Of a model trained from scratch; some programs choose their code by it.
         whole["architectures"] = [_CLASSES[whole["model_type"]]]
-    section: dict[str, Any] = {"format": FORMAT_VERSION, **(conversion or {})}
-    if not is_plain(config, plan):
+    version = FORMAT_VERSION if quantised else _WITHOUT_QUANTISED
+    section: dict[str, Any] = {"format": version, **(conversion or {})}
+    if quantised:
+        section[ENTRY] = dict(quantised)
+    if not is_plain(config, plan, quantised=bool(quantised)):
         section |= {"model_type": whole.get("model_type"), "architectures": whole.get("architectures")}
         whole |= {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
     elif plan is None:
@@ -95,16 +106,16 @@ def join_config(
     return {**whole, SECTION: section}
 
 
-def is_plain(config: DecoderConfig, plan: Plan | None) -> bool:
-    """Whether the plain architecture computes the same function as the model."""
-    return (plan is None or not plan.groups) and config.iterations == 1
+def is_plain(config: DecoderConfig, plan: Plan | None, *, quantised: bool = False) -> bool:
+    """Whether the plain architecture computes the same function as the model, and reads its tensors."""
+    return (plan is None or not plan.groups) and config.iterations == 1 and not quantised
 
 
 def conversion_of(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """How a model was made, from our section; None if it was not converted."""
     if section is None or "plan" not in section:
         return None
-    own = ("plan", "format", "model_type", "architectures")
+    own = ("plan", "format", "model_type", "architectures", ENTRY)
     return {name: value for name, value in section.items() if name not in own}
 
 

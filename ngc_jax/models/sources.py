@@ -11,10 +11,8 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
-from ngc_jax.models.gguf.file import GgufFile
-from ngc_jax.models.gguf.header import is_gguf
-from ngc_jax.models.gguf.source import GgufSource
-from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
+from ngc_jax.groups.quantised import QuantisedMatrix
+from ngc_jax.lazy import needs
 from ngc_jax.models.hub import hub_snapshot
 from ngc_jax.models.safetensors_source import SafetensorsSource
 from ngc_jax.models.tokenizer import Tokenizer, one_line
@@ -47,7 +45,10 @@ class Source(Protocol):
     files: tuple[Path, ...]
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in its stored dtype (GGUF: float32)."""
+        """Reads one tensor in its stored dtype (GGUF, quantised: float32)."""
+
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """The codes and scales of a matrix that a conversion quantised; None for any other tensor."""
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer; can still be called after `close`."""
@@ -75,6 +76,10 @@ class RetokenisedSource(Closing):
         """As for the wrapped source."""
         return self._source.read(name)
 
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """As for the wrapped source."""
+        return self._source.read_quantised(name)
+
     def close(self) -> None:
         """As for the wrapped source."""
         self._source.close()
@@ -98,6 +103,9 @@ def open_tokenizer(model: str, *, cache_dir: Path | None = None) -> Tokenizer:
         if path.is_file() and path.name == "tokenizer.json":
             return Tokenizer.load(path.parent)
         if path.is_file():
+            with needs("gguf", f"{path}: a GGUF file"):
+                from ngc_jax.models.gguf.file import GgufFile
+                from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
             _check_gguf(path)
             with GgufFile(path) as file:
                 return tokenizer_from_gguf(file.metadata, str(path))
@@ -131,15 +139,14 @@ def open_source(model: str, *, tokenizer: str | None = None, cache_dir: Path | N
         return RetokenisedSource(open_source(model, cache_dir=cache_dir), lambda: other)
     if model.startswith(_WHEEL):
         name = model.removeprefix(_WHEEL)
-        source = GgufSource(wheel_model_path(name, cache_dir))
+        source = _gguf_source(model, lambda: wheel_model_path(name, cache_dir))
         source.license = WHEEL_MODELS[name].license
         return source
     path = _usable_path(model)
     if path.is_dir() and model:
         return SafetensorsSource(path)
     if path.is_file():
-        _check_gguf(path)
-        return GgufSource(path)
+        return _gguf_source(model, lambda: path)
     if _is_hub_id(model):
         return SafetensorsSource(hub_snapshot(model, cache_dir), name=model)
     raise UsageError(
@@ -157,7 +164,17 @@ def _usable_path(model: str) -> Path:
     return path
 
 
+def _gguf_source(model: str, path: Callable[[], Path]) -> Source:
+    """Opens a GGUF file, which is fetched only if it can be read."""
+    with needs("gguf", f"{model}: a GGUF file"):
+        from ngc_jax.models.gguf.source import GgufSource
+    _check_gguf(found := path())
+    return GgufSource(found)
+
+
 def _check_gguf(path: Path) -> None:
+    from ngc_jax.models.gguf.header import is_gguf
+
     # By its first bytes: some programs store GGUF files under names such as sha256-1c27….
     if path.suffix.lower() != ".gguf" and not is_gguf(path):
         raise UsageError(f"{path}: is not a GGUF file; give one, or the directory with config.json")

@@ -1,7 +1,6 @@
-"""A thin wrapper around transformers' fast tokenizers: text in, int32 token ids out, and back."""
+"""Tokenizers: text in, int32 token ids out, and back; conversations by the model's chat template."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import parse_json
-from ngc_jax.models.tokenizer_model import load_tokenizer_model, only_tokenizer_model
+from ngc_jax.models.fast_tokenizer import TOKENIZER_FILE, FastTokenizer
+from ngc_jax.models.tokenizer_model import load_slow_tokenizer
 from ngc_jax.tokens import Bos
 
 if TYPE_CHECKING:
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 # Tokens that end a turn in the chat formats of the supported families.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json")
 _GENERATION_CONFIG = "generation_config.json"
-_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 class Tokenizer:
@@ -32,19 +31,19 @@ class Tokenizer:
         stop_tokens: ids at which generation ends, the EOS token first.
     """
 
-    def __init__(self, fast: "PreTrainedTokenizerFast", stop_tokens: Iterable[int] = ()) -> None:
-        """Wraps a tokenizer of transformers.
+    def __init__(self, fast: "FastTokenizer | PreTrainedTokenizerFast", stop_tokens: Iterable[int] = ()) -> None:
+        """Wraps a tokenizer.
 
         Args:
-            fast: the tokenizer; truncation and padding are disabled.
+            fast: the tokenizer, ours or one of transformers; truncation and padding are disabled.
             stop_tokens: ids that end generation, besides EOS and the known ends of a turn.
         """
-        self._fast = fast
-        self._backend = fast.backend_tokenizer
+        self._fast = fast if isinstance(fast, FastTokenizer) else FastTokenizer.of_transformers(fast)
+        self._backend = self._fast.backend
         self._backend.no_truncation()
         self._backend.no_padding()
-        added = {token.content: index for index, token in fast.added_tokens_decoder.items()}
-        eos = [] if fast.eos_token_id is None else [fast.eos_token_id]
+        added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        eos = [] if self.eos_token_id is None else [self.eos_token_id]
         ends = [added[token] for token in _TURN_ENDS if token in added]
         self.stop_tokens: tuple[int, ...] = tuple(dict.fromkeys([*eos, *ends, *stop_tokens]))
 
@@ -62,19 +61,10 @@ class Tokenizer:
             )
         stops = [*_stops(directory / _GENERATION_CONFIG), *_stops(directory / "config.json")]
         try:
-            with quiet_transformers():
-                from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-                # AutoTokenizer would use the class that tokenizer_config.json names, and some classes replace the
-                # pre-tokenizer of tokenizer.json by their own: SmolLM2 loses its digits that way.
-                complete = (directory / "tokenizer.json").is_file()
-                loader = PreTrainedTokenizerFast if complete else AutoTokenizer
-                if only_tokenizer_model(directory):
-                    fast = load_tokenizer_model(directory)
-                else:
-                    fast = loader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-            if isinstance(fast, PreTrainedTokenizerFast):
-                return cls(fast, stops)
+            # Whatever class tokenizer_config.json names: some replace the pre-tokenizer of tokenizer.json by their own,
+            # and SmolLM2 loses its digits that way.
+            complete = (directory / TOKENIZER_FILE).is_file()
+            return cls(FastTokenizer.load(directory) if complete else load_slow_tokenizer(directory), stops)
         except BaseException as error:  # parsers raise errors of many kinds; Rust's panics are not Exceptions
             if isinstance(error, KeyboardInterrupt | SystemExit | UsageError):
                 raise
@@ -82,24 +72,21 @@ class Tokenizer:
                 f"{directory}: its tokenizer cannot be loaded ({one_line(error)}); "
                 "copy the original model's tokenizer files again"
             ) from None
-        raise UsageError(
-            f"{directory}: its tokenizer has no fast version; save it as tokenizer.json with transformers first"
-        )
 
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens, added ones included."""
-        return len(self._fast)
+        return self._backend.get_vocab_size()
 
     @property
     def bos_token_id(self) -> int | None:
         """The id that begins a text, if the model has one."""
-        return self._fast.bos_token_id
+        return self._fast.token_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
         """The id that ends a text, if the model has one."""
-        return self._fast.eos_token_id
+        return self._fast.token_id("eos_token")
 
     def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
         """The ids before a text.
@@ -118,7 +105,7 @@ class Tokenizer:
                 raise UsageError("this tokenizer has no BOS token; choose auto or never")
             return (self.bos_token_id,)
         # Encoded around a text of one known token: a special token, if there are any.
-        known = [token.content for token in self._fast.added_tokens_decoder.values()]
+        known = [token.content for token in self._backend.get_added_tokens_decoder().values()]
         with _refuse_failures("encode a text"):
             (framed,) = self._backend.encode_batch_fast([known[0] if known else "a"], add_special_tokens=True)
         own = [place for place, sequence in enumerate(framed.sequence_ids) if sequence is not None]
@@ -142,7 +129,7 @@ class Tokenizer:
     @property
     def pad(self) -> int:
         """The id for padding a batch: the padding token, else EOS, else 0."""
-        known = [index for index in (self._fast.pad_token_id, self._fast.eos_token_id) if index is not None]
+        known = [index for index in (self._fast.token_id("pad_token"), self.eos_token_id) if index is not None]
         return known[0] if known else 0
 
     @property
@@ -209,11 +196,21 @@ class Tokenizer:
         with _refuse_failures("decode these ids"):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """Renders a conversation in the model's chat format, ready for the assistant's answer.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> np.ndarray:
+        """Encodes a conversation in the model's chat format, by default ready for the assistant's answer.
 
         Args:
             messages: dicts with "role" (system, user or assistant) and "content".
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: whether to end where the assistant's answer begins.
+            variables: further variables of the model's template, such as `enable_thinking`.
 
         Returns:
             (L,) int32 ids.
@@ -221,19 +218,44 @@ class Tokenizer:
         Raises:
             UsageError: the model has no chat template, or the template refuses these messages.
         """
+        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text that `apply_chat_template` encodes; arguments as there.
+
+        Raises:
+            UsageError: as there.
+        """
         if not self.has_chat_template:
             raise UsageError(
                 "this model has no chat template; give it plain text, or choose an instruction-tuned model"
             )
+        _check_messages(messages)
+        from ngc_jax.models.chat_template import render_chat
+
         try:
-            text = self._fast.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            return render_chat(
+                self._fast.template(tools=tools is not None),
+                messages,
+                special_tokens=self._fast.special_tokens,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
             )
         except Exception as error:  # templates raise errors of many kinds
             raise UsageError(
                 f"the chat template refuses these messages ({one_line(error)}); check their roles and order"
             ) from None
-        return self.encode(str(text))
 
     def save(self, directory: Path) -> None:
         """Writes the files from which transformers' AutoTokenizer and `load` restore this tokenizer.
@@ -242,15 +264,19 @@ class Tokenizer:
         with the stop tokens unless there is one.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        self._fast.save_pretrained(str(directory))
-        # Under a class name that transformers 4 knows too; that class uses tokenizer.json unchanged.
-        config = directory / "tokenizer_config.json"
-        settings = parse_json(config.read_text(encoding="utf-8"))
-        _write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self._fast.save(directory)
         generation = directory / _GENERATION_CONFIG
         if not generation.exists():
             ids = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.stop_tokens)}
             _write_json(generation, {**ids, "pad_token_id": self.pad})
+
+
+def _check_messages(messages: Any) -> None:
+    given = messages if isinstance(messages, list | tuple) else [messages]
+    if not given or not all(isinstance(message, Mapping) for message in given) or given is not messages:
+        raise UsageError(
+            'a conversation is a list of messages; expected at least one, such as {"role": "user", "content": "Hello"}'
+        )
 
 
 def _no_text(text: Any, expected: str) -> UsageError:
@@ -282,40 +308,18 @@ def wrap(
     """Makes a Tokenizer from a `tokenizers.Tokenizer`.
 
     Args:
-        backend: the wrapped tokenizer.
+        backend: the wrapped tokenizer, which is changed.
         special_tokens: token texts by transformers' names: bos_token, eos_token, unk_token, pad_token.
         chat_template: jinja template of the chat format.
         add_bos: whether encoding with special tokens begins with BOS.
         add_eos: whether it ends with EOS.
         stop_tokens: texts of tokens that end generation besides EOS.
     """
-    with quiet_transformers():
-        from transformers import PreTrainedTokenizerFast
-
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            chat_template=chat_template,
-            add_bos_token=add_bos,
-            add_eos_token=add_eos,
-            clean_up_tokenization_spaces=False,
-            **special_tokens,
-        )
+    fast = FastTokenizer.of_backend(
+        backend, special_tokens, chat_template=chat_template, add_bos=add_bos, add_eos=add_eos
+    )
     ids = (backend.token_to_id(token) for token in stop_tokens)
     return Tokenizer(fast, [index for index in ids if index is not None])
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Suppresses transformers' message on import that PyTorch is missing."""
-    before = os.environ.get(_NO_ADVICE)
-    os.environ[_NO_ADVICE] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_NO_ADVICE, None)
-        else:
-            os.environ[_NO_ADVICE] = before
 
 
 def one_line(error: BaseException, width: int = 160) -> str:

@@ -1,9 +1,14 @@
-"""Loads the tokenizer of a directory that has a tokenizer.model, SentencePiece's own format, but no tokenizer.json."""
+"""Loads the tokenizer of a directory that has no tokenizer.json, with transformers.
+
+Its files are tokenizer.model, which is SentencePiece's own format, or a vocabulary and merges.
+"""
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +23,35 @@ _LOG = logging.getLogger(__name__)
 # The package and module with which transformers reads tokenizer.model.
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _PROBE = "The quick brown fox jumps over 12 lazy dogs, naïve ☃"
 
 
-def only_tokenizer_model(directory: Path) -> bool:
-    """Whether the tokenizer can only come from tokenizer.model."""
-    return (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
+def load_slow_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """Loads it with transformers; never runs code from the directory.
+
+    Raises:
+        UsageError: a package is missing, the file is not SentencePiece's, or there is no fast version.
+        Exception: of any kind that transformers and its parsers raise.
+    """
+    if not _installed("transformers"):
+        raise UsageError(
+            f"{directory}: its tokenizer has no tokenizer.json, and to read its other files takes the package "
+            "transformers, which is not installed; run 'pip install transformers', or save it as tokenizer.json with "
+            "transformers elsewhere"
+        )
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+
+        if (directory / "tokenizer.model").is_file():
+            found = load_tokenizer_model(directory)
+        else:
+            found = next(_loaders(directory))()
+    if isinstance(found, PreTrainedTokenizerFast):
+        return found
+    raise UsageError(
+        f"{directory}: its tokenizer has no fast version; save it as tokenizer.json with transformers first"
+    )
 
 
 def load_tokenizer_model(directory: Path) -> Any:
@@ -65,6 +93,20 @@ def load_tokenizer_model(directory: Path) -> Any:
     return first
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppresses transformers' message on import that PyTorch is missing."""
+    before = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_NO_ADVICE, None)
+        else:
+            os.environ[_NO_ADVICE] = before
+
+
 def _loaders(directory: Path) -> Iterator[Callable[[], Any]]:
     from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
@@ -80,8 +122,14 @@ def _ids(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
 def _missing_package(file: Path) -> str | None:
     """The name of a package that is needed to read the file and is not installed."""
     packages = {"tiktoken": "tiktoken"} if _is_tiktoken(file) else _PACKAGES
-    missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
-    return missing[0] if missing else None
+    return next((name for name, module in packages.items() if not _installed(module)), None)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def _is_tiktoken(file: Path) -> bool:

@@ -37,7 +37,15 @@ Choice = tuple[int, tuple[int, ...]]
 
 
 def rank_curve(
-    energies: np.ndarray, outputs: int, inputs: int, dense: int, *, gauge: bool, biases: int = 0, multiple: int = 1
+    energies: np.ndarray,
+    outputs: int,
+    inputs: int,
+    dense: int,
+    *,
+    gauge: bool,
+    biases: int = 0,
+    multiple: int = 1,
+    equal: bool = False,
 ) -> Curve:
     """The curve of a group whose loss at rank r is the sum of the energies beyond the first r.
 
@@ -49,13 +57,14 @@ def rank_curve(
         gauge: Whether the gauge is fixed: rank r stores r (outputs + inputs - r) instead of r (outputs + inputs).
         biases: Parameters stored at every rank.
         multiple: Ranks are multiples of this (8 or 128 fill a TPU's tiles); dense members are always allowed.
+        equal: Whether a rank that stores as much as dense members is worth something: it may have a smaller cache.
     """
     full = len(energies)
     ranks = np.arange(multiple, full + 1, multiple)
     energies = np.maximum(energies, _ROUNDING * max(float(np.max(energies)), 0.0))
     tails = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]])
     stored = ranks * (outputs + inputs - (ranks if gauge else 0)) + biases
-    worth = stored < dense
+    worth = stored <= dense if equal else stored < dense
     return Curve(
         np.append(ranks[worth], DENSE),
         np.append(tails[ranks[worth]], 0.0),

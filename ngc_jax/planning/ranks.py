@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from ngc_jax.groups.kernel_spec import Kernel
 from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.models.config import MLP_ROLES
 from ngc_jax.planning.allocate import DENSE, Curve, allocate, rank_curve
+from ngc_jax.planning.cache_budget import cached_layers, capped, check_cache_ratio, within_cache
 from ngc_jax.planning.candidates import Candidate, Cell
 
 # Second moments are means over tokens; SVD-LLM V2's losses are sums over its authors' calibration set, 256 x 2048.
@@ -38,6 +40,8 @@ class RankRule:
         kernel: Of all groups; kernels other than bilinear get the largest rank that stores no more than bilinear.
         rounding: How a uniform rank is rounded to an integer.
         method: The method's name in error messages.
+        dense: Whether every group is left dense.
+        cache: Largest share of the key-value cache's numbers to keep; see `cache_budget`. None for no limit.
     """
 
     keep: float
@@ -48,6 +52,8 @@ class RankRule:
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
     rounding: Callable[[float], int] = math.floor
     method: str = "this method"
+    dense: bool = False
+    cache: float | None = None
 
 
 def uniform_rank(
@@ -129,6 +135,8 @@ def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
     Raises:
         UsageError: If a group is left without a rank.
     """
+    if rule.dense:
+        return {group.name: DENSE for group in groups}
     if rule.allocation not in ("uniform", "neurons"):
         return {}
     gauge, keep = rule.gauge, rule.keep
@@ -144,9 +152,12 @@ def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
             return full if rule.rank == "full" else min(rule.rank, full)
         if group in dense or (dense and keep == 1):
             return DENSE
+        if rule.cache is not None and keep == 1 and not cached_layers(group):
+            return DENSE
         return uniform_rank(group.members, keep, rule.rounding, gauge)
 
-    return kernel_ranks(rule, groups, {group.name: rank(group) for group in groups})
+    ranks = {group.name: rank(group) for group in groups}
+    return kernel_ranks(rule, groups, ranks if rule.cache is None else capped(rule.cache, groups, ranks))
 
 
 def _is_mlp(group: Candidate) -> bool:
@@ -157,8 +168,11 @@ def check_budget(rule: RankRule, cells: Sequence[Cell]) -> None:
     """Refuse a keep ratio that no ranks reach, before anything is measured.
 
     Raises:
-        UsageError: If a group is left without a rank, or the smallest ranks store too much.
+        UsageError: If a group is left without a rank, or the smallest ranks store too much, or keep too much of the
+            cache.
     """
+    if rule.cache is not None:
+        check_cache_ratio(rule.cache, (group for cell in cells for group in cell[0]), rule.multiple)
     dense = sum(group.dense_parameters for cell in cells for group in cell[0])
     if rule.rank is None and (least := least_parameters(rule, cells)) > math.floor(rule.keep * dense):
         raise too_low(rule, least / dense)
@@ -188,6 +202,8 @@ def least_parameters(rule: RankRule, cells: Sequence[Cell], share: float = 0.0) 
         share: If MLPs are left dense, a lower bound on the keep ratio of the others.
     """
     gauge, multiple = rule.gauge, rule.multiple
+    if rule.dense:
+        return sum(group.dense_parameters for cell in cells for group in cell[0])
     if rule.allocation == "loss":
 
         def least(group: Candidate) -> int:
@@ -222,6 +238,7 @@ def _curve(rule: RankRule, group: Candidate, energies: np.ndarray) -> Curve:
         gauge=rule.gauge,
         biases=group.biases,
         multiple=rule.multiple,
+        equal=rule.cache is not None and cached_layers(group) > 0,
     )
 
 
@@ -251,10 +268,11 @@ def choose_ranks(
     if rule.allocation == "svd_llm_v2":
         groups = [group for ((group,),) in cells]
         shared = _share_by_role(rule, groups, {group.name: energies(group) for group in groups})
-        return kernel_ranks(rule, groups, shared)
+        return kernel_ranks(rule, groups, shared if rule.cache is None else capped(rule.cache, groups, shared))
     curves = [[[_curve(rule, group, energies(group)) for group in way] for way in cell] for cell in cells]
     ranks = {}
-    choices = allocate(curves, _budget(rule, cells))
+    choose = partial(allocate, budget=_budget(rule, cells))
+    choices = choose(curves) if rule.cache is None else within_cache(rule.cache, cells, curves, choose)
     for cell, ways, (way, indices) in zip(cells, curves, choices, strict=True):
         for group, curve, index in zip(cell[way], ways[way], indices, strict=True):
             ranks[group.name] = int(curve.ranks[index])

@@ -16,6 +16,8 @@ from ngc_jax.planning.ranks import RankRule, least_parameters, too_low
 
 # Widths are multiples of this, a TPU's tile, if the dense model's is.
 _TILE = 128
+# Widths in the form `dense`: whole blocks of GGUF's quantised types, which have 32 numbers.
+_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,43 @@ def plan_pruning(
         )
     width = _choose_width(config, topology, rule, keep_neurons, flexible=flexible, budget=budget)
     return _pruned(config, topology, width, budget, rule.keep)
+
+
+def plan_dense(config: DecoderConfig, topology: str, keep: float, multiple: int | None = None) -> Pruning:
+    """The largest width of all MLPs at which pruning alone meets the keep ratio.
+
+    Args:
+        config: The dense model's.
+        topology: Which blocks the keep ratio counts.
+        keep: Stored over dense parameters of these blocks.
+        multiple: The width is a multiple of this; if None, of 32 or of the largest power of two below it that divides
+            the dense model's width.
+
+    Raises:
+        UsageError: If the topology leaves MLPs out, the keep ratio is too low for a width, or the multiple is.
+    """
+    blocks = planned_blocks(config, topology)
+    if not {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES} <= blocks.keys():
+        raise UsageError("form dense prunes hidden neurons; add u, g and d of every layer to the topology")
+    multiple = math.gcd(config.mlp_dim, _BLOCK) if multiple is None else multiple
+
+    def stored(width: int) -> int:
+        pruned = dataclasses.replace(config, mlp_dim=width)
+        return sum(block.parameters for block in planned_blocks(pruned, topology).values())
+
+    dense = stored(config.mlp_dim)
+    budget = math.floor(keep * dense)
+    if dense <= budget:
+        return Pruning(config, keep)
+    neuron = stored(2) - stored(1)
+    width = (budget - stored(1) + neuron) // neuron // multiple * multiple
+    if width < 1:
+        least = math.ceil(stored(multiple) / dense * 1e4) / 1e4
+        raise UsageError(
+            f"keep ratio {keep:g} is too low for form dense: attention is kept, and MLPs of {multiple} hidden neurons "
+            f"bring the blocks to {least:g}; raise it to at least {least:g}, or choose form grouped"
+        )
+    return _pruned(config, topology, width, budget, keep)
 
 
 def _pruned(config: DecoderConfig, topology: str, width: int, budget: int, keep: float = 1.0) -> Pruning:

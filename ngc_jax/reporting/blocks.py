@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import read_states
+from ngc_jax.exporting.folded import read_states
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models.config import ROLES, DecoderConfig, block_name

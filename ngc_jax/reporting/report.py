@@ -63,7 +63,9 @@ def report(
         UsageError: If a source has nothing to report on or is damaged, or the page cannot be written.
 
     Example:
-        >>> report(["smollm2-0.8", "runs/stability"], "report.html")  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> report([str(save_model(compact, "reported"))], "report.html").file.name
+        'report.html'
     """
     if Path(out).is_dir():
         raise UsageError(f"{out} is a directory; give the name of a file, such as {Path(out) / 'report.html'}")

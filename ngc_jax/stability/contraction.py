@@ -44,6 +44,10 @@ def matrix_measure(matrix: Float[Array, "n n"], metric: Metric | None = None) ->
 
     Raises:
         UsageError: If the metric does not fit.
+
+    Example:
+        >>> matrix_measure(jnp.array([[-1.0, 0.0], [0.0, -2.0]]))
+        Array(-1., dtype=float32)
     """
     return numerical_abscissa(_in_metric(matrix, factor_metric(metric, matrix.shape[-1])))
 
@@ -61,6 +65,10 @@ def contraction_rate(matrix: Float[Array, "n n"], metric: Metric | None = None, 
 
     Raises:
         UsageError: If the metric does not fit.
+
+    Example:
+        >>> bool(jnp.isclose(contraction_rate(0.5 * jnp.eye(2)), jnp.log(0.5)))
+        True
     """
     return jnp.log(jnp.linalg.norm(_in_metric(matrix, factor_metric(metric, matrix.shape[-1])), 2)) / dt
 
@@ -89,6 +97,11 @@ def contraction_rates(
 
     Raises:
         UsageError: If the Jacobian is too large or the metric does not fit.
+
+    Example:
+        >>> rates = contraction_rates(lambda x: 0.5 * x, jnp.ones((3, 2)))
+        >>> bool(jnp.allclose(rates, jnp.log(0.5)))
+        True
     """
     stack_TxNxN = jacobians_along(step, states, inputs=inputs, limit=limit)
     factor = factor_metric(metric, stack_TxNxN.shape[-1])
@@ -112,6 +125,11 @@ def lyapunov_metric(matrix: Float[Array, "n n"], rate: float | None = None) -> M
 
     Raises:
         UsageError: If no metric has that rate.
+
+    Example:
+        >>> shear = jnp.array([[0.5, 3.0], [0.0, 0.5]])  # stable, although it lengthens some displacements
+        >>> contraction_rate(shear) > 0, contraction_rate(shear, lyapunov_metric(shear)) < 0
+        (Array(True, dtype=bool), Array(True, dtype=bool))
     """
     a_NxN = np.asarray(matrix, np.float64)
     with np.errstate(divide="ignore"):
@@ -169,6 +187,12 @@ def fit_metric(
 
     Raises:
         UsageError: If the Jacobians are not a stack of square matrices, or the start does not fit.
+
+    Example:
+        >>> shear = jnp.array([[0.5, 3.0], [0.0, 0.5]])
+        >>> fit = fit_metric(shear[None], iterations=50)
+        >>> fit.rate < contraction_rate(shear)
+        Array(True, dtype=bool)
     """
     if jacobians.ndim != 3 or jacobians.shape[1] != jacobians.shape[2]:
         raise UsageError(f"Jacobians of shape {jacobians.shape}; expected a stack (T, N, N) of square ones")

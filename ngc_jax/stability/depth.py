@@ -29,13 +29,13 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import encode
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import init_cache
-from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer, input_site
+from ngc_jax.models.decoder import Decoder, input_site
+from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
 from ngc_jax.stability.streams import (
     apply_layer,
     check_prompts,
-    depth_of,
     jit_on_prompts,
     log_length,
     widened,
@@ -87,9 +87,9 @@ def depth_stability(
     position only, so that two models of the same size, or two prompts, are compared with the same ones.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions.
         directions: K.
@@ -98,13 +98,18 @@ def depth_stability(
     Raises:
         UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
             there are more directions than dimensions.
+
+    Example:
+        >>> found = depth_stability(model, "Group", key=jax.random.key(0), directions=2)
+        >>> found.metric.shape  # one number for each of five tokens; below 0 it is stable
+        (1, 5)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     embed_dim = decoder.config.embed_dim
     if not 1 <= directions <= embed_dim:
         raise UsageError(f"{directions} directions in a stream of {embed_dim} dimensions; expected 1 to {embed_dim}")
     index_L = jnp.arange(tokens_BxL.shape[1], dtype=jnp.int32)
-    dtype = working_type(decoder.param_dtype)
+    dtype = working_type(decoder.compute_dtype)
 
     def direction(position: Array) -> Array:
         return jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, position), (embed_dim, directions), dtype))[0]
@@ -124,7 +129,7 @@ def depth_stability(
 def _of_prompt(
     decoder: Decoder, params: Params, tokens_L: Array, positions_L: Array, frame_LxDxK: Array, keep_frames: bool
 ) -> DepthStability:
-    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
+    x_LxD = embed(decoder, params, tokens_L)
     depth, K = depth_of(decoder), frame_LxDxK.shape[-1]
     # A random perturbation is frame · mixing · exp(scale): the frame is orthonormal, the mixing of length sqrt(K).
     mixing_LxKxK = jnp.broadcast_to(jnp.eye(K, dtype=frame_LxDxK.dtype), (len(tokens_L), K, K))
@@ -167,10 +172,8 @@ def _layer(
     decoder: Decoder, params: Params, number: int, x_LxD: Array, positions_L: Array
 ) -> Callable[[Array], tuple[Array, dict[str, Array]]]:
     """The layer at x as a map of all tokens separately: to the stream after it and the signals of its groups."""
-    layer, plan = number % decoder.config.num_layers, decoder.plan or Plan()
-    module = DecoderLayer(decoder.config, plan, layer, decoder.param_dtype, hold_others=True)
-    variables = {"params": params["layers"][str(layer)]}
-    states = params.get("groups", {})
+    plan, here = decoder.plan or Plan(), str(number % decoder.config.num_layers)
+    layer = layer_of(decoder, params, number, hold_others=True)
     # Not stop_gradient: the derivative of a rate with respect to the parameters includes the other tokens' keys and
     # values.
     _, others = apply_layer(
@@ -178,19 +181,14 @@ def _layer(
     )
 
     def advance(x_LxD: Array) -> tuple[Array, dict[str, Array]]:
-        (y_1xLxD, _), sown = module.apply(
-            variables, x_LxD[None], positions_L[None], others, states, mutable=[BLOCK_INPUTS]
-        )
+        y_1xLxD, inputs = layer.read(x_LxD[None], positions_L[None], others)
         signals: dict[str, Array] = {}
         for block in decoder.config.blocks():
             at, site = input_site(block.name)
             group = plan.group_of.get(block.name)
-            if at != str(layer) or group is None or group.name in signals:
-                continue
-            inputs = sown[BLOCK_INPUTS]
-            for part in site.split("."):
-                inputs = inputs[part]
-            signals[group.name] = encode(group.kernel, states[group.name], inputs[0][0], pivots=group.pivots)
+            if at == here and group is not None and group.name not in signals:
+                states = layer.groups[group.name]
+                signals[group.name] = encode(group.kernel, states, inputs[site][0], pivots=group.pivots)
         return y_1xLxD[0], signals
 
     return advance

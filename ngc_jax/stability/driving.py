@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of
 from ngc_jax.stability.potential import Drive, potential_against, potential_along, share_in_span
 from ngc_jax.stability.streams import (
     apply_layer,
     check_prompts,
-    depth_of,
     jit_on_prompts,
     record,
     widened,
@@ -44,9 +44,9 @@ def potential_over_alone(
     position 0 of its own context (rotary embeddings depend on distances only). Costs one more forward pass.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
 
     Returns:
@@ -83,7 +83,7 @@ def mean_motion(
     """The mean-field reference: every layer's step x_(l+1)[t] - x_l[t], averaged over all tokens of a text.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
         tokens_BxL: Windows of the reference text, padded on the right with any token.
         lengths_B: Number of tokens in each window, without padding; all if None.
@@ -112,10 +112,10 @@ def potential_over_mean(
     """The potential of every token over the mean field: its actual step minus the mean step of a reference text.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
         motion_nxD: From `mean_motion`.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
 
     Returns:

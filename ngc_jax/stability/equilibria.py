@@ -56,6 +56,11 @@ def fixed_point(
 
     Raises:
         UsageError: If the method is unknown, the Jacobian is too large, or f does not return a state of the same kind.
+
+    Example:
+        >>> found = fixed_point(jnp.cos, jnp.array([1.0]))
+        >>> bool(jnp.isclose(found.state[0], 0.739085))
+        True
     """
     if method not in ("newton", "iterate"):
         raise UsageError(f"method {method!r} for a fixed point; expected newton or iterate")
@@ -111,6 +116,10 @@ def quadratic_form(center: State, metric: Metric | None = None) -> Callable[[Sta
 
     Raises:
         UsageError: If the metric does not fit.
+
+    Example:
+        >>> quadratic_form(jnp.zeros(2))(jnp.array([3.0, 4.0]))
+        Array(25., dtype=float32)
     """
     center_N = ravel(center)[0]
     factor = factor_metric(metric, center_N.size)
@@ -154,6 +163,10 @@ def decrease(
 
     Raises:
         UsageError: If there are fewer than two states, or the rate is not between 0 and 1.
+
+    Example:
+        >>> decrease(quadratic_form(jnp.zeros(1)), jnp.array([[4.0], [2.0], [1.0]])).fraction
+        Array(1., dtype=float32)
     """
     if count_entries(trajectory) < 2 or not 0 <= rate < 1:
         raise UsageError(

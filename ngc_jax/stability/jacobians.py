@@ -36,6 +36,10 @@ def jacobian(f: Callable[[State], State], state: State, *, limit: int = LIMIT) -
 
     Raises:
         UsageError: If the matrix is larger than the limit.
+
+    Example:
+        >>> jacobian(lambda x: x**2, jnp.array([1.0, 3.0])).tolist()
+        [[2.0, 0.0], [0.0, 6.0]]
     """
     x_N, flat = flatten_map(f, state)
     M, N = jax.eval_shape(flat, x_N).size, x_N.size
@@ -61,6 +65,10 @@ def jacobians_along(step: Step, states: State, *, inputs: Any = None, limit: int
 
     Raises:
         UsageError: If a matrix is larger than the limit, or the numbers of inputs and states differ.
+
+    Example:
+        >>> jacobians_along(lambda x: x**2, jnp.array([[1.0], [3.0]])).ravel().tolist()
+        [2.0, 6.0]
     """
     count_steps((states, inputs), None)
     if inputs is None:
@@ -71,7 +79,12 @@ def jacobians_along(step: Step, states: State, *, inputs: Any = None, limit: int
 
 
 def singular_values(matrix: Float[Array, "m n"]) -> Float[Array, " k"]:
-    """The singular values, greatest first: the factors by which one step stretches the axes of a small ball."""
+    """The singular values, greatest first: the factors by which one step stretches the axes of a small ball.
+
+    Example:
+        >>> singular_values(jnp.diag(jnp.array([1.0, 3.0]))).tolist()
+        [3.0, 1.0]
+    """
     return jnp.linalg.svd(matrix, compute_uv=False)
 
 
@@ -79,6 +92,10 @@ def spectral_radius(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
     """The greatest modulus of an eigenvalue: the growth per step of many steps with the same Jacobian.
 
     Eigenvalues of general matrices are not available on TPU: move the matrix to the host's CPU first.
+
+    Example:
+        >>> spectral_radius(jnp.diag(jnp.array([0.5, -2.0])))
+        Array(2., dtype=float32)
     """
     return jnp.max(jnp.abs(jnp.linalg.eigvals(matrix)))
 
@@ -89,6 +106,10 @@ def henrici_departure(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
     sqrt(||A||_F^2 - sum |eigenvalue|^2) / ||A||_F: the departure from normality of Henrici (1962, "Bounds for
     iterates, inverses, spectral variation and fields of values of non-normal matrices") in the Frobenius norm,
     relative to that norm. The zero matrix has 0.
+
+    Example:
+        >>> henrici_departure(jnp.array([[0.0, 1.0], [0.0, 0.0]]))
+        Array(1., dtype=float32)
     """
     total = jnp.sum(matrix**2)
     rest = jnp.maximum(total - jnp.sum(jnp.abs(jnp.linalg.eigvals(matrix)) ** 2), 0.0)
@@ -99,6 +120,10 @@ def numerical_abscissa(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
     """The greatest eigenvalue of (A + A^T) / 2: how fast dx/dt = A x can grow at once, in 1 / time.
 
     The matrix measure of the Euclidean norm (Trefethen and Embree 2005, "Spectra and pseudospectra", section 17).
+
+    Example:
+        >>> numerical_abscissa(jnp.diag(jnp.array([-1.0, -3.0])))
+        Array(-1., dtype=float32)
     """
     return jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]
 
@@ -119,6 +144,10 @@ def kreiss_lower_bound(
         matrix: A, real.
         radii: |z| of the grid; by default 20 from 1.001 to 11.
         angles: arg z of the grid, from 0 to pi.
+
+    Example:
+        >>> kreiss_lower_bound(0.5 * jnp.eye(2)), kreiss_lower_bound(jnp.array([[0.5, 9.0], [0.0, 0.5]])) > 4
+        (Array(1., dtype=float32), Array(True, dtype=bool))
     """
     radii_R = 1 + jnp.logspace(-3, 1, 20, dtype=matrix.dtype) if radii is None else jnp.asarray(radii)
     circle_A = jnp.exp(1j * jnp.linspace(0, np.pi, angles, dtype=matrix.dtype))
@@ -176,6 +205,11 @@ def top_singular_values(
 
     Raises:
         UsageError: If there are not k singular values, or a number is out of range.
+
+    Example:
+        >>> top = top_singular_values(lambda x: jnp.arange(1.0, 6.0) * x, jnp.ones(5), 2, jax.random.key(0))
+        >>> bool(jnp.allclose(top.values, jnp.array([5.0, 4.0]), rtol=1e-4))
+        True
     """
     x_N, flat = flatten_map(f, state)
     y_M, push = jax.linearize(flat, x_N)

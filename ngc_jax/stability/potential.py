@@ -56,6 +56,11 @@ def potential_along(trajectory: State, undriven: Step, *, inputs: Any = None, dt
 
     Raises:
         UsageError: If there are fewer than two states, or the shapes do not fit.
+
+    Example:
+        >>> driven = jnp.array([[0.0], [1.0], [2.0]])
+        >>> potential_along(driven, lambda x: x).potential.ravel().tolist()  # undriven, it would rest
+        [1.0, 1.0]
     """
     starts, steps = _starts(trajectory)
     if inputs is None:
@@ -80,6 +85,11 @@ def potential_against(trajectory: State, reference: State, *, dt: float = 1.0) -
 
     Raises:
         UsageError: If there are fewer than two states, or the shapes do not fit.
+
+    Example:
+        >>> driven, undriven = jnp.array([[0.0], [1.0], [2.0]]), jnp.zeros((3, 1))
+        >>> potential_against(driven, undriven).potential.ravel().tolist()
+        [1.0, 1.0]
     """
     _starts(trajectory)
     _check_alike(trajectory, reference)
@@ -102,6 +112,10 @@ def share_in_span(vectors: State, frames: Float[Array, "t n k"]) -> Float[Array,
 
     Raises:
         UsageError: If the shapes do not fit.
+
+    Example:
+        >>> share_in_span(jnp.array([[3.0, 4.0]]), jnp.eye(2)[None]).tolist()  # in the first direction, in both
+        [[0.36..., 1.0]]
     """
     vectors_TxN = ravel_trajectory(vectors)
     if jnp.ndim(frames) != 3 or frames.shape[:2] != vectors_TxN.shape:

@@ -34,12 +34,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of, embed
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise
 from ngc_jax.stability.streams import (
     apply_layer,
     check_prompts,
-    depth_of,
     jit_on_prompts,
     log_length,
     record,
@@ -92,9 +92,9 @@ def sequence_stability(
     K + 1 caches.
 
     Args:
-        decoder: The module, dense or compact.
+        decoder: The module, dense or compact; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
-        tokens_BxL: Prompts, padded on the right with any token.
+        tokens_BxL: Prompts, padded on the right with any token; or one of (L,), or a list of any lengths.
         lengths_B: Number of tokens in each prompt, without padding; all if None.
         key: For the directions, which depend on it and on the segment only.
         directions: K.
@@ -103,6 +103,12 @@ def sequence_stability(
     Raises:
         UsageError: If the tokens are not a batch of the model's ids, the lengths do not fit, or
             the rows are shorter than two memories.
+
+    Example:
+        >>> given = model.decoder, model.params, tokens[None, :12]
+        >>> found = sequence_stability(*given, key=jax.random.key(0), directions=2, memory=4)
+        >>> found.segments.shape  # two segments of four tokens, after the first four
+        (1, 2)
     """
     lengths_B = check_prompts(decoder, tokens_BxL, lengths_B)
     length = tokens_BxL.shape[1]
@@ -157,7 +163,7 @@ def _of_prompt(
         squares_n = jnp.stack([_squares(layer) for layer in vectors])
         return cache, (_orthonormal(vectors)[1] / memory, growth_M, squares_n / jnp.sum(squares_n))
 
-    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.param_dtype)
+    cache = init_cache(decoder.config, 1, len(tokens_L), decoder.compute_dtype)
     cache = run(cache, tokens_L[:memory], positions_L[:memory])
     count = len(tokens_L) // memory - 1
     measured = tuple(x[memory : (count + 1) * memory].reshape(count, memory) for x in (tokens_L, positions_L))
@@ -247,7 +253,7 @@ def responses(
     """Response of later tokens to a perturbation of one token's embedding, layer by layer.
 
     Args:
-        decoder: The module.
+        decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.
         params: Its parameters.
         tokens_L: A text without padding.
         sources_P: Positions of the perturbed tokens; each is perturbed separately, in one random direction.
@@ -261,7 +267,7 @@ def responses(
         UsageError: If the tokens are not one text of the model's ids.
     """
     check_prompts(decoder, tokens_L[None], None)
-    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
+    x_LxD = embed(decoder, params, tokens_L)
     positions_L = jnp.arange(len(tokens_L), dtype=jnp.int32)
 
     def streams(x_LxD: Array) -> list[Array]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
-from ngc_jax.models.decoder import Decoder, DecoderLayer
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of, embed, layer_of
+from ngc_jax.models.load import LanguageModel
 from ngc_jax.stability.flat import working_type
-from ngc_jax.tokens import check_ids
+from ngc_jax.tokens import as_rows, check_ids
 from ngc_jax.types import Params
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -42,11 +42,6 @@ class Recording(NamedTuple):
     streams: Float[Array, "m L D"]
     cache: Cache
     positions: Int[Array, " L"]
-
-
-def depth_of(decoder: Decoder) -> int:
-    """Number of layers that a token passes: those of the model times its iterations."""
-    return decoder.config.num_layers * decoder.config.iterations
 
 
 def apply_layer(
@@ -73,44 +68,9 @@ def apply_layer(
     Returns:
         The residual stream after the layer, and the layer's new cache (None without one).
     """
-    layer = number % decoder.config.num_layers
-    module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype)
-    variables = {"params": params["layers"][str(layer)]}
     starts_1xL = positions_L[None] if alone else None
-    given = (x_LxD[None], positions_L[None], cache, params.get("groups", {}), starts_1xL)
-    y_1xLxD, after = cast(Any, module.apply(variables, *given))
+    y_1xLxD, after = layer_of(decoder, params, number)(x_LxD[None], positions_L[None], cache, starts_1xL)
     return y_1xLxD[0], after
-
-
-def record(
-    decoder: Decoder, params: Params, tokens_L: Int[Array, " L"], length: Int[Array, ""] | int | None = None
-) -> Recording:
-    """Run one prompt and record its residual streams and caches.
-
-    Args:
-        decoder: The module.
-        params: Its parameters.
-        tokens_L: The prompt, padded on the right with any token.
-        length: Number of tokens in the prompt, without padding; all if None.
-
-    Returns:
-        (n+1) · L · D numbers of streams, and the cache.
-
-    Raises:
-        UsageError: If a token id is not in the model's vocabulary.
-    """
-    check_known_ids(decoder, tokens_L)
-    index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
-    positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
-    x_LxD = decoder.apply({"params": params}, tokens_L[None], method="embedded")[0]
-    empty = init_cache(decoder.config, 1, 0, decoder.param_dtype)
-    streams: list[Array] = [x_LxD]
-    caches: list[Any] = []
-    for number in range(depth_of(decoder)):
-        x_LxD, cache = apply_layer(decoder, params, number, x_LxD, positions_L, empty[number])
-        streams.append(x_LxD)
-        caches.append(cache)
-    return Recording(jnp.stack(streams), tuple(caches), positions_L)
 
 
 def token_maps(
@@ -166,7 +126,7 @@ def check_prompts(
     return jnp.asarray(lengths_B, jnp.int32)
 
 
-def jit_on_prompts(*static: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+def jit_on_prompts(*static: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
     """`jax.jit` for functions of a decoder and prompts, whose token ids and lengths are checked first.
 
     Inside of another transformation their values are unknown, and not checked.
@@ -176,24 +136,123 @@ def jit_on_prompts(*static: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T
             `tokens_L`, and optionally `lengths_B`.
 
     Returns:
-        A decorator. The decorated function raises UsageError for ids outside the decoder's vocabulary and for lengths
-        that exceed the rows.
+        A decorator. The decorated function also takes what `on_prompts` describes, and raises UsageError for ids
+        outside the decoder's vocabulary and for lengths that exceed the rows.
     """
 
-    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    def decorate(function: Callable[..., _T]) -> Callable[..., _T]:
         jitted = jax.jit(function, static_argnames=("decoder", *static))
-        signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        def checked(*args: Any, **kwargs: Any) -> _T:
             given = signature.bind(*args, **kwargs).arguments
             tokens = given.get("tokens_BxL", given.get("tokens_L"))
             check_known_ids(given["decoder"], tokens, given.get("lengths_B"))
             return jitted(*args, **kwargs)
 
-        return checked
+        signature = inspect.signature(function)
+        return on_prompts(checked)
 
     return decorate
+
+
+def on_prompts(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Let a function of a decoder, its parameters and prompts take these in the forms in which people have them.
+
+    A `LanguageModel` may take the place of decoder and parameters; its tokenizer then reads texts, with BOS by its own
+    rule. Prompts may be a text, a list of texts, a list of ids, (L,), or a list of these of any lengths, which are
+    padded. A prompt alone is a batch of one.
+
+    Args:
+        function: Of `decoder`, `params`, and `tokens_BxL` with `lengths_B`, or `tokens_L`.
+
+    Returns:
+        The function, which raises UsageError for any other form.
+    """
+    signature = inspect.signature(function)
+    batched = "tokens_BxL" in signature.parameters
+    name = "tokens_BxL" if batched else "tokens_L"
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> _T:
+        model = args[0] if args and isinstance(args[0], LanguageModel) else None
+        if model is not None:
+            args = (model.decoder, model.params, *args[1:])
+        given = signature.bind(*args, **kwargs)
+        tokens = given.arguments[name]
+        rows_of = _batch if batched else _single
+        if getattr(tokens, "ndim", 0) == (2 if batched else 1):
+            return function(*args, **kwargs)
+        given.arguments.update(rows_of(as_rows(tokens, functools.partial(_read, model)), given.arguments))
+        return function(*given.args, **given.kwargs)
+
+    return wrapped
+
+
+def _read(model: LanguageModel | None, text: str) -> np.ndarray:
+    if model is None:
+        raise UsageError(
+            f"a text was given ({text[:20]!r}), and a decoder has no tokenizer to read it; give the LanguageModel in "
+            "place of decoder and parameters, or token ids"
+        )
+    return model.load_tokenizer().encode_prompt(text)
+
+
+def _single(rows: list[np.ndarray], given: Mapping[str, Any]) -> dict[str, Any]:
+    if len(rows) != 1:
+        raise UsageError(f"{len(rows)} prompts; expected one, (L,)")
+    check_ids(rows[0], given["decoder"].config.vocab_size)
+    return {"tokens_L": jnp.asarray(rows[0])}
+
+
+def _batch(rows: list[np.ndarray], given: Mapping[str, Any]) -> dict[str, Any]:
+    """One array of all rows; with lengths if they differ."""
+    for index, row in enumerate(rows):
+        if row.ndim != 1 or not len(row) or row.dtype.kind not in "iu":
+            raise UsageError(
+                f"prompt {index} has shape {row.shape} and type {row.dtype}; expected whole numbers (L,), at least one"
+            )
+        check_ids(row, given["decoder"].config.vocab_size)
+    lengths = [len(row) for row in rows]
+    width = max(lengths, default=0)
+    tokens = {"tokens_BxL": jnp.asarray([np.pad(row, (0, width - len(row))) for row in rows], jnp.int32)}
+    if len(set(lengths)) < 2:
+        return tokens
+    if given.get("lengths_B") is not None:
+        raise UsageError("prompts of different lengths and lengths were given; expected one of these")
+    return {**tokens, "lengths_B": jnp.asarray(lengths, jnp.int32)}
+
+
+@on_prompts
+def record(
+    decoder: Decoder, params: Params, tokens_L: Int[Array, " L"], length: Int[Array, ""] | int | None = None
+) -> Recording:
+    """Run one prompt and record its residual streams and caches.
+
+    Args:
+        decoder: The module.
+        params: Its parameters.
+        tokens_L: The prompt, padded on the right with any token.
+        length: Number of tokens in the prompt, without padding; all if None.
+
+    Returns:
+        (n+1) · L · D numbers of streams, and the cache.
+
+    Raises:
+        UsageError: If a token id is not in the model's vocabulary.
+    """
+    check_known_ids(decoder, tokens_L)
+    index_L = jnp.arange(tokens_L.shape[0], dtype=jnp.int32)
+    positions_L = index_L if length is None else jnp.where(index_L < length, index_L, -1)
+    x_LxD = embed(decoder, params, tokens_L)
+    empty = init_cache(decoder.config, 1, 0, decoder.compute_dtype)
+    streams: list[Array] = [x_LxD]
+    caches: list[Any] = []
+    for number in range(depth_of(decoder)):
+        x_LxD, cache = apply_layer(decoder, params, number, x_LxD, positions_L, empty[number])
+        streams.append(x_LxD)
+        caches.append(cache)
+    return Recording(jnp.stack(streams), tuple(caches), positions_L)
 
 
 def check_known_ids(decoder: Decoder, tokens: Any, lengths_B: Any = None) -> None:

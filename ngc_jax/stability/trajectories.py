@@ -28,7 +28,6 @@ def pair_exponents(
     inputs: Any = None,
     transient: int = 0,
     every: int = 1,
-    dt: float = 1.0,
     distance: float | None = None,
 ) -> LyapunovSpectrum:
     """The largest exponent from K pairs of trajectories with regular renormalisation.
@@ -46,7 +45,6 @@ def pair_exponents(
         inputs: Inputs that drive both trajectories: a pytree with a leading axis of transient + steps entries.
         transient: Number of steps before the measured ones.
         every: Steps between renormalisations.
-        dt: Duration of a step.
         distance: Between the trajectories after renormalisation. By default the square root of the type's rounding
             times the length of the first state (or 1 where that is zero), which balances rounding and curvature.
 
@@ -56,6 +54,11 @@ def pair_exponents(
 
     Raises:
         UsageError: As `lyapunov_spectrum`, and if the distance is not positive.
+
+    Example:
+        >>> run = pair_exponents(lambda x: 0.5 * x, jnp.ones(3), jnp.eye(3)[:, :2], steps=10)
+        >>> bool(jnp.allclose(run.exponents, jnp.log(0.5), atol=1e-3))
+        True
     """
     steps = count_steps(inputs, steps, transient=transient, every=every)
     x_N, unravel, flat_step = flatten_step(step, state, inputs)
@@ -81,7 +84,7 @@ def pair_exponents(
     (x_N, frame_NxK), growth_LxK = jax.lax.scan(
         interval, (x_N, frame_NxK), in_intervals(inputs, every), length=(transient + steps) // every
     )
-    return LyapunovSpectrum.of(growth_LxK[transient // every :] / (every * dt), unravel(x_N), frame_NxK)
+    return LyapunovSpectrum.of(growth_LxK[transient // every :] / every, unravel(x_N), frame_NxK)
 
 
 def separation_curves(
@@ -111,6 +114,11 @@ def separation_curves(
 
     Raises:
         UsageError: As `pair_exponents`.
+
+    Example:
+        >>> curves = separation_curves(lambda x: 2 * x, jnp.ones(3), jnp.eye(3)[:, :1], steps=4)
+        >>> bool(jnp.allclose(curves[:, 0], jnp.log(2) * jnp.arange(1, 5), atol=1e-3))
+        True
     """
     steps = count_steps(inputs, steps)
     x_N, _, flat_step = flatten_step(step, state, inputs)
@@ -140,6 +148,10 @@ def distances(one: State, other: State) -> Float[Array, " t"]:
 
     Raises:
         UsageError: If their structures or shapes differ.
+
+    Example:
+        >>> distances(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0], [0.0, 1.0]]))
+        Array([5., 1.], dtype=float32)
     """
     shapes = [jax.tree.map(jnp.shape, trajectory) for trajectory in (one, other)]
     if shapes[0] != shapes[1]:

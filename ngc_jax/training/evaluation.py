@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ngc_jax.evaluation.likelihood import token_log_likelihoods
+from ngc_jax.evaluation.likelihood import scored_sums
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import begin_windows
 from ngc_jax.training import sharding
-from ngc_jax.training.trainable import cast_params, merge_params
+from ngc_jax.training.trainable import merge_params
 from ngc_jax.types import Params
 
 WINDOW = 1024
@@ -42,9 +42,9 @@ def perplexity_on(
 
     @jax.jit
     def score(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        params = merge_params(cast_params(trained, decoder.param_dtype), frozen)
-        likelihoods, mask = token_log_likelihoods(decoder, params, batch["tokens"], batch["positions"])
-        return likelihoods[:, context - 1 :].sum(), mask[:, context - 1 :].sum()
+        params = merge_params(trained, frozen)
+        likelihoods, counts = scored_sums(decoder, params, batch["tokens"], batch["positions"], context=context)
+        return likelihoods.sum(), counts.sum()
 
     def evaluate(trained: Params) -> dict[str, float]:
         total = count = 0.0

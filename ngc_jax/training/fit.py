@@ -25,7 +25,7 @@ from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.packing import TokenDocument
 from ngc_jax.training.step import Constants, Program
-from ngc_jax.training.trainable import Trainable, cast_params, merge_params, split_params
+from ngc_jax.training.trainable import Trainable, cast_matrices, merge_params, split_params
 from ngc_jax.types import Params
 
 # The objective of distillation: the teacher's next-token distributions.
@@ -42,13 +42,17 @@ class TrainConfig:
         sequence_length: Tokens of a row.
         optimizer: AdamW at 1e-4 with a cosine schedule over the steps if None.
         trainable: Which parameters train: `all`, the neuron `states`, or `states_and_norms`.
-        compute_dtype: Type of the models' computation; if None float32 on a CPU, else bfloat16. Parameters that train
-            are float32.
+        dtype: Of the computation, `bfloat16` for mixed precision; if None float32 on a CPU, else bfloat16. Parameters
+            that train, their gradients and the optimiser's state are float32.
         microbatches: Number of parts that a step's rows are split into to save memory; the result is the same.
         remat: Recompute activations in the backward pass to save memory.
         parallel: jit over a named mesh, or pmap (data parallel only).
         save_every: Steps between checkpoints, if there is a directory; 0 for only after the last.
         seed: Of the order of the data and of random draws in losses.
+
+    Example:
+        >>> TrainConfig(steps=50, dtype="bfloat16").compute_dtype
+        dtype(bfloat16)
     """
 
     steps: int = 100
@@ -56,7 +60,7 @@ class TrainConfig:
     sequence_length: int = 512
     optimizer: OptimizerConfig | None = None
     trainable: Trainable = "all"
-    compute_dtype: str | None = None
+    dtype: str | None = None
     microbatches: int = 1
     remat: bool = False
     parallel: sharding.Parallel = "jit"
@@ -64,9 +68,9 @@ class TrainConfig:
     seed: int = 0
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """The type of the models' computation."""
-        return jnp.dtype(self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of the computation."""
+        return jnp.dtype(self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +145,10 @@ def prepare(
     Raises:
         UsageError: If nothing would train, or the objective needs a teacher and there is none.
     """
+    if model.quantised:
+        raise UsageError(f"{model.name} is quantised and cannot be trained; train it before it is quantised")
     trained, frozen = split_params(model.params, config.trainable)
-    decoder = model.decoder.clone(param_dtype=config.dtype, remat=config.remat)
+    decoder = model.decoder.clone(param_dtype=jnp.dtype("float32"), dtype=config.compute_dtype, remat=config.remat)
     optimizer = config.optimizer or OptimizerConfig(steps=config.steps)
     program = Program(
         decoder,
@@ -152,7 +158,7 @@ def prepare(
         config.microbatches,
         config.seed,
     )
-    constants = Constants(cast_params(frozen, config.dtype), None if teacher is None else teacher.params)
+    constants = Constants(cast_matrices(frozen, config.compute_dtype), None if teacher is None else teacher.params)
     mesh = sharding.make_mesh() if mesh is None else mesh
     return Prepared(model, program, trained, constants, mesh, config)
 
@@ -186,20 +192,18 @@ def train(
             another model or other settings.
 
     Example:
-        >>> fitted = train(model, "a long text ...", config=TrainConfig(steps=50))  # doctest: +SKIP
-        >>> fitted.step  # doctest: +SKIP
-        50
+        >>> fitted = train(model, text, config=TrainConfig(steps=2, batch_size=8, sequence_length=16))
+        >>> fitted.step, sorted(fitted.history[0])[:2]
+        (2, ['cross_entropy', 'gradient_norm'])
     """
     config, objective = config or TrainConfig(), objective or Objective()
     prepared = prepare(model, config, objective, teacher=teacher)
     sharding.check_rows(config.batch_size, prepared.mesh)
+    batches = batches_of(data, model, config)
     result = run_loop(
-        prepared.program,
-        prepared.trained,
-        prepared.constants,
-        batches_of(data, model, config),
-        LoopConfig(config.steps, save_every=config.save_every, parallel=config.parallel),
-        mesh=prepared.mesh,
+        prepared.placed(),
+        batches,
+        LoopConfig(config.steps, save_every=config.save_every),
         directory=directory,
         settings=_settings(config, objective),
         on_metrics=on_metrics,
@@ -232,7 +236,10 @@ def distil(
         UsageError: As `train`, and if the vocabularies differ.
 
     Example:
-        >>> better = distil(compact, model, text, config=TrainConfig(steps=200)).model  # doctest: +SKIP
+        >>> config = TrainConfig(steps=2, batch_size=8, sequence_length=16, trainable="states")
+        >>> better = distil(compact, model, text, config=config).model
+        >>> better.plan == compact.plan
+        True
     """
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(

@@ -59,7 +59,6 @@ class LoopConfig:
         evaluate_every: Steps between evaluations; 0 for only before the first and after the last step.
         save_every: Steps between checkpoints; 0 for only after the last.
         keep: Number of checkpoints to keep.
-        parallel: jit over a named mesh, or pmap (data parallel only).
         profile: Directory for a trace of the fourth to the sixth step that this process takes; None for none.
     """
 
@@ -67,7 +66,6 @@ class LoopConfig:
     evaluate_every: int = 0
     save_every: int = 0
     keep: int = 3
-    parallel: sharding.Parallel = "jit"
     profile: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,7 +94,7 @@ class Placed:
     """A program's arrays on its devices, and its compiled step."""
 
     def __init__(
-        self, program: Program, trained: Params, constants: Constants, mesh: Mesh, parallel: sharding.Parallel
+        self, program: Program, trained: Params, constants: Constants, mesh: Mesh, parallel: sharding.Parallel = "jit"
     ):
         """Place the arrays.
 
@@ -105,7 +103,7 @@ class Placed:
             trained: Parameters that train.
             constants: The others.
             mesh: Of all devices.
-            parallel: jit or pmap.
+            parallel: jit over a named mesh, or pmap (data parallel only).
 
         Raises:
             UsageError: If parameters cannot be sharded over the mesh, or pmap would have to shard them.
@@ -167,13 +165,10 @@ class Placed:
 
 
 def train(
-    program: Program,
-    trained: Params,
-    constants: Constants,
+    placed: Placed,
     batches: Batches,
     config: LoopConfig,
     *,
-    mesh: Mesh,
     directory: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], HostMetrics] | None = None,
@@ -183,12 +178,9 @@ def train(
     """Train, or continue training.
 
     Args:
-        program: The computation of a step.
-        trained: Parameters that train, before the first step.
-        constants: The others, and the teacher's.
+        placed: The arrays before the first step, and the compiled step; not to be used again.
         batches: Rows; set to the position of the checkpoint if there is one.
         config: The loop's config.
-        mesh: Of all devices.
         directory: Of checkpoints; None for none.
         settings: JSON, stored with checkpoints; a checkpoint made with other settings is refused.
         evaluate: From the trained parameters, on the devices, to numbers; called as `config` says.
@@ -203,7 +195,6 @@ def train(
     Raises:
         UsageError: If the loss is not finite, with the step; or a checkpoint does not fit.
     """
-    placed = Placed(program, trained, constants, mesh, config.parallel)
     settings, history = dict(settings or {}), []
 
     def report(metrics: HostMetrics) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ngc_jax.errors import UsageError
-from ngc_jax.evaluation.likelihood import in_chunks
+from ngc_jax.evaluation.likelihood import cross_entropy, divergence, in_chunks
 from ngc_jax.models.attention import init_cache
 from ngc_jax.models.decoder import RESIDUALS, Decoder
 from ngc_jax.training.stability_loss import Pass, stability_sum
@@ -50,6 +50,10 @@ class Objective:
 
     Raises:
         UsageError: If a number is out of range, or nothing has a weight.
+
+    Example:
+        >>> Objective(cross_entropy=0.5, divergence=0.5).needs_teacher
+        True
     """
 
     cross_entropy: float = 1.0
@@ -176,45 +180,6 @@ def objective_sums(
     return total, count, sums
 
 
-def cross_entropy(logits: Float[Array, "... V"], targets: Array) -> Float[Array, ...]:
-    """-log p(target) in nats.
-
-    Args:
-        logits: (..., V), float32.
-        targets: (...) int32.
-    """
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
-def divergence(
-    teacher: Float[Array, "... V"], student: Float[Array, "... V"], *, temperature: float = 1.0, top_k: int = 0
-) -> Float[Array, ...]:
-    """t^2 KL(teacher || student) of the softmaxes of logits over t, in nats.
-
-    Args:
-        teacher: (..., V) logits, float32.
-        student: (..., V).
-        temperature: t.
-        top_k: Over the teacher's top-k tokens and the mass of all others, which by the data-processing
-            inequality is at most the divergence over the whole vocabulary; 0 for the latter.
-    """
-    teacher, student = teacher / temperature, student / temperature
-    theirs = teacher - jax.nn.logsumexp(teacher, axis=-1, keepdims=True)
-    ours = student - jax.nn.logsumexp(student, axis=-1, keepdims=True)
-    if 0 < top_k < teacher.shape[-1]:
-        top, index = jax.lax.top_k(theirs, top_k)
-        theirs = jnp.concatenate([top, _rest(theirs, index)], axis=-1)
-        ours = jnp.concatenate([jnp.take_along_axis(ours, index, axis=-1), _rest(ours, index)], axis=-1)
-    return temperature**2 * (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
-
-
-def _rest(log_probabilities: Array, index: Array) -> Array:
-    """Log of the mass outside `index`, (..., 1); summed, because subtracting from 1 would cancel."""
-    others = jnp.put_along_axis(log_probabilities, index, jnp.finfo(jnp.float32).min, axis=-1, inplace=False)
-    return jax.nn.logsumexp(others, axis=-1, keepdims=True)
-
-
 def hidden_distance(teacher: Float[Array, "... D"], student: Float[Array, "... D"]) -> Float[Array, ...]:
     """Squared distance over the teacher's square, for each token.
 
@@ -255,7 +220,7 @@ def _run(
     """Final hidden states, the residual stream after some layers, and streams and cache of all if they are recorded."""
     # A cache without slots becomes the tokens in order.
     rows = batch["tokens"].shape[0]
-    cache = init_cache(decoder.config, rows, 0, decoder.param_dtype) if recorded else None
+    cache = init_cache(decoder.config, rows, 0, decoder.compute_dtype) if recorded else None
     arguments = ({"params": params}, batch["tokens"], batch["positions"], cache, batch["starts"])
     if not layers and not recorded:
         return decoder.apply(*arguments, method="hidden")[0], {}, ()

@@ -12,24 +12,22 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.latent_cache import bytes_per_token
 from ngc_jax.training import sharding
+from ngc_jax.training.fit import TrainConfig
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.step import Constants, Program, TrainState, init_state, jit_step
-from ngc_jax.training.trainable import Trainable, cast_params, split_params
+from ngc_jax.training.trainable import cast_matrices, split_params
 
 
 def plan_memory(
     config: DecoderConfig,
-    plan: Plan | None = None,
+    plan: Plan | None,
+    training: TrainConfig,
     *,
-    batch_size: int,
-    sequence_length: int,
     mesh_shape: tuple[int, int, int] = (1, 1, 1),
     teacher: bool = False,
-    trainable: Trainable = "all",
-    compute_dtype: str = "bfloat16",
-    optimizer: str = "adamw",
     compile: bool = False,
 ) -> dict[str, Any]:
     """Memory per device of the student's state, the teacher and the activations kept between layers.
@@ -37,32 +35,30 @@ def plan_memory(
     Args:
         config: The dense architecture.
         plan: Of the student; None for a dense one.
-        batch_size: Rows of a step, over all devices.
-        sequence_length: Tokens of a row.
+        training: Of its fields, batch size, sequence length, trainable, optimiser and type of the computation count.
+            Activations are recomputed.
         mesh_shape: Devices along data, fsdp and tensor.
         teacher: Whether the dense model itself is the teacher, in addition to the student.
-        trainable: Which parameters train.
-        compute_dtype: Type of the models' computation.
-        optimizer: Any of optax's optimisers, by name.
         compile: Also compile the step, on the mesh's number of devices of this machine, for the compiler's own
             account of temporaries.
 
     Returns:
-        bytes_per_device by part, parameters, trained, devices, and replicated_share: bytes of the student's parameters
-        that are not sharded, over all its bytes; with `compile` also compiled_bytes_per_device.
+        bytes_per_device by part, parameters, trained, devices, cache_bytes_per_token of the student by kind of cache,
+        and replicated_share: bytes of the student's parameters that are not sharded, over all its bytes; with `compile`
+        also compiled_bytes_per_device.
 
     Raises:
         UsageError: If the plan does not fit the model, or the mesh cannot shard it.
     """
-    dtype = jnp.dtype(compute_dtype)
-    decoder = Decoder(config, plan, dtype, remat=True)
+    computed = training.compute_dtype
+    decoder = Decoder(config, plan, remat=True, dtype=computed)
     shapes = _shapes(decoder)
-    trained, frozen = split_params(shapes, trainable)
-    dense = Decoder(config, None, dtype) if teacher else None
+    trained, frozen = split_params(shapes, training.trainable)
+    dense = Decoder(config, None, computed) if teacher else None
     objective = Objective(cross_entropy=0.0, divergence=1.0) if teacher else Objective()
-    program = Program(decoder, objective, make_optimizer(OptimizerConfig(optimizer)), dense)
+    program = Program(decoder, objective, make_optimizer(training.optimizer or OptimizerConfig()), dense)
     state = jax.eval_shape(lambda p: init_state(program, p), trained)
-    frozen = jax.eval_shape(lambda p: cast_params(p, dtype), frozen)
+    frozen = jax.eval_shape(lambda p: cast_matrices(p, computed), frozen)
     constants = Constants(frozen, None if dense is None else _shapes(dense))
 
     mesh: Any = AbstractMesh(mesh_shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -73,15 +69,16 @@ def plan_memory(
             for part in (constants.frozen, constants.teacher)
         )
     )
-    rows = math.ceil(batch_size / (mesh_shape[0] * mesh_shape[1]))
+    rows = math.ceil(training.batch_size / (mesh_shape[0] * mesh_shape[1]))
+    activations = rows * training.sequence_length * config.embed_dim * config.num_layers * computed.itemsize
     student_bytes = _bytes(shapes, sharding.params_shardings(shapes, mesh))
     parts = {
         "trained parameters, float32": _bytes(state.params, state_at.params),
         "optimiser": _bytes(state.opt_state, state_at.opt_state),
         "gradients, float32": _bytes(state.params, state_at.params),
-        f"trained parameters in {dtype.name}": _bytes(state.params, state_at.params) * dtype.itemsize // 4,
+        f"trained parameters in {computed.name}": _bytes(state.params, state_at.params) * computed.itemsize // 4,
         "frozen parameters": _bytes(constants.frozen, constants_at.frozen),
-        "residual stream of all layers": rows * sequence_length * config.embed_dim * config.num_layers * dtype.itemsize,
+        "residual stream of all layers": activations,
     }
     if teacher:
         parts["teacher"] = _bytes(constants.teacher, constants_at.teacher)
@@ -92,12 +89,13 @@ def plan_memory(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "devices": devices,
+        "cache_bytes_per_token": bytes_per_token(config, plan, dtype),
         # x = split + alike on each device; the whole is at best devices * split, plus alike once.
         "replicated_share": max((student_bytes * devices - whole) / (devices - 1) / whole, 0.0) if devices > 1 else 1.0,
     }
     if compile:
-        mesh = sharding.make_mesh(*mesh_shape)
-        found["compiled_bytes_per_device"] = _compile(program, state, constants, mesh, (batch_size, sequence_length))
+        mesh, shape = sharding.make_mesh(*mesh_shape), (training.batch_size, training.sequence_length)
+        found["compiled_bytes_per_device"] = _compile(program, state, constants, mesh, shape)
     return found
 
 

@@ -36,6 +36,10 @@ class OptimizerConfig:
 
     Raises:
         UsageError: If a number is out of range or an expression does not compile.
+
+    Example:
+        >>> OptimizerConfig(learning_rate=3e-4, warmup_steps=10, steps=100).name
+        'adamw'
     """
 
     name: str = "adamw"

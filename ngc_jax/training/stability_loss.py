@@ -26,19 +26,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import Cache
-from ngc_jax.models.decoder import Decoder, DecoderLayer
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import RESOLUTION
-from ngc_jax.stability.streams import depth_of, log_length, widened
+from ngc_jax.stability.streams import log_length, widened
 from ngc_jax.types import Params
 
 Batch = Mapping[str, Array]
@@ -96,7 +96,7 @@ def stability_sum(
     of_tokens, of_frame = jax.random.split(key)
     own_BxL = jnp.where(batch["positions"] > batch["starts"], weights_BxL, 0.0)
     index_Bxm = draw_tokens(of_tokens, own_BxL, tokens)
-    dtype = working_type(student.decoder.param_dtype)
+    dtype = working_type(student.decoder.compute_dtype)
     frame_mxDxK, _ = gram_schmidt(jax.random.normal(of_frame, (tokens, width, directions), dtype))
     ours, theirs = (local_rates(one, batch, index_Bxm, frame_mxDxK) for one in (student, teacher))
     known = jnp.isfinite(ours) & jnp.isfinite(theirs)  # a lost direction has no rate
@@ -143,7 +143,7 @@ def local_rates(
         return jax.vmap(lambda row, index: row[index])(values, index_Bxm)
 
     tokens_Bxm, positions_Bxm, starts_Bxm = (chosen(batch[name]) for name in ("tokens", "positions", "starts"))
-    x_BxmxD = cast(Array, decoder.apply({"params": one.params}, tokens_Bxm, method="embedded"))
+    x_BxmxD = embed(decoder, one.params, tokens_Bxm)
     frame = jnp.broadcast_to(frame_mxDxK, (*index_Bxm.shape, *frame_mxDxK.shape[1:]))
     rates = []
     for number in range(depth_of(decoder)):
@@ -189,13 +189,5 @@ def gram_schmidt(vectors: Float[Array, "*batch D K"]) -> tuple[Float[Array, "*ba
 
 def _layer(one: Pass, number: int, positions_Bxm: Array, starts_Bxm: Array) -> Callable[[Array], Array]:
     """A layer as a map of chosen tokens, each separately."""
-    decoder = one.decoder
-    layer = number % decoder.config.num_layers
-    module = DecoderLayer(decoder.config, decoder.plan or Plan(), layer, decoder.param_dtype, hold_others=True)
-    variables = {"params": one.params["layers"][str(layer)]}
-    states, others = one.params.get("groups", {}), one.cache[number]
-
-    def advance(x_BxmxD: Array) -> Array:
-        return cast(Any, module.apply(variables, x_BxmxD, positions_Bxm, others, states, starts_Bxm))[0]
-
-    return advance
+    layer = layer_of(one.decoder, one.params, number, hold_others=True)
+    return lambda x_BxmxD: layer(x_BxmxD, positions_Bxm, one.cache[number], starts_Bxm)[0]

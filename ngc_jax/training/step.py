@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.training.losses import Batch, Objective, objective_sums
-from ngc_jax.training.trainable import cast_params, merge_params
+from ngc_jax.training.trainable import merge_params
 from ngc_jax.types import Params
 
 Metrics = dict[str, Array]
@@ -52,7 +52,7 @@ class Program:
     """The computation of a step, without arrays.
 
     Attributes:
-        decoder: The student; its param_dtype is the type of the computation.
+        decoder: The student; its `dtype` is the type of the computation, to which it casts parameters at their use.
         objective: The objective to minimise.
         optimizer: Updates the parameters.
         teacher: The teacher's decoder; None without one.
@@ -95,8 +95,7 @@ def loss_sums(
     Random draws depend on the program's seed and the step: they are the same on every device, in every microbatch, and
     after a restart.
     """
-    dtype = program.decoder.param_dtype
-    params = merge_params(cast_params(trained, dtype), constants.frozen)
+    params = merge_params(trained, constants.frozen)
     teacher = None if program.teacher is None else (program.teacher, constants.teacher)
     key = jax.random.fold_in(jax.random.key(program.seed), step) if program.objective.stability > 0 else None
     total, count, sums = objective_sums(program.objective, program.decoder, params, batch, teacher, key=key)

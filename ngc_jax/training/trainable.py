@@ -49,6 +49,6 @@ def merge_params(trained: Params, frozen: Params) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def cast_params(params: Any, dtype: jnp.dtype) -> Any:
-    """Floating-point leaves in another type; differentiable."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+def cast_matrices(params: Any, dtype: jnp.dtype) -> Any:
+    """Matrices in the type in which a decoder uses them, to save memory; vectors, such as norms' scales, unchanged."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)

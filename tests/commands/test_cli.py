@@ -83,6 +83,10 @@ def test_info_agrees_with_convert(compact, tmp_path, capsys):
         assert summary[name] == converted[name]
     printed = capsys.readouterr().out
     assert "L0-qkv" in printed
+    cache = summary["cache_numbers_per_token"]
+    assert cache["latent"] < cache["full"]
+    sizes = f"{2 * cache['full']:,} bytes per token, {2 * cache['latent']:,} bytes with --cache latent"
+    assert sizes in " ".join(printed.split())
     assert f"{summary['stored_parameters']:,}" in printed
 
 
@@ -128,6 +132,20 @@ def test_generate_prints_what_it_returns(compact, tmp_path, capsys):
     assert single.strip() in capsys.readouterr().out
     assert cli.main(["generate", out, "--prompt", "Groups of", "neurons", *options]) == 0
     assert json.loads(result.read_text())["texts"][0] == single
+
+
+def test_generate_says_how_large_its_cache_is(compact, tmp_path):
+    """Of numbers of four bytes; all kinds give the same text."""
+    out, converted = compact
+    result, texts = tmp_path / "generate.json", set()
+    for kind, numbers in converted["cache_numbers_per_token"].items():
+        options = ["--max-new-tokens", "9", "--cache", kind, "--json", str(result)]
+        assert cli.main(["generate", out, "--prompt", "Groups of", *options]) == 0
+        summary = json.loads(result.read_text())
+        assert summary["cache"] == kind
+        assert summary["cache_bytes_per_token"] == 4 * numbers
+        texts.add(summary["texts"][0])
+    assert len(texts) == 1
 
 
 def test_chat_puts_the_prompt_into_the_template(compact, tmp_path):

@@ -135,6 +135,7 @@ def test_training_shares_its_rows_out(command, dense, compact, capsys):
         (["distil"], "the directory of a compact model"),
         (["report"], "directories"),
         (["export"], "--out"),
+        (["push"], "--repo OWNER/NAME"),
     ],
 )
 def test_what_cannot_be_guessed_is_asked_for_with_an_example(words, example, capsys):

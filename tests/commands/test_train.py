@@ -12,6 +12,7 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.training import sharding
+from ngc_jax.training.fit import TrainConfig
 from ngc_jax.training.fresh import uniform_plan
 from ngc_jax.training.memory import plan_memory
 from tests.models.compact import dense_model
@@ -93,11 +94,9 @@ def test_full_size_models_fit_a_pod(name, teacher_gib):
     found = plan_memory(
         config,
         uniform_plan(config, "qkv-o-ug-d", keep=0.5, multiple=128),
-        batch_size=256,
-        sequence_length=2048,
+        TrainConfig(batch_size=256, sequence_length=2048, trainable="states", dtype="bfloat16"),
         mesh_shape=(1, 64, 4),
         teacher=True,
-        trainable="states",
     )
     parts = found["bytes_per_device"]
     assert found["devices"] == 256
@@ -114,7 +113,8 @@ def test_memory_as_the_compiler_counts_it(place, capsys):
     raw = {**PUBLISHED["SmolLM2 135M"][0], "num_hidden_layers": 2, "vocab_size": 512}
     config = DecoderConfig.from_hf(raw)
     plan = uniform_plan(config, "qkv-o-ug-d", keep=0.5, multiple=8)
-    found = plan_memory(config, plan, batch_size=8, sequence_length=16, mesh_shape=(2, 4, 1), compile=True)
+    training = TrainConfig(batch_size=8, sequence_length=16, dtype="bfloat16")
+    found = plan_memory(config, plan, training, mesh_shape=(2, 4, 1), compile=True)
     parts = found["bytes_per_device"]
     resident = parts["trained parameters, float32"] + parts["optimiser"] + parts["frozen parameters"]
     batch = 4 * 16 * 4

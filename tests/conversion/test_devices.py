@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from ngc_jax.conversion import Recipe
-from ngc_jax.conversion.layerwise import stack_batches
 from ngc_jax.conversion.pipeline import convert
-from ngc_jax.conversion.statistics import run_layer
+from ngc_jax.models.layerwise import layer_module, run_stack, stack_batches
 from ngc_jax.training.sharding import make_mesh
 from tests.conversion.helpers import measured, remeasured_of
 from tests.tiny import forward, random_tokens, tiny_model
@@ -75,9 +74,9 @@ def test_devices_work_on_their_own_windows_only():
     (stack,) = stack_batches(TOKENS, 20, 2, mesh=mesh)
     x = jax.device_put(np.zeros((*stack.tokens.shape, model.config.embed_dim), np.float32), stack.tokens.sharding)
     params = on_all(model, mesh)["layers"]["0"]
-    lowered = run_layer.lower(params, x, stack.positions, config=model.config, kind=0, mesh=mesh)
+    layer = layer_module(model.decoder, 0)
+    lowered = run_stack.lower(params, x, stack.positions, layer=layer, mesh=mesh)
     text = lowered.compile().as_text()
     assert "all-gather" not in text
-    assert run_layer(params, x, stack.positions, config=model.config, kind=0, mesh=mesh).sharding.is_equivalent_to(
-        stack.tokens.sharding, x.ndim
-    )
+    after = run_stack(params, x, stack.positions, layer=layer, mesh=mesh)
+    assert after.sharding.is_equivalent_to(stack.tokens.sharding, x.ndim)

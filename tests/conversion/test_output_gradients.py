@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion import Calibration
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.statistics import InputSums
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
@@ -102,7 +104,7 @@ def other_layers(seed=1, architecture="llama"):
 def test_second_moments_are_those_of_the_gradients_by_every_output(architecture):
     model, tokens = tiny_model(architecture), random_tokens(COUNT)
     gradients, _, loss = reference(model, tokens)
-    found, found_loss = measure_output_gradients(model.config, model.params, tokens, window=WINDOW, batch_size=2)
+    found, found_loss = measure_output_gradients(model, Calibration(tokens, window=WINDOW, batch_size=2))
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert_measured(found, model, gradients)
 
@@ -112,7 +114,7 @@ def test_padding_adds_nothing():
     model, tokens = tiny_model(), random_tokens(COUNT)
     runs = [
         measure_output_gradients(
-            model.config, model.params, tokens, window=WINDOW, batch_size=batch_size, batches_per_call=per_call
+            model, Calibration(tokens, window=WINDOW, batch_size=batch_size), batches_per_call=per_call
         )
         for batch_size, per_call in ((1, 1), (2, 1), (1, 2))
     ]
@@ -125,8 +127,10 @@ def test_padding_adds_nothing():
 
 def test_the_diagonal_alone():
     model, tokens = tiny_model(), random_tokens(COUNT)
-    full, loss = measure_output_gradients(model.config, model.params, tokens, window=WINDOW)
-    diagonal, same = measure_output_gradients(model.config, model.params, tokens, geometry="diagonal", window=WINDOW)
+    full, loss = measure_output_gradients(model, Calibration(tokens, window=WINDOW))
+    diagonal, same = measure_output_gradients(
+        model, Calibration(tokens, window=WINDOW), GradientMeasurement(geometry="diagonal")
+    )
     assert same == loss
     for name, entry in diagonal.items():
         assert entry.second_moment is None
@@ -140,8 +144,8 @@ def test_the_diagonal_alone():
 @pytest.mark.parametrize("layers", [[2, 0], range(1, 2)])
 def test_a_few_layers_are_measured_as_all_are(layers):
     model, tokens = tiny_model(), random_tokens(COUNT)
-    everything, loss = measure_output_gradients(model.config, model.params, tokens, window=WINDOW)
-    some, same = measure_output_gradients(model.config, model.params, tokens, layers=layers, window=WINDOW)
+    everything, loss = measure_output_gradients(model, Calibration(tokens, window=WINDOW))
+    some, same = measure_output_gradients(model, Calibration(tokens, window=WINDOW), GradientMeasurement(layers=layers))
     assert same == loss
     assert {name.split(".")[1] for name in some} == {str(layer) for layer in layers}
     assert len(some) == 7 * len(layers)
@@ -157,13 +161,10 @@ def test_gradients_of_another_model_are_pulled_through_the_teacher_s_kernels(los
     params = {**model.params, "layers": layers}
     gradients, kernels, value = reference(model, tokens, params, loss)
     found, found_value = measure_output_gradients(
-        model.config,
-        model.params,
-        tokens,
+        model,
+        Calibration(tokens, window=WINDOW),
+        GradientMeasurement(loss=loss, slopes=True),
         layer_params=lambda layer: layers[str(layer)],
-        loss=loss,
-        slopes=True,
-        window=WINDOW,
     )
     assert found_value == pytest.approx(value, rel=1e-5)
     assert_measured(found, model, gradients, kernels, params)
@@ -171,8 +172,10 @@ def test_gradients_of_another_model_are_pulled_through_the_teacher_s_kernels(los
 
 def test_a_model_does_not_diverge_from_itself():
     model, tokens = tiny_model(), random_tokens(COUNT)
-    found, value = measure_output_gradients(model.config, model.params, tokens, loss="teacher", window=WINDOW)
-    text, _ = measure_output_gradients(model.config, model.params, tokens, window=WINDOW)
+    found, value = measure_output_gradients(
+        model, Calibration(tokens, window=WINDOW), GradientMeasurement(loss="teacher")
+    )
+    text, _ = measure_output_gradients(model, Calibration(tokens, window=WINDOW))
     assert value == pytest.approx(0.0, abs=1e-7)
     for name, entry in found.items():
         assert entry.mean_square.max() < 1e-9 * text[name].mean_square.max()
@@ -181,10 +184,8 @@ def test_a_model_does_not_diverge_from_itself():
 def test_progress_counts_batches():
     model, seen = tiny_model(), []
     measure_output_gradients(
-        model.config,
-        model.params,
-        random_tokens(COUNT),
-        window=WINDOW,
+        model,
+        Calibration(random_tokens(COUNT), window=WINDOW, batch_size=2),
         batches_per_call=1,
         progress=lambda *a: seen.append(a),
     )
@@ -212,7 +213,10 @@ def test_sampled_gradients_average_to_the_fisher_information():
     covariance = [np.diag(row) - np.outer(row, row) for row in p]
     tokens = np.tile(window, repeats)
     found, loss = measure_output_gradients(
-        config, model.params, tokens, loss="sampled", key=jax.random.key(1), window=len(window), batch_size=repeats
+        model,
+        Calibration(tokens, window=len(window), batch_size=repeats),
+        GradientMeasurement(loss="sampled"),
+        key=jax.random.key(1),
     )
     entropy = -(p * np.log(p)).sum() / len(window)
     assert loss == pytest.approx(entropy, rel=0.03)
@@ -232,14 +236,10 @@ def test_sampled_tokens_are_those_of_the_key():
 
     def measured(seed):
         found, loss = measure_output_gradients(
-            model.config,
-            model.params,
-            tokens,
-            loss="sampled",
-            geometry="diagonal",
+            model,
+            Calibration(tokens, window=WINDOW),
+            GradientMeasurement(loss="sampled", geometry="diagonal", layers=[2]),
             key=jax.random.key(seed),
-            layers=[2],
-            window=WINDOW,
         )
         return found["layers.2.mlp.d"].mean_square, loss
 
@@ -248,16 +248,15 @@ def test_sampled_tokens_are_those_of_the_key():
     assert loss == same
     assert np.abs(first - other).max() > 1e-3 * first.max()
     with pytest.raises(ValueError, match="need a key"):
-        measure_output_gradients(model.config, model.params, tokens, loss="sampled")
+        measure_output_gradients(model, Calibration(tokens), GradientMeasurement(loss="sampled"))
 
 
 def test_inputs_of_another_model_are_not_added_up():
     model = tiny_model()
     with pytest.raises(ValueError, match="only the teacher's inputs"):
         measure_output_gradients(
-            model.config,
-            model.params,
-            random_tokens(5),
+            model,
+            Calibration(random_tokens(5)),
             layer_params=lambda layer: model.params["layers"][str(layer)],
             inputs=InputSums(model.config),
         )
@@ -267,7 +266,7 @@ def test_too_few_tokens():
     model = tiny_model()
     for count in (0, 1):
         with pytest.raises(UsageError, match="too few tokens"):
-            measure_output_gradients(model.config, model.params, random_tokens(5)[:count])
+            measure_output_gradients(model, Calibration(random_tokens(5)[:count]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -277,4 +276,6 @@ def test_weights_that_are_not_finite(value):
     kernel = params["layers"]["1"]["mlp"]["d"]["kernel"]
     params["layers"]["1"]["mlp"]["d"]["kernel"] = kernel.at[0, 0].set(value)
     with pytest.raises(UsageError, match="not finite; load the model with --dtype float32"):
-        measure_output_gradients(model.config, params, random_tokens(COUNT), window=WINDOW)
+        measure_output_gradients(
+            dataclasses.replace(model, params=params), Calibration(random_tokens(COUNT), window=WINDOW)
+        )

@@ -1,21 +1,33 @@
 """Chains of passes: what every pass keeps to, and that a new one is one file."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import textwrap
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
-from ngc_jax.conversion import Calibration, chain, convert, factorise, propagate_errors, prune_neurons, remeasure
-from ngc_jax.conversion.chains import Pass, option_names, register_pass
+from ngc_jax.conversion import (
+    Calibration,
+    chain,
+    convert,
+    factorise,
+    propagate_errors,
+    prune_neurons,
+    quantise,
+    remeasure,
+)
+from ngc_jax.conversion.chains import REGISTERED, Pass, option_names, register_pass
 from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.measurement_cache import MeasurementCache
 from ngc_jax.conversion.methods import METHODS, method_chain, register_method
 from ngc_jax.conversion.registry import all_passes, option_docs
 from ngc_jax.errors import UsageError
+from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.save import save_model
 from tests.tiny import forward, random_tokens, tiny_model
 
@@ -26,6 +38,7 @@ EXAMPLES = {
     "factorise": chain(factorise("ngc", allocation="loss", gauge=True)),
     "remeasure": chain(factorise("ngc", allocation="loss"), remeasure()),
     "propagate_errors": chain(factorise("svd_llm"), propagate_errors(0.5)),
+    "quantise": chain(factorise("ngc", allocation="loss", gauge=True), quantise(3, group_size=32)),
 }
 
 
@@ -48,7 +61,7 @@ def test_every_pass_is_deterministic_counted_and_plain_data(name):
     once, again = (made(passes, keep=0.6) for _ in range(2))
     for one, other in zip(jax.tree.leaves(once.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(one, other)
-    stored = sum(leaf.size for leaf in jax.tree.leaves(once.params["groups"]))
+    stored = sum(leaf.size for leaf in jax.tree.leaves(once.params["groups"], is_leaf=is_quantised))
     biases = sum(member.d_out for group in once.plan.groups for member in group.members if member.bias)
     left = sum(block.parameters for block in once.plan.dense)
     assert once.plan.count_parameters() == stored + biases + left
@@ -116,6 +129,7 @@ def test_a_chain_that_only_prunes_makes_a_dense_model():
         ((propagate_errors(0.3), factorise("ngc")), "add factorise before propagate_errors"),
         ((factorise("ngc"), factorise("ngc")), "factorises once"),
         ((factorise("svd"), propagate_errors(0.3)), "measures no inputs"),
+        ((quantise(4), factorise("ngc")), "put quantise last"),
         ((factorise("ngc"), "propagate"), "pass 1 of the chain is 'propagate'; expected a pass"),
     ],
 )
@@ -128,7 +142,7 @@ def test_passes_that_contradict_each_other_are_refused(passes, message):
     ("how", "options", "message"),
     [
         ("magic", {}, "unknown method 'magic'"),
-        (3, {}, "expected the name of a method, a Recipe, or chain"),
+        (3, {}, "expected the name of a method, a Recipe, a pass, or chain"),
         ("ngc", {"keep": 2.0}, "outside"),
         ("ngc", {"windows": 9}, "calibration has no option 'windows'; expected .*window"),
         ("ngc", {"window": 0}, "window is 0; expected at least 1"),
@@ -154,6 +168,32 @@ def test_options_of_two_passes_have_different_names():
         register_pass()(Other)
 
 
+def test_what_is_no_pass_is_not_registered():
+    class Plain(Pass):
+        name = "plain"
+
+    with pytest.raises(ValueError, match=r"Plain cannot be registered .* above @dataclasses.dataclass\(frozen=True\)"):
+        register_pass()(Plain)
+
+
+def test_a_pass_that_follows_none_is_named():
+    @register_pass(after="factorize")
+    @dataclasses.dataclass(frozen=True)
+    class Misplaced(Pass):
+        name: ClassVar[str] = "misplaced"
+
+    try:
+        with pytest.raises(UsageError, match="'misplaced' is to follow 'factorize', which is no pass; expected one of"):
+            all_passes()
+    finally:
+        del REGISTERED["misplaced"]
+
+
+def test_a_single_pass_is_a_conversion():
+    one, other = (convert(tiny_model(), how, keep=0.5) for how in (factorise("svd"), chain(factorise("svd"))))
+    assert one.plan == other.plan
+
+
 def test_a_method_of_ones_own():
     register_method("own", lambda keep: chain(prune_neurons(keep), factorise("svd_llm", allocation="neurons")))
     try:
@@ -163,14 +203,15 @@ def test_a_method_of_ones_own():
 
 
 SCALE = '''
-    """A pass of a test's own."""
+    """A pass of one's own, and the command line with it."""
 
     import dataclasses
     from typing import ClassVar
 
     import jax
 
-    from ngc_jax.conversion.chains import Pass, register_pass
+    from ngc_jax.cli import main
+    from ngc_jax.conversion import Pass, register_pass
 
 
     @register_pass(after="propagate_errors")
@@ -192,24 +233,23 @@ SCALE = '''
             }
             params = {**state.compact.params, "groups": groups}
             return dataclasses.replace(state, compact=dataclasses.replace(state.compact, params=params))
+
+
+    if __name__ == "__main__":
+        raise SystemExit(main())
 '''
 
 
 @pytest.mark.slow
 def test_a_new_pass_is_one_file(tmp_path):
     """On the command line, in a YAML file, in a comparison's key and row, with nothing else changed."""
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "scale_states.py").write_text(textwrap.dedent(SCALE))
+    (tmp_path / "scale_states.py").write_text(textwrap.dedent(SCALE))
     save_model(tiny_model("llama_untied"), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("Groups exchange signals; a weight is what two states make of each other.\n" * 9)
-    program = (
-        f"import sys; import ngc_jax.conversion.passes as p; p.__path__.append({str(tmp_path / 'more')!r}); "
-        "from ngc_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
 
     def run(*arguments):
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "scale_states.py", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -10,11 +10,12 @@ from ngc_jax.conversion.fitting import fit_all
 from ngc_jax.conversion.input_drift import carried_over, regression
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.conversion.propagation import _by_input, _moved, _refit
-from ngc_jax.conversion.statistics import FirstTokens, sown_input
+from ngc_jax.conversion.statistics import FirstTokens
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.models.config import block_name
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE
+from ngc_jax.models.layerwise import inputs_by_site
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
 from tests.conversion.helpers import factorise_of, measured, propagated
 from tests.tiny import forward, random_tokens, tiny_model
@@ -74,7 +75,7 @@ def stream_error(model, compact):
     read = []
     for m in (model, compact):
         _, sown = jax.jit(lambda p, m=m: m.decoder.apply({"params": p}, tokens, mutable=[BLOCK_INPUTS]))(m.params)
-        read.append(np.asarray(sown_input(sown[BLOCK_INPUTS]["layers"]["2"], "u")))
+        read.append(np.asarray(inputs_by_site(sown[BLOCK_INPUTS]["layers"]["2"])["mlp_input"]))
     return np.square(read[0] - read[1]).sum() / np.square(read[0]).sum()
 
 

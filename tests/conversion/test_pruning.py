@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngc_jax.conversion import Recipe
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion import Calibration, Recipe
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.conversion.pruning import PRUNED_ROLES, nystrom_reconstruct, prune_layers, select_neurons
 from ngc_jax.errors import UsageError
@@ -191,7 +191,9 @@ def test_gradients_of_outputs_that_stay(geometry):
     narrow = prune_layers(model, config, measured(model, recipe, TOKENS, window=60))
     for layer, statistics in enumerate(narrow.statistics):
         kept = narrow.kept[layer]
-        gradients, _ = measure_output_gradients(model.config, model.params, TOKENS, full_roles="ug", window=60)
+        gradients, _ = measure_output_gradients(
+            model, Calibration(TOKENS, window=60), GradientMeasurement(full_roles="ug")
+        )
         for role in "ug":
             whole, found = gradients[f"layers.{layer}.mlp.{role}"], statistics[f"layers.{layer}.mlp.{role}"].gradients
             np.testing.assert_allclose(found.mean_square, whole.mean_square[kept], rtol=1e-4)

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ngc_jax.conversion import Recipe
-from ngc_jax.conversion.output_gradients import measure_output_gradients
+from ngc_jax.conversion import Calibration, Recipe
+from ngc_jax.conversion.output_gradients import GradientMeasurement, measure_output_gradients
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.conversion.remeasuring import (
     dense_layer,
@@ -42,7 +42,7 @@ def test_the_second_round_measures_the_converted_model(geometry):
     again = remeasured_of(model, recipe, once, statistics, tokens[:40], window=40)
     formed = {layer: dense_layer(model, once, layer) for layer in range(model.config.num_layers)}
     now, _ = measure_output_gradients(
-        model.config, model.params, tokens[:40], layer_params=formed.__getitem__, slopes=True, window=40
+        model, Calibration(tokens[:40], window=40), GradientMeasurement(slopes=True), layer_params=formed.__getitem__
     )
     blocks = {name: entry for layer in statistics for name, entry in layer.items()}
     whole = {**model.params, "layers": {str(layer): params for layer, params in formed.items()}}

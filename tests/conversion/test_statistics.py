@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngc_jax.conversion.layerwise import Compensated, stack_batches
-from ngc_jax.conversion.statistics import calibrate, layer_kind
+from ngc_jax.conversion import Calibration
+from ngc_jax.conversion.statistics import calibrate
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoder import BLOCK_INPUTS
+from ngc_jax.models.layerwise import Compensated, layer_module, stack_batches
 from ngc_jax.text import split_windows
 from tests.tiny import HF_CONFIGS, random_tokens, tiny_model
 
@@ -38,7 +41,7 @@ def test_statistics_are_those_of_a_plain_forward_pass(architecture):
     tokens = random_tokens(50)
     expected = block_inputs(model, tokens)
     measured = {}
-    for _, statistics in calibrate(model.config, model.params, tokens, window=50, batch_size=1):
+    for _, statistics in calibrate(model, Calibration(tokens, window=50, batch_size=1)):
         measured |= statistics
     assert measured.keys() == expected.keys() == {block.name for block in model.config.blocks()}
     for name, x in expected.items():
@@ -53,7 +56,7 @@ def test_batch_size_and_padding_do_not_matter():
     results = []
     # Six windows of 20, the last of which is short: 4 leaves empty rows, and 1 a stack that is half empty.
     for batch_size in (1, 2, 4):
-        stream = calibrate(model.config, model.params, tokens, window=20, batch_size=batch_size)
+        stream = calibrate(model, Calibration(tokens, window=20, batch_size=batch_size))
         results.append({name: s.second_moment for _, statistics in stream for name, s in statistics.items()})
     for name, expected in results[0].items():
         for other in results[1:]:
@@ -77,15 +80,18 @@ def test_stacks_hold_every_token_once_and_in_order(count, window, batch_size, pe
 
 def test_blocks_with_one_input_share_their_statistics():
     model = tiny_model()
-    (_, statistics), *_ = calibrate(model.config, model.params, random_tokens(20))
+    (_, statistics), *_ = calibrate(model, Calibration(random_tokens(20)))
     assert statistics["layers.0.attn.q"] is statistics["layers.0.attn.v"]
     assert statistics["layers.0.mlp.u"] is statistics["layers.0.mlp.g"]
     assert statistics["layers.0.attn.q"] is not statistics["layers.0.mlp.u"]
 
 
-def test_layers_of_one_kind_share_a_compiled_function():
-    assert [layer_kind(tiny_model("llama").config, layer) for layer in range(3)] == [0, 0, 0]
-    assert [layer_kind(tiny_model("gemma3").config, layer) for layer in range(3)] == [0, 1, 0]
+@pytest.mark.parametrize(("architecture", "kinds"), [("llama", [0, 0, 0]), ("gemma3", [0, 1, 0])])
+def test_layers_of_one_kind_share_a_compiled_function(architecture, kinds):
+    decoder = tiny_model(architecture).decoder
+    modules = [layer_module(decoder, layer) for layer in range(3)]
+    assert modules == [modules[kind] for kind in kinds]
+    assert len(set(modules)) == len(set(kinds))
 
 
 def test_compensated_sum_keeps_what_float32_loses():
@@ -117,7 +123,7 @@ def test_windows_hold_every_token_once_and_in_order(count, window, batch_size):
 def test_errors():
     model = tiny_model()
     with pytest.raises(UsageError, match="no tokens"):
-        list(calibrate(model.config, model.params, np.zeros(0, np.int32)))
+        list(calibrate(model, Calibration(np.zeros(0, np.int32))))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, model.params)
     with pytest.raises(UsageError, match=r"layer 0 .* not finite"):
-        list(calibrate(model.config, broken, random_tokens(8)))
+        list(calibrate(dataclasses.replace(model, params=broken), Calibration(random_tokens(8))))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
-from ngc_jax.export.huggingface import export_huggingface
+from ngc_jax.exporting.huggingface import export_huggingface
 from ngc_jax.models.card import Measured, hub_id, model_card
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model

@@ -247,6 +247,52 @@ def test_bfloat16(make: Callable[..., LanguageModel]) -> None:
     assert np.abs(logits - exact).mean() < 0.05 * np.std(exact)
 
 
+def at_use(path: tuple[str, ...], leaf: jax.Array, plan: Plan | None) -> jax.Array:
+    """A stored parameter as a bfloat16 computation reads it: norms, metrics and tanh features are float32."""
+    kernels = {} if plan is None else {group.name: group.kernel.name for group in plan.groups}
+    accurate = path[-1] == "scale" or "metric" in path or kernels.get(path[1]) == "lifted"
+    return leaf if accurate else leaf.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("make", [dense_model, compact_model, fixed_gauge_model])
+def test_float32_parameters_in_a_bfloat16_computation(make: Callable[..., LanguageModel]) -> None:
+    """The same numbers as from parameters that were cast before; float32 gradients; nothing compiles twice."""
+    model, tokens = make("qwen2"), some_tokens()
+    decoder = Decoder(model.config, model.plan, dtype=jnp.bfloat16)
+    assert (decoder.param_dtype, decoder.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    flat = traverse_util.flatten_dict(dict(model.params))
+    cast = traverse_util.unflatten_dict({path: at_use(path, leaf, model.plan) for path, leaf in flat.items()})
+    both = [apply(one, params, tokens) for one, params in ((decoder, model.params), (decoder, cast))]
+    np.testing.assert_array_equal(*both)
+    assert both[0].dtype == jnp.float32
+    inputs = jax.tree.leaves(block_inputs(decoder, model.params, tokens))
+    assert inputs
+    assert {leaf.dtype for leaf in inputs} == {jnp.dtype(jnp.bfloat16)}
+    assert np.any(np.asarray(both[0] != apply(model.decoder, model.params, tokens)))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(decoder: Decoder, params: Params, tokens: jax.Array) -> Params:
+        return jax.grad(lambda p: jnp.sin(decoder.apply({"params": p}, tokens)[0]).sum())(params)
+
+    for seed in range(2):
+        gradients = gradient(decoder, model.params, some_tokens(seed=seed))
+    assert gradient._cache_size() == 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients) if leaf.size)
+
+
+def test_generation_in_another_type_than_the_parameters() -> None:
+    """Step by step and in one pass, a cache and a computation in bfloat16 give the same tokens."""
+    model = dataclasses.replace(dense_model(), compute_dtype=jnp.dtype(jnp.bfloat16))
+    assert (model.param_dtype, model.dtype, model.decoder.compute_dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    params = jax.eval_shape(model.decoder.init, jax.random.key(0), some_tokens())["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    prompt = np.arange(3, 8)
+    (found,) = generate(model, [prompt], max_new_tokens=6)
+    row = np.concatenate([prompt, found])[None]
+    np.testing.assert_array_equal(apply(model.decoder, model.params, row)[0, 4:-1].argmax(-1), found)
+
+
 def test_block_inputs_are_sown_where_they_are_said_to_be() -> None:
     model = dense_model()
     inputs = block_inputs(model.decoder, model.params, some_tokens())

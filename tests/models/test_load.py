@@ -18,7 +18,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import FoldedSource
+from ngc_jax.exporting.folded import FoldedSource
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.keys import hf_name
@@ -60,6 +60,26 @@ def test_every_tensor_in_its_place(stored: Any, dtype: str | None, tmp_path: Pat
         assert leaf.dtype == model.dtype
         np.testing.assert_array_equal(leaf, tensors[hf_name(name, model.config)].astype(leaf.dtype), err_msg=name)
     assert model.count_parameters() == sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "computed"),
+    [
+        ({}, "float32", "float32"),
+        ({"param_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+        ({"dtype": "bfloat16", "param_dtype": "float32"}, "float32", "bfloat16"),
+        ({"dtype": jnp.float32, "param_dtype": jnp.bfloat16}, "bfloat16", "float32"),
+    ],
+)
+def test_storage_and_computation(given: dict[str, Any], stored: str, computed: str, tmp_path: Path) -> None:
+    write_model(tmp_path, HF_CONFIGS["llama"])
+    model = load_model(str(tmp_path), **given)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(stored)}
+    assert (model.param_dtype, model.dtype, model.decoder.compute_dtype) == (stored, computed, computed)
+    with pytest.raises(UsageError, match="expected float32, bfloat16 or float16"):
+        load_model(str(tmp_path), **{**given, "dtype": "int8"})
+    with pytest.raises(UsageError, match="'half-ish' is not supported"):
+        load_model(str(tmp_path), param_dtype="half-ish")
 
 
 def test_what_comes_with_a_model(tmp_path: Path) -> None:

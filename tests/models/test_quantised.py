@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from ngc_jax import cli
 from ngc_jax.errors import UsageError
-from ngc_jax.export.huggingface import export_huggingface
+from ngc_jax.exporting.huggingface import export_huggingface
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source

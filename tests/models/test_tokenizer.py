@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.tokenizer import Tokenizer, one_line, quiet_transformers, wrap
+from ngc_jax.models.tokenizer import Tokenizer, one_line, wrap
+from ngc_jax.models.tokenizer_model import quiet_transformers
 
 with quiet_transformers():
     from transformers import PreTrainedTokenizerFast

@@ -7,10 +7,10 @@ torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
 
-from ngc_jax.export import export_gguf, export_huggingface  # noqa: E402
+from ngc_jax.exporting import export_gguf, export_huggingface  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
 from ngc_jax.models.sources import open_source  # noqa: E402
-from tests.export.test_export import model_of  # noqa: E402
+from tests.exporting.test_export import model_of  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 
 

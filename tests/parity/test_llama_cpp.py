@@ -5,17 +5,20 @@ import pytest
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from ngc_jax.export import export_gguf  # noqa: E402
+from ngc_jax.exporting import export_gguf  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
 from ngc_jax.models.sources import open_source  # noqa: E402
-from tests.export.test_export import TEXT, model_of  # noqa: E402
+from tests.exporting.test_export import TEXT, model_of  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_llama_cpp_computes_what_we_compute(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [("llama", 64), ("qwen2", 64), ("qwen3", 64), ("gemma3", 64), ("qwen2", 96)],  # 4 heads of 16
+)
+def test_llama_cpp_computes_what_we_compute(family, width, tmp_path):
     # The key-value cache of llama.cpp is in float16.
-    ours = model_of(family, hidden_size=64, head_dim=16, query_pre_attn_scalar=16)
+    ours = model_of(family, hidden_size=width, head_dim=16, query_pre_attn_scalar=16)
     with open_source(str(save_model(ours, tmp_path / "model"))) as source:
         export_gguf(source, tmp_path / "model.gguf", type="f32")
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)

@@ -1,5 +1,6 @@
 """Stability of decoders against Jacobians formed one token at a time, finite differences and invariances."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,7 +16,8 @@ from ngc_jax.stability.driving import alignment, mean_motion, potential_over_alo
 from ngc_jax.stability.sequence import responses, sequence_stability
 from ngc_jax.stability.streams import record, token_maps
 from tests.models.compact import compact_model, dense_equivalent, dense_model
-from tests.tiny import random_tokens
+from tests.test_tokens import BOS, bos_tokenizer
+from tests.tiny import random_tokens, tiny_model
 
 KEY = jax.random.key(5)
 LENGTH = 14
@@ -248,7 +250,14 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda model: depth(model, prompt()),
+        lambda model: depth(model, jnp.ones((1, 2, 5), int)),
+        lambda model: depth(model, []),
+        lambda model: depth(model, [[1, 2], []]),
+        lambda model: depth(model, [[0.5, 1.0]]),
+        lambda model: depth(model, [[1, 2], [3]], jnp.array([2, 1])),
+        lambda model: depth(model, 5),
+        lambda model: depth(model, [{"role": "user", "content": "Hi"}]),
+        lambda model: record(model, ["one", "two"]),
         lambda model: depth(model, prompt()[None], directions=25),
         lambda model: depth(model, prompt()[None].astype(float)),
         lambda model: depth(model, prompt()[None], jnp.array([3, 4])),
@@ -277,6 +286,58 @@ def test_tokens_that_the_model_does_not_know_are_refused(measure):
     model = dense_model("llama")
     with pytest.raises(UsageError, match=r"token id 30000 \(at position 1\) is outside the model's vocabulary"):
         measure(model, jnp.full((1, 80), 1).at[0, 1].set(30_000))
+
+
+def test_prompts_are_taken_as_people_have_them():
+    """A model and texts, lists or arrays, in one batch of any lengths: as the padded array of their ids."""
+    model = dataclasses.replace(tiny_model(), load_tokenizer=bos_tokenizer)
+    texts = ["Hi there", "you"]
+    rows = [bos_tokenizer().encode_prompt(text) for text in texts]
+    assert rows[0][0] == BOS
+    options = {"key": KEY, "directions": 3}
+    expected = depth(model, *padded(*map(jnp.asarray, rows)), directions=3).metric
+    for given in (texts, rows, [row.tolist() for row in rows], [rows[0][None], texts[1]]):
+        found = depth_stability(model, given, **options).metric
+        for row, ids in enumerate(rows):
+            np.testing.assert_allclose(found[row, : len(ids)], expected[row, : len(ids)], atol=1e-4)
+        assert np.all(np.isnan(found[1, len(rows[1]) :]))
+    alone = depth_stability(model.decoder, model.params, rows[1][None], **options).metric
+    for given in ("you", rows[1], rows[1].tolist(), jnp.asarray(rows[1]), rows[1][None], ["you"]):
+        np.testing.assert_array_equal(depth_stability(model, given, **options).metric, alone)
+    np.testing.assert_array_equal(
+        depth_stability(model.decoder, model.params, tokens_BxL=rows[1].tolist(), **options).metric, alone
+    )
+
+
+def test_every_measurement_takes_a_model_and_a_text():
+    model = dataclasses.replace(tiny_model(), load_tokenizer=bos_tokenizer)
+    row = jnp.asarray(bos_tokenizer().encode_prompt("Hi there"))
+    own = (model.decoder, model.params)
+    motion = mean_motion(*own, row[None])
+    for by_text, by_ids in (
+        (mean_motion(model, "Hi there"), motion),
+        (potential_over_alone(model, "Hi there").share, potential_over_alone(*own, row[None]).share),
+        (potential_over_mean(model, motion, ["Hi there"]).share, potential_over_mean(*own, motion, row[None]).share),
+        (record(model, "Hi there").streams, record(*own, row).streams),
+        (record(*own, row[None].tolist(), 4).streams, record(*own, row, 4).streams),
+        (
+            responses(model, "Hi there", jnp.array([1]), key=KEY),
+            responses(*own, row, jnp.array([1]), key=KEY),
+        ),
+        (
+            sequence_stability(model, "Hi there", key=KEY, directions=2, memory=3).segments,
+            sequence_stability(*own, row[None], key=KEY, directions=2, memory=3).segments,
+        ),
+    ):
+        np.testing.assert_array_equal(by_text, by_ids)
+
+
+def test_a_text_for_a_decoder_says_what_to_give():
+    model = tiny_model()
+    with pytest.raises(UsageError, match="give the LanguageModel in place of decoder and parameters"):
+        depth(model, "Hi")
+    with pytest.raises(UsageError, match="apply_chat_template"):
+        depth_stability(model, [{"role": "user", "content": "Hi"}], key=KEY)
 
 
 def test_what_pads_a_row_may_be_any_number():

@@ -84,7 +84,7 @@ def test_logistic(x64):
 
 def test_lorenz(x64):
     step = partial(systems.rk4, systems.lorenz, dt=0.01)
-    run = measure(step, jnp.array([1.0, 1.0, 20.0]), 3, steps=50_000, transient=1000, every=10, dt=0.01)
+    run = measure(step, jnp.array([1.0, 1.0, 20.0]), 3, steps=50_000, transient=1000, every=10).per_time(0.01)
     np.testing.assert_allclose(run.exponents, [0.9056, 0.0, -14.5723], rtol=0.02, atol=0.01)
     np.testing.assert_array_less(np.abs(run.exponents - np.array([0.9056, 0.0, -14.5723])), 3 * run.standard_errors)
     assert float(run.exponents.sum()) == pytest.approx(-(10 + 1 + 8 / 3), rel=1e-3)
@@ -94,7 +94,7 @@ def test_lorenz(x64):
 def test_gradient_descent_decays_at_the_curvature():
     curvature = np.array([0.5, 2.0, 4.0])
     step = partial(systems.gradient_step, lambda x: jnp.sum(jnp.asarray(curvature, jnp.float32) * x**2) / 2, rate=0.01)
-    run = measure(step, jnp.array([1.0, -2.0, 0.5]), 3, steps=1000, transient=1500, every=10, dt=0.01)
+    run = measure(step, jnp.array([1.0, -2.0, 0.5]), 3, steps=1000, transient=1500, every=10).per_time(0.01)
     np.testing.assert_allclose(run.exponents, np.log(1 - 0.01 * curvature) / 0.01, rtol=1e-3)
     np.testing.assert_allclose(run.exponents, -curvature, rtol=0.025)
 
@@ -119,8 +119,8 @@ def test_the_road_over_full_jacobians_is_the_same(x64, every):
     frame = random_frame(jax.random.key(1), state, 3)
     run = jax.jit(
         lambda state, frame: lyapunov_spectrum(
-            step, state, frame, inputs=inputs, transient=3, every=every, dt=0.5, keep_frames=True
-        )
+            step, state, frame, inputs=inputs, transient=3, every=every, keep_frames=True
+        ).per_time(0.5)
     )(state, frame)
 
     states = [state]
@@ -162,7 +162,9 @@ def test_maps_between_unlike_spaces():
         lambda state: matrices[2] @ state[0],
     ]
     state, frame = jnp.ones(5), random_frame(jax.random.key(0), jnp.ones(5), 2)
-    run = jax.jit(lambda state, frame: lyapunov_of_maps(maps, state, frame, dt=0.5, keep_frames=True))(state, frame)
+    run = jax.jit(lambda state, frame: lyapunov_of_maps(maps, state, frame, keep_frames=True).per_time(0.5))(
+        state, frame
+    )
     vectors, growth = np.asarray(frame, np.float64), []
     for matrix in matrices:
         vectors, r = np.linalg.qr(np.asarray(matrix, np.float64) @ vectors)

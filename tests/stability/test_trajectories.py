@@ -26,7 +26,7 @@ def x64():
 
 def test_pairs_agree_with_derivatives(x64):
     step = partial(systems.rk4, systems.lorenz, dt=0.01)
-    state, settings = jnp.array([1.0, 1.0, 20.0]), {"steps": 1500, "transient": 1000, "every": 10, "dt": 0.01}
+    state, settings = jnp.array([1.0, 1.0, 20.0]), {"steps": 1500, "transient": 1000, "every": 10}
     frame = random_frame(jax.random.key(0), state, 2)
     pairs = jax.jit(lambda x, q: pair_exponents(step, x, q, **settings))(state, frame)
     exact = jax.jit(lambda x, q: lyapunov_spectrum(step, x, q, **settings))(state, frame[:, :1])

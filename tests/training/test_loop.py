@@ -14,7 +14,7 @@ import pytest
 from ngc_jax.errors import UsageError
 from ngc_jax.training import sharding
 from ngc_jax.training.checkpoints import Checkpoints
-from ngc_jax.training.loop import LoopConfig, train
+from ngc_jax.training.loop import LoopConfig, Placed, train
 from ngc_jax.training.step import init_state
 from tests.training.setting import CountedBatches, distillation, each_step_compiled_once
 
@@ -40,15 +40,12 @@ def _replicate_the_vocabulary(monkeypatch):
     monkeypatch.setattr(sharding, "LOGICAL_AXES", {**sharding.LOGICAL_AXES, "vocab": None})
 
 
-def run(setting, steps, directory=None, *, mesh=None, batches=None, settings=None, evaluate=None, **options):
-    program, trained, constants = setting
+def run(setting, steps, directory=None, *, mesh=None, parallel="jit", batches=None, **options):
+    settings, evaluate = (options.pop(name, None) for name in ("settings", "evaluate"))
     return train(
-        program,
-        trained,
-        constants,
+        Placed(*setting, mesh or sharding.make_mesh(1, devices=jax.devices()[:1]), parallel),
         CountedBatches() if batches is None else batches,
         LoopConfig(steps, **options),
-        mesh=mesh or sharding.make_mesh(1, devices=jax.devices()[:1]),
         directory=directory,
         settings=settings,
         evaluate=evaluate,
@@ -192,15 +189,15 @@ if processes > 1:
     jax.distributed.initialize(sys.argv[5], processes, process)
 import numpy as np
 from ngc_jax.training import sharding
-from ngc_jax.training.loop import LoopConfig, train
+from ngc_jax.training.loop import LoopConfig, Placed, train
 from tests.training.setting import CountedBatches, distillation
 sharding.LOGICAL_AXES = {**sharding.LOGICAL_AXES, "vocab": None}
 program, trained, constants = distillation()
-config = LoopConfig(int(sys.argv[2]), save_every=1, parallel=sys.argv[6])
-mesh = sharding.make_mesh(*json.loads(sys.argv[7]))
+config = LoopConfig(int(sys.argv[2]), save_every=1)
+placed = Placed(program, trained, constants, sharding.make_mesh(*json.loads(sys.argv[7])), sys.argv[6])
 def say(metrics):
     print(json.dumps(metrics), flush=True)
-result = train(program, trained, constants, CountedBatches(process, processes), config, mesh=mesh,
+result = train(placed, CountedBatches(process, processes), config,
                directory=sys.argv[1], on_metrics=say)
 print(json.dumps({"interrupted": result.interrupted, "step": result.step}), flush=True)
 np.savez(sys.argv[1] + f"-{process}.npz", *jax.tree.leaves(result.params))

@@ -14,7 +14,7 @@ from ngc_jax.models.decoder import RESIDUALS
 from ngc_jax.stability.depth import depth_stability
 from ngc_jax.stability.streams import record
 from ngc_jax.training import sharding
-from ngc_jax.training.loop import LoopConfig, train
+from ngc_jax.training.loop import LoopConfig, Placed, train
 from ngc_jax.training.losses import Objective, objective_sums
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.stability_loss import Pass, draw_tokens, gram_schmidt, local_rates
@@ -229,7 +229,9 @@ def test_a_mesh_microbatches_and_recomputed_layers_change_nothing(plain, monkeyp
     # 259 tokens of vocabulary are a prime number.
     monkeypatch.setattr(sharding, "LOGICAL_AXES", {**sharding.LOGICAL_AXES, "vocab": None})
     program, trained, constants = setting(microbatches=2, decoder=ONE.decoder.clone(remat=True))
-    result = train(program, trained, constants, CountedBatches(), LoopConfig(STEPS), mesh=sharding.make_mesh(2, 2, 2))
+    result = train(
+        Placed(program, trained, constants, sharding.make_mesh(2, 2, 2)), CountedBatches(), LoopConfig(STEPS)
+    )
     found = [[entry["loss"], entry["stability"]] for entry in result.history]
     same(plain[3].replace(params=result.params), found, plain)
 

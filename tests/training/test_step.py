@@ -13,6 +13,7 @@ from ngc_jax.conversion import Recipe
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.errors import UsageError
 from ngc_jax.training import sharding
+from ngc_jax.training.fit import TrainConfig, prepare
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from ngc_jax.training.step import Constants, Program, gradient_sums, init_state, jit_step, loss_sums, pmap_step
@@ -147,6 +148,44 @@ def test_a_gradient_is_that_of_the_mean_by_finite_differences(setting):
     )
     np.testing.assert_allclose((ahead - behind) / (2 * size), optax.tree.norm(gradient), rtol=2e-2)
     assert count == batch["weights"][:, 1:].sum()
+
+
+def test_bfloat16_computation_with_float32_parameters(setting):
+    """Mixed precision: the loss of rounded weights, float32 gradients, and steps smaller than bfloat16 resolves."""
+    student, teacher = student_and_teacher()
+    config = TrainConfig(trainable="states_and_norms", dtype="bfloat16", optimizer=OptimizerConfig("sgd", 1e-4))
+    prepared = prepare(student, config, setting[0].objective, teacher=teacher)
+    decoder = prepared.program.decoder
+    assert (decoder.param_dtype, decoder.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    trained, constants, batch = prepared.trained, prepared.constants, next(batches())
+    assert all(
+        leaf.dtype == (jnp.bfloat16 if leaf.ndim > 1 else jnp.float32) for leaf in jax.tree.leaves(constants.frozen)
+    )
+
+    def rounded(leaf):
+        return leaf.astype(jnp.bfloat16).astype(jnp.float32) if leaf.ndim > 1 else leaf
+
+    compute = jax.jit(lambda p: gradient_sums(prepared.program, p, constants, batch))
+    gradient, _, sums = compute(trained)
+    np.testing.assert_array_equal(compute(jax.tree.map(rounded, dict(trained)))[2]["loss"], sums["loss"])
+    exact, _, exact_sums = jax.jit(lambda p: gradient_sums(setting[0], p, setting[2], batch))(setting[1])
+    np.testing.assert_allclose(sums["loss"], exact_sums["loss"], rtol=1e-2)
+    assert sums["loss"] != exact_sums["loss"]
+    assert {leaf.dtype for leaf in jax.tree.leaves((gradient, sums))} == {jnp.dtype("float32")}
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, dict(exact)))
+    assert difference < 0.1 * optax.tree.norm(exact)
+
+    step, state = jit_step(prepared.program), init_state(prepared.program, trained)
+    for batch in batches():
+        state, metrics = step(state, constants, batch)
+    assert step._cache_size() == 1
+    assert metrics["finite"] == 1
+    before, after = (jax.tree.leaves(tree["groups"]) for tree in (dict(trained), state.params))
+    assert all(leaf.dtype == jnp.float32 for leaf in after)
+    moved = [np.mean(a != b) for a, b in zip(after, before, strict=True)]
+    seen = [np.mean(np.asarray(rounded(a) != rounded(b))) for a, b in zip(after, before, strict=True)]
+    assert min(moved) > 0.9
+    assert max(seen) < 0.5
 
 
 def test_a_loss_that_is_not_finite_leaves_the_parameters_alone(setting):

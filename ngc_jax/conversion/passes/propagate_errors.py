@@ -1,4 +1,4 @@
-"""The pass that propagates errors; the algorithm is in `ngc_jax.conversion.propagation`."""
+"""The pass that propagates errors; the algorithms are in `ngc_jax.conversion.propagation` and `dense_refit`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ class PropagateErrors(Pass):
     Attributes:
         propagation: How far each layer's targets and inputs are moved from the dense model's (0) to those of the
             converted layers below it (1).
+
+    Example:
+        >>> from ngc_jax import chain, factorise, propagate_errors
+        >>> chain(factorise("svd_llm"), propagate_errors(0.3)).options()["propagation"]
+        0.3
     """
 
     name: ClassVar[str] = "propagate_errors"
@@ -60,18 +65,25 @@ class PropagateErrors(Pass):
         return super().is_default_in(chain) and (factorise is None or factorise.rank != "full")
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """The statistics of all layers at once."""
+        """The statistics of all layers at once, unless every layer is pruned and refitted in turn."""
+        factorise = chain.find(Factorise)
+        if factorise is not None and factorise.is_dense:
+            return Needs()
         same = calibration.propagation_tokens == calibration.gradient_tokens
         return Needs() if self.is_off else Needs(held=True, first=same)
 
     def apply(self, state: ConversionState) -> ConversionState:
-        """Refit the groups at their ranks."""
+        """Refit the groups at their ranks, or in form dense the blocks that write to the residual stream."""
         if self.is_off:
             return state
-        from ngc_jax.conversion.propagation import propagate
-
         factorise = state.chain.find(Factorise)
         assert factorise is not None
+        if factorise.is_dense:
+            from ngc_jax.conversion.dense_refit import refit_dense
+
+            return dataclasses.replace(state, compact=refit_dense(state, self.propagation, factorise.shrinkage))
+        from ngc_jax.conversion.propagation import propagate
+
         return dataclasses.replace(state, compact=propagate(state, factorise, self.propagation))
 
 

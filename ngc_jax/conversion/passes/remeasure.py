@@ -23,6 +23,11 @@ class Remeasure(Pass):
             less time and holds the statistics of one layer at a time.
         sensitivities: In each round, also correct the expected loss of each layer and role by the slope of the loss
             measured there.
+
+    Example:
+        >>> from ngc_jax import chain, factorise, remeasure
+        >>> [one.name for one in chain(factorise("ngc"), remeasure(rounds=2))]
+        ['factorise', 'remeasure']
     """
 
     name: ClassVar[str] = "remeasure"
@@ -61,6 +66,8 @@ class Remeasure(Pass):
         factorise = chain.find(Factorise)
         if factorise is None or chain.passes.index(self) < chain.passes.index(factorise):
             raise UsageError("gradients are measured on a converted model; add factorise before remeasure")
+        if factorise.is_dense:
+            raise UsageError("form dense prunes once; leave out rounds")
         if factorise.definition.measures.gradients is None:
             raise UsageError(f"method {chain.method} uses no gradients; leave out rounds")
         if not factorise.is_bilinear:

@@ -88,6 +88,9 @@ class GgufSource(Closing):
                     missing[hf_name(self._arch, f"blk.{layer}.{part}.bias")] = weight.shape[:1]
         return missing
 
+    def read_quantised(self, name: str) -> None:
+        """None: a GGUF file's tensors are dequantised when they are read."""
+
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in Hugging Face's convention.
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 from ngc_jax.errors import UsageError
 from ngc_jax.models.gguf.pretokenizers import PRE_TOKENIZERS
 from ngc_jax.models.gguf.tokenizer import tokenizer_from_gguf
-from ngc_jax.models.tokenizer import Tokenizer, quiet_transformers
+from ngc_jax.models.tokenizer import Tokenizer
+from ngc_jax.models.tokenizer_model import quiet_transformers
 
 with quiet_transformers():
     from transformers import AutoTokenizer, GemmaTokenizer

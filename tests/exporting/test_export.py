@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export import GGUF_TYPES, export_gguf, export_huggingface
+from ngc_jax.exporting import GGUF_TYPES, export, export_gguf, export_huggingface
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source
@@ -145,3 +145,21 @@ def test_tensors_are_written_once(tmp_path):
         export_huggingface(source, tmp_path / "hf")
     names = load_file(tmp_path / "hf" / "model.safetensors")
     assert "lm_head.weight" not in names  # tied
+
+
+def test_one_function_for_all(saved, tmp_path):
+    model, directory = saved["llama"]
+    for to, options in (("hf", {"dtype": "float16"}), ("gguf", {"type": "q8_0"}), ("hf-grouped", {})):
+        by_model, by_name = (
+            export(what, tmp_path / f"{to}-{n}", to=to, **options) for n, what in enumerate((model, directory))
+        )
+        assert {**by_model, "out": ""} == {**by_name, "out": ""}
+        assert by_name["folded"] is (to != "hf-grouped")
+    for to, options, words in (
+        ("gguf-grouped", {}, "convert in form dense"),
+        ("onnx", {}, "expected one of hf, hf-grouped, gguf"),
+        ("gguf", {"dtype": "float16"}, "has no option 'dtype'; expected overwrite, progress, type"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            export(directory, tmp_path / "no", to=to, **options)
+    assert not (tmp_path / "no").exists()

@@ -47,9 +47,12 @@ class FoldedSource(Closing):
         nbytes: Bytes of all tensors in the type of the source's embedding.
 
     Example:
-        >>> with open_source("smollm2-0.8") as source:  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "folded"))) as source:
         ...     folded = FoldedSource(source)
-        ...     weight = folded.read("model.layers.0.self_attn.q_proj.weight")
+        ...     folded.read("model.layers.0.self_attn.q_proj.weight").shape
+        (40, 24)
     """
 
     def __init__(self, source: Source) -> None:
@@ -106,6 +109,9 @@ class FoldedSource(Closing):
         d_in = self.shapes[name][1]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.asarray(weights(group.kernel, self._states(group), block, d_in, pivots=group.pivots))
+
+    def read_quantised(self, name: str) -> None:
+        """None: dense tensors are in floating point."""
 
     def _states(self, group: GroupPlan) -> dict[str, Any]:
         """The states of one group in float32; those of the last group are cached for its next member."""

@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import FoldedSource
-from ngc_jax.export.gguf_vocabulary import vocabulary_metadata
+from ngc_jax.exporting.folded import FoldedSource
+from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.gguf.config import ROPE_FACTORS
@@ -84,6 +84,13 @@ def export_gguf(
 
     Raises:
         UsageError: If GGUF cannot represent the type or a part of the model, or the file cannot be written.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "for-gguf"))) as source:
+        ...     export_gguf(source, "compact.gguf", type="f16")["folded"]
+        True
     """
     if type not in GGUF_TYPES:
         raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")
@@ -93,7 +100,7 @@ def export_gguf(
     kind, file_type = GGUF_TYPES[type]
     config = folded.decoder_config
     with atomic_file(file) as temporary:
-        writer = GGUFWriter(temporary, _ARCHITECTURES[config.architecture])
+        writer = GGUFWriter(temporary, _architecture(config))
         _add_metadata(writer, folded, file_type)
         fallbacks = _add_tensors(writer, folded, kind, progress)
         writer.close()
@@ -105,6 +112,17 @@ def export_gguf(
         "bytes": file.stat().st_size,
         "float16_matrices": fallbacks,
     }
+
+
+def _architecture(config: DecoderConfig) -> str:
+    """llama.cpp's name of the architecture.
+
+    llama.cpp takes for granted that the heads of a qwen2 file are together as wide as the residual stream. Where they
+    are not, the model is written as llama with biases on q, k and v, which is the same function.
+    """
+    if config.architecture == "qwen2" and config.num_heads * config.head_dim != config.embed_dim:
+        return "llama"
+    return _ARCHITECTURES[config.architecture]
 
 
 def _check_file(file: Path, overwrite: bool) -> None:
@@ -250,7 +268,7 @@ def _in_gguf_order(tensor: np.ndarray, parameter: str, config: DecoderConfig) ->
     if config.unit_offset_norm and leaf == "scale":
         return tensor + np.float32(1)
     role = module.rpartition(".")[2]
-    if _ARCHITECTURES[config.architecture] == "llama" and role in ("q", "k"):
+    if _architecture(config) == "llama" and role in ("q", "k"):
         heads = config.num_heads if role == "q" else config.num_kv_heads
         halves = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)

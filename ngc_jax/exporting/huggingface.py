@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from ngc_jax.errors import UsageError
-from ngc_jax.export.folded import DTYPES, FoldedSource, cast
+from ngc_jax.exporting.folded import DTYPES, FoldedSource, cast
 from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.save import SHARD_BYTES
@@ -45,6 +45,13 @@ def export_huggingface(
     Raises:
         UsageError: If the model cannot be read or has no plain form, the type is unknown or too small for its
             numbers, or the directory cannot be written.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "for-transformers"))) as source:
+        ...     export_huggingface(source, "plain")["folded"]
+        True
     """
     folded = FoldedSource(source)
     if dtype is not None and dtype not in DTYPES:
@@ -57,7 +64,7 @@ def export_huggingface(
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folded.tokenizer().save(temporary)
         with os_errors(Path(directory)):
-            sizes = _write_shards(folded, temporary, kind, shard_bytes, progress)
+            sizes = write_shards(folded, temporary, kind, shard_bytes, progress)
         (temporary / "README.md").write_text(_card(Path(directory).absolute().name, folded), encoding="utf-8")
     return {
         "out": str(directory),
@@ -68,38 +75,50 @@ def export_huggingface(
     }
 
 
-def _write_shards(
-    folded: FoldedSource,
+class Tensors(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+
+
+def write_shards(
+    source: Tensors,
     directory: Path,
     dtype: np.dtype,
     shard_bytes: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[int]:
     """Write the tensors in one file, or in several with an index; returns the files' sizes."""
-    shards = list(_shards(folded, dtype.itemsize, shard_bytes))
+    shards = list(_shards(source, dtype.itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
     done = 0
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in names:
-            tensors[name] = cast(folded.read(name), dtype, name)
+            tensor = source.read(name)
+            tensors[name] = cast(tensor, dtype, name) if tensor.dtype != np.int64 else tensor
             done += 1
             if progress is not None:
-                progress(done, len(folded.shapes))
+                progress(done, len(source.shapes))
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = dtype.itemsize * sum(int(np.prod(shape)) for shape in folded.shapes.values())
+        total = dtype.itemsize * sum(int(np.prod(shape)) for shape in source.shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [file.stat().st_size for file in sorted(directory.glob("*.safetensors"))]
 
 
-def _shards(folded: FoldedSource, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
+def _shards(source: Tensors, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
-    for name, shape in folded.shapes.items():
+    for name, shape in source.shapes.items():
         n_bytes = itemsize * int(np.prod(shape))
         if names and size + n_bytes > shard_bytes:
             yield names

@@ -1,12 +1,17 @@
-"""Batches of windows that one compiled call processes in sequence, on one or several devices, with sums over tokens.
+"""Single layers of a decoder, and batches of windows that one compiled call passes through a layer in sequence.
 
-Legend: K batches of a stack, B windows of a batch, L tokens of a window.
+This is the one place outside the decoder where a layer runs by itself: calibration, gradients and error propagation
+stream through it, stability differentiates it.
+
+Legend: K batches of a stack, B sequences (windows) of a batch, L tokens, D residual width, I inputs of a block.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.attention import LayerCache
+from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.text import split_windows
+from ngc_jax.types import Params
 
 Streams = TypeVar("Streams")
 Sums = TypeVar("Sums")
@@ -23,6 +32,125 @@ _WINDOWS_AXIS = "data"
 # Batches that a compiled layer processes in one call. The system allocates a call's working memory again every time,
 # page by page, which on a CPU takes a tenth of the time of one batch.
 BATCHES_PER_CALL = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer and its arrays.
+
+    Attributes:
+        module: From `layer_module`.
+        params: Its parameters.
+        groups: States of the groups that have a member in it.
+    """
+
+    module: DecoderLayer
+    params: Params
+    groups: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        cache: LayerCache | None = None,
+        starts: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        """The residual stream after the layer, and its new cache; arguments as for `DecoderLayer`."""
+        variables = {"params": self.params}
+        return cast(Any, self.module.apply(variables, x, positions, cache, self.groups, starts))
+
+    def read(
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        cache: LayerCache | None = None,
+        starts: Int[Array, "B L"] | None = None,
+        *,
+        perturbations: Params | None = None,
+    ) -> tuple[Float[Array, "B L D"], dict[str, Float[Array, "B L I"]]]:
+        """The residual stream after the layer, and the inputs of its blocks by site.
+
+        Args:
+            x: The residual stream before it.
+            positions: As for `DecoderLayer`.
+            cache: As for `DecoderLayer`.
+            starts: As for `DecoderLayer`.
+            perturbations: Added to the outputs of blocks, whose gradients are then those by the outputs.
+        """
+        variables = {"params": self.params}
+        if perturbations is not None:
+            variables["perturbations"] = perturbations
+        given = (x, positions, cache, self.groups, starts)
+        (y, _), sown = cast(Any, self.module.apply(variables, *given, mutable=[BLOCK_INPUTS]))
+        return y, inputs_by_site(sown[BLOCK_INPUTS])
+
+
+def inputs_by_site(sown: Mapping[str, Any]) -> dict[str, Float[Array, "B L I"]]:
+    """The inputs of a layer's blocks by `INPUT_SITE`, from the collection that it sows."""
+    found = {}
+    for site in dict.fromkeys(INPUT_SITE.values()):
+        value: Any = sown
+        for part in site.split("."):
+            value = value[part]
+        found[site] = value[0]
+    return found
+
+
+def depth_of(decoder: Decoder) -> int:
+    """Number of layers that a token passes: those of the model times its iterations."""
+    return decoder.config.num_layers * decoder.config.iterations
+
+
+def layer_module(decoder: Decoder, number: int, *, hold_others: bool = False) -> DecoderLayer:
+    """The computation of a layer, without arrays; hashable, for a static argument.
+
+    Layers of a dense decoder that compute the same (same window, same rotary embedding) have the same module, so that
+    one compiled function serves them.
+
+    Args:
+        decoder: The decoder.
+        number: Which layer, from 0; numbered consecutively through the iterations.
+        hold_others: Keys and values of all other tokens are those of the cache; see `DecoderLayer`.
+    """
+    config, plan = decoder.config, decoder.plan or Plan()
+    layer = number % config.num_layers
+    if not plan.groups:
+        kinds = list(zip(config.windows, config.ropes, strict=True))
+        layer = kinds.index(kinds[layer])
+    return DecoderLayer(config, plan, layer, decoder.param_dtype, hold_others)
+
+
+def layer_of(decoder: Decoder, params: Params, number: int, *, hold_others: bool = False) -> Layer:
+    """A layer of a decoder with its part of the decoder's parameters; arguments as for `layer_module`."""
+    module = layer_module(decoder, number, hold_others=hold_others)
+    return Layer(module, params["layers"][str(number % decoder.config.num_layers)], params.get("groups", {}))
+
+
+@partial(jax.jit, static_argnames="decoder")
+def _embed(params: Params, tokens: Int[Array, "*batch L"], *, decoder: Decoder) -> Float[Array, "*batch L D"]:
+    return cast(Array, decoder.apply({"params": params}, tokens, method="embedded"))
+
+
+def embed(decoder: Decoder, params: Params, tokens: Int[Array, "*batch L"]) -> Float[Array, "*batch L D"]:
+    """The residual streams before the first layer."""
+    return _embed({"embed": params["embed"]}, tokens, decoder=decoder)
+
+
+@partial(jax.jit, static_argnames=("layer", "mesh"))
+def run_stack(
+    params: Params,
+    x: Float[Array, "K B L D"],
+    positions: Int[Array, "K B L"],
+    *,
+    layer: DecoderLayer,
+    mesh: Mesh | None = None,
+) -> Float[Array, "K B L D"]:
+    """The residual streams of a stack after a dense layer; `mesh` as for `each_batch`."""
+
+    def step(params: Params, data: Mapping[str, Array], x: Array, sums: None) -> tuple[Array, None]:
+        return Layer(layer, params)(x, data["positions"])[0], sums
+
+    return each_batch(step, params, {"positions": positions}, x, None, mesh=mesh)[0]
 
 
 class Compensated(NamedTuple):

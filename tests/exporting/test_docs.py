@@ -2,7 +2,7 @@
 
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
-from tests.export.test_export import model_of
+from tests.exporting.test_export import model_of
 from tests.pages import run_examples
 
 

@@ -1,0 +1,81 @@
+"""The pass that rounds weights to a few bits; the algorithms are in `ngc_jax.conversion.quantising` and `rounding`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from ngc_jax.conversion.chains import Chain, Pass, register_pass
+from ngc_jax.conversion.passes.factorise import Factorise
+from ngc_jax.conversion.state import Calibration, ConversionState, Needs
+from ngc_jax.errors import UsageError
+from ngc_jax.groups.quantised import BITS, GROUP_SIZES
+from ngc_jax.models.config import DecoderConfig
+
+
+@register_pass(after="propagate_errors")
+@dataclasses.dataclass(frozen=True)
+class Quantise(Pass):
+    """Store states and dense weights as integers of a few bits, with a scale for every group of numbers.
+
+    Models run from the integers. Norms, biases and kernels' own parameters are not quantised.
+
+    Attributes:
+        bits: Of a weight: 2, 3, 4 or 8. 8 is nearly exact; below 4 a model of fewer parameters is often better.
+        group_size: Numbers, along a matrix's inputs, that share a scale: 32, 64 or 128.
+        symmetric: Whether the grid of each group contains 0; otherwise an offset is stored with every scale.
+        feedback: Compensate each number's rounding error by those not yet rounded, in the geometry of the inputs
+            (GPTQ); otherwise round to nearest, which reads no text.
+        embedding_bits: Of the embeddings and the unembedding, which are rounded to nearest: 2, 3, 4 or 8.
+
+    Raises:
+        UsageError: If a value is not one of these.
+    """
+
+    name: ClassVar[str] = "quantise"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[32, 64, 128] = 64
+    symmetric: bool = True
+    feedback: bool = True
+    embedding_bits: Literal[2, 3, 4, 8] = 8
+
+    def __post_init__(self) -> None:
+        for option, known in {"bits": BITS, "group_size": GROUP_SIZES, "embedding_bits": BITS}.items():
+            if getattr(self, option) not in known:
+                *most, last = map(str, known)
+                raise UsageError(
+                    f"{option.replace('_', '-')} {getattr(self, option)!r} is not supported; expected "
+                    f"{', '.join(most)} or {last}"
+                )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Quantise:
+        """From options that the user gave, bits among them.
+
+        Raises:
+            UsageError: If there are no bits.
+        """
+        if "bits" not in options:
+            raise UsageError(
+                f"{next(iter(options)).replace('_', '-')} is an option of quantisation; add bits, such as 4"
+            )
+        return cls(**options)
+
+    def check(self, chain: Chain) -> None:
+        """Raises UsageError unless it is the last pass."""
+        if chain.passes[-1] is not self:
+            raise UsageError("the other passes compute with weights in floating point; put quantise last")
+
+    def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
+        """The inputs' second moments, after all groups are fitted; nothing without feedback."""
+        return Needs(inputs=True, held=chain.find(Factorise) is not None) if self.feedback else Needs()
+
+    def apply(self, state: ConversionState) -> ConversionState:
+        """Quantise the compact model, or the dense one if there are no groups."""
+        from ngc_jax.conversion.quantising import quantise_model
+
+        return dataclasses.replace(state, compact=quantise_model(state, self))
+
+
+quantise = Quantise

@@ -1,0 +1,225 @@
+"""Round a matrix to a few bits: grids for groups of numbers, and rounding with error feedback.
+
+The loss of rounding W to Q is tr((W - Q) C (W - Q)^T), with C the second moment of the inputs. The numbers of a row are
+rounded one after the other, and the error of each is compensated by those not yet rounded, in proportion to their
+correlation with it: GPTQ (arXiv 2210.17323, section 3), the same as LDLQ (QuIP, arXiv 2307.13304, section 3.1). Inputs
+of more energy are rounded first. Grids are fixed before, so that the order is free of groups.
+
+Legend: J rows, I inputs, G groups of a row, S group size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Int
+
+from ngc_jax.conversion.closed_form import mean_diagonal
+from ngc_jax.groups.quantised import QuantisedMatrix, pack
+
+# Relative to the mean diagonal of C.
+_DAMPING = 0.01
+# Inputs rounded before the update of all others, by one product.
+_BLOCK = 64
+# Shares of the largest number that are tried as the range of a group.
+_RANGES = np.linspace(0.5, 1.0, 11)
+# Rows whose grids are fitted together.
+_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The kind of grid that numbers are rounded to.
+
+    Attributes:
+        bits: Of a code.
+        group_size: S, numbers of a row that share a scale.
+        symmetric: Whether w = scale * code; else w = scale * code + offset.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def half(self) -> int:
+        """Codes are at least -half and below half."""
+        return 1 << (self.bits - 1)
+
+
+def round_to_nearest(
+    weight: Float[np.ndarray, "J I"], grid: Grid, *, search: bool = False, axis: int = 1
+) -> QuantisedMatrix:
+    """Round every number to the nearest of its group's grid.
+
+    Args:
+        weight: (J, I); with axis 0, (I, J).
+        grid: The grid.
+        search: Choose ranges that make the mean square error small, instead of those of the largest numbers.
+        axis: The axis that groups run along.
+
+    Example:
+        >>> weight = np.linspace(-1, 1, 64).reshape(2, 32)
+        >>> float(np.abs(round_to_nearest(weight, Grid(8, 32, symmetric=True)).dequantise() - weight).max()) < 0.01
+        True
+    """
+    rows = weight if axis else weight.T
+    scales, offsets = _fit_grids(rows, grid, np.ones(rows.shape[1]) if search else None)
+    codes = np.empty(rows.shape, np.int8)
+    for some in _slabs(len(rows)):
+        scale, offset = (_spread(part, some, grid, rows.shape[1]) for part in (scales, offsets))
+        codes[some] = _nearest(rows[some].astype(np.float32), scale, offset, grid)
+    return _packed(codes.T, scales, offsets, grid, weight.shape, axis)
+
+
+def round_with_feedback(
+    weight: Float[np.ndarray, "J I"], second_moment: Float[np.ndarray, "I I"], grid: Grid, *, axis: int = 1
+) -> QuantisedMatrix:
+    """Round with error feedback in the geometry of the inputs.
+
+    Args:
+        weight: (J, I); with axis 0, (I, J).
+        second_moment: C of the inputs, symmetric and positive semidefinite.
+        grid: The grid.
+        axis: The axis that groups run along.
+    """
+    rows = weight if axis else weight.T
+    width = rows.shape[1]
+    scales, offsets = _fit_grids(rows, grid, np.diag(second_moment))
+    order = np.argsort(-np.diag(second_moment), kind="stable")
+    feedback = _feedback(second_moment[np.ix_(order, order)]).astype(np.float32)
+    # Inputs are rows here, so that each is contiguous.
+    left_IxJ = np.ascontiguousarray(rows.T[order], np.float32)
+    scales_GxJ, offsets_GxJ = (None if part is None else part.T.astype(np.float32) for part in (scales, offsets))
+    codes_IxJ = np.empty(left_IxJ.shape, np.int8)
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        block, errors = left_IxJ[start:end], np.empty((end - start, left_IxJ.shape[1]), np.float32)
+        for k, w_J in enumerate(block):
+            group = order[start + k] // grid.group_size
+            offset = None if offsets_GxJ is None else offsets_GxJ[group]
+            codes_IxJ[start + k] = code = _nearest(w_J, scales_GxJ[group], offset, grid)
+            errors[k] = w_J - _values(code, scales_GxJ[group], offset)
+            block[k + 1 :] -= feedback[start + k, start + k + 1 : end, None] * errors[k]
+        left_IxJ[end:] -= feedback[start:end, end:].T @ errors
+    codes = np.empty_like(codes_IxJ)
+    codes[order] = codes_IxJ
+    return _packed(codes, scales, offsets, grid, weight.shape, axis)
+
+
+def _feedback(second_moment_IxI: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """U with a unit diagonal, upper triangular: what the error of input i changes in the inputs after it.
+
+    C = M M^T with M upper triangular; the rows of M^-1, divided by their diagonals.
+    """
+    size = len(second_moment_IxI)
+    damped = second_moment_IxI + _DAMPING * mean_diagonal(second_moment_IxI) * np.eye(size)
+    try:
+        upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    except np.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(damped)
+        floor = _DAMPING * mean_diagonal(second_moment_IxI)
+        clipped = (vectors * np.maximum(values, floor)) @ vectors.T
+        upper = np.linalg.cholesky(clipped[::-1, ::-1])[::-1, ::-1]
+    inverse = scipy.linalg.solve_triangular(upper, np.eye(size), check_finite=False)
+    return np.asarray(inverse / np.diag(inverse)[:, None])
+
+
+def _fit_grids(
+    rows_JxI: np.ndarray, grid: Grid, importance_I: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales and offsets (J, G) of all groups, in their stored type.
+
+    Of several ranges the one with the least weighted square error; without importance, the whole range.
+    """
+    width = rows_JxI.shape[1]
+    groups = -(-width // grid.group_size)
+    pad = groups * grid.group_size - width
+    scales, offsets = np.empty((len(rows_JxI), groups)), np.empty((len(rows_JxI), groups))
+    weights = None
+    if importance_I is not None:
+        floored = np.maximum(importance_I, 1e-4 * mean_diagonal(np.diag(importance_I)))
+        weights = np.pad(floored, (0, pad)).reshape(groups, -1).astype(np.float32)
+    for some in _slabs(len(rows_JxI)):
+        # The last number of a short group is repeated: it changes no range, and its weight is 0.
+        w_JxGxS = np.pad(rows_JxI[some].astype(np.float32), ((0, 0), (0, pad)), mode="edge")
+        w_JxGxS = w_JxGxS.reshape(len(w_JxGxS), groups, -1)
+        scales[some], offsets[some] = _best_ranges(w_JxGxS, grid, weights)
+    kind = _stored_type(scales if grid.symmetric else np.concatenate([scales, offsets]))
+    return scales.astype(kind), None if grid.symmetric else offsets.astype(kind)
+
+
+def _best_ranges(w_JxGxS: np.ndarray, grid: Grid, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    if grid.symmetric:
+        # The largest number, whatever its sign, gets the code -half: there are more codes below 0 than above.
+        place = np.abs(w_JxGxS).argmax(axis=-1, keepdims=True)
+        whole = np.take_along_axis(w_JxGxS, place, axis=-1)[..., 0] / -grid.half
+        middle = np.zeros_like(whole)
+    else:
+        least, most = w_JxGxS.min(axis=-1), w_JxGxS.max(axis=-1)
+        whole = (most - least) / (2 * grid.half - 1)
+        middle = (most + least) / 2
+
+    def made(share: float) -> tuple[np.ndarray, np.ndarray]:
+        # The middle of the codes is -1/2.
+        return np.where(whole == 0, 1.0, share * whole), middle if grid.symmetric else middle + share * whole / 2
+
+    if weights is None:
+        return made(1.0)
+    best, found = np.full(whole.shape, np.inf), made(1.0)
+    for share in _RANGES:
+        scale, offset = (part.astype(np.float32) for part in made(share))
+        code = _nearest(w_JxGxS, scale[..., None], offset[..., None], grid)
+        error = w_JxGxS - _values(code, scale[..., None], offset[..., None])
+        loss = np.einsum("jgs,gs->jg", error * error, weights)
+        better = loss < best
+        best = np.where(better, loss, best)
+        found = np.where(better, scale, found[0]), np.where(better, offset, found[1])
+    return found
+
+
+def _stored_type(values: np.ndarray) -> np.dtype:
+    """float16 where its range suffices, else bfloat16, which has that of float32."""
+    sizes = np.abs(values[values != 0])
+    limits = np.finfo(np.float16)
+    fits = not sizes.size or (sizes.max() < limits.max and sizes.min() > limits.tiny)
+    return np.dtype(np.float16) if fits else np.dtype(ml_dtypes.bfloat16)
+
+
+def _nearest(w: np.ndarray, scale: np.ndarray, offset: np.ndarray | None, grid: Grid) -> Int[np.ndarray, ...]:
+    code = np.rint((w if offset is None else w - offset) / scale)
+    return np.clip(code, -grid.half, grid.half - 1).astype(np.int8)
+
+
+def _values(code: np.ndarray, scale: np.ndarray, offset: np.ndarray | None) -> np.ndarray:
+    value = code * scale
+    return value if offset is None else value + offset
+
+
+def _spread(part: np.ndarray | None, some: slice, grid: Grid, width: int) -> np.ndarray | None:
+    """Scales or offsets of some rows, repeated for every number of a group."""
+    return None if part is None else np.repeat(part[some].astype(np.float32), grid.group_size, axis=1)[:, :width]
+
+
+def _slabs(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
+
+
+def _packed(
+    codes_IxJ: np.ndarray,
+    scales_JxG: np.ndarray,
+    offsets_JxG: np.ndarray | None,
+    grid: Grid,
+    shape: tuple[int, ...],
+    axis: int,
+) -> QuantisedMatrix:
+    scales, offsets = (None if part is None else np.ascontiguousarray(part.T) for part in (scales_JxG, offsets_JxG))
+    assert scales is not None
+    whole = np.pad(codes_IxJ, ((0, len(scales) * grid.group_size - len(codes_IxJ)), (0, 0)))
+    return QuantisedMatrix(
+        pack(whole, grid.bits), scales, offsets, grid.bits, grid.group_size, (shape[0], shape[1]), axis
+    )

@@ -1,0 +1,121 @@
+"""The run-time layout of a model: the same function, with weights arranged for fast inference.
+
+Training, conversion and export need one array per block and group. Running a model does not: `for_inference` joins all
+products that read one input into one (see `sites`), folds groups whose factors take longer than their weights, and
+multiplies what depends on parameters alone (metrics, lifted features) once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpy.typing import NDArray
+
+from ngc_jax.groups.gauge import free_gauge, other_neurons
+from ngc_jax.groups.kernels import States, encoder, output_features
+from ngc_jax.groups.plan import GroupPlan, Plan
+from ngc_jax.models.config import block_name
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.sites import SITES, Site, site_of
+from ngc_jax.types import Params
+
+
+def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """Arrange a decoder's weights for inference.
+
+    The result computes the same logits, up to rounding, from any tokens, positions and cache. It cannot be trained,
+    saved or exported, and its blocks cannot be perturbed.
+
+    Args:
+        decoder: Dense or compact.
+        params: Its parameters; what needs no change is shared with the result, not copied.
+
+    Returns:
+        The decoder in the run-time layout and its parameters.
+
+    Example:
+        >>> decoder, params = for_inference(model.decoder, model.params)  # doctest: +SKIP
+    """
+    if decoder.joined:
+        return decoder, params
+    plan = decoder.plan or Plan()
+    layers = {}
+    for layer in range(decoder.config.num_layers):
+        own = dict(params["layers"][str(layer)])
+        for part, sites in SITES.items():
+            blocks = dict(own.get(part, {}))  # nothing, if all blocks have groups and no norm or bias
+            joined = {}
+            for roles in sites:
+                site = site_of(decoder.config, plan, layer, roles)
+                joined[roles] = _site_params(
+                    site, decoder, params, layer, {role: blocks.pop(role, {}) for role in roles}
+                )
+            own[part] = blocks | joined
+        layers[str(layer)] = own
+    rest = {name: part for name, part in params.items() if name not in ("layers", "groups")}
+    table = rest.pop("embed")["embedding"] if decoder.config.tied_embeddings else rest.pop("unembed")["kernel"]
+    rest["unembed"] = {"kernel": _stored(np.asarray(table).T, decoder)}
+    return dataclasses.replace(decoder, joined=True), {**rest, "layers": layers}
+
+
+def inference_model(model: LanguageModel) -> LanguageModel:
+    """A loaded model in the run-time layout, for generation and evaluation; see `for_inference`."""
+    decoder, params = for_inference(model.decoder, model.params)
+    return dataclasses.replace(model, params=params, joined=decoder.joined)
+
+
+def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, blocks: dict[str, Any]) -> dict[str, Array]:
+    """The parameters of a `JoinedProjection`."""
+    plan = decoder.plan or Plan()
+    group_of = {role: plan.group_of.get(block_name(layer, role)) for role in site.roles}
+
+    def weight(role: str) -> NDArray:
+        """(I, J) of a block that is multiplied directly."""
+        group = group_of[role]
+        if group is None:
+            return np.asarray(blocks[role]["kernel"]).T
+        states = params["groups"][group.name]
+        return _encoder(group, states, site.d_in) @ _outputs(group, states, block_name(layer, role)).T
+
+    joined, found = [weight(role) for role in site.dense], {}
+    for reading in site.readings:
+        group = group_of[reading.roles[0]]
+        assert group is not None
+        states = params["groups"][group.name]
+        if reading.pivots is None:
+            joined.append(_encoder(group, states, site.d_in))
+        else:
+            others = len(other_neurons(reading.pivots, site.d_in))
+            found[f"rest_{reading.roles}"] = np.asarray(states["input_states"])[:others]
+        members = [_outputs(group, states, block_name(layer, role)) for role in reading.roles]
+        found[f"read_{reading.roles}"] = np.concatenate(members).T
+    if joined:
+        found["kernel"] = np.concatenate(joined, axis=1)
+    if site.bias:
+        found["bias"] = np.concatenate([np.asarray(blocks[role]["bias"]) for role in site.roles])
+    return {name: _stored(array, decoder) for name, array in found.items()}
+
+
+def _stored(array: NDArray, decoder: Decoder) -> Array:
+    return jnp.asarray(np.ascontiguousarray(array), decoder.compute_dtype)
+
+
+# On the host, since each shape would be compiled for the device: a converted model has hundreds of them.
+
+
+def _encoder(group: GroupPlan, states: States, d_in: int) -> NDArray:
+    """phi_in · M (I, S), in float32."""
+    if group.kernel.name != "bilinear":
+        return np.asarray(encoder(group.kernel, states, d_in))
+    stored = np.asarray(states["input_states"]).astype(np.float32)
+    return (stored if group.pivots is None else free_gauge(group.pivots, stored, group.d_in))[:d_in]
+
+
+def _outputs(group: GroupPlan, states: States, block: str) -> NDArray:
+    """phi_out (J, S) of a member, in float32."""
+    return np.asarray(output_features(group.kernel, states, block)).astype(np.float32)
