@@ -43,13 +43,13 @@ test: $(TEST_STAMP) ## the tests that a change must keep green
 # Something of every package, of the files that compile little.
 FAST := $(addprefix tests/, \
   commands/test_config_file.py \
-  conversion/test_factorisations.py conversion/test_kernel_fit.py conversion/test_methods.py \
-  docs/test_commands.py evaluation export \
-  groups/test_modules.py groups/test_plan.py groups/test_states.py groups/test_topology.py \
+  conversion/test_factorisations.py conversion/test_methods.py conversion/test_statistics_file.py \
+  conversion/test_symmetric_sums.py docs/test_commands.py evaluation/test_perplexity.py exporting/test_docs.py \
+  groups/test_modules.py groups/test_plan.py groups/test_topology.py \
   models/gguf/test_source.py models/test_config.py models/test_keys.py models/test_load.py models/test_rope.py \
   models/test_safetensors.py models/test_sampling.py \
   planning reporting stability/test_contraction.py stability/test_equilibria.py \
-  test_files.py test_text.py test_tokens.py training/test_packing.py training/test_sources.py)
+  test_files.py test_text.py training/test_packing.py training/test_sources.py)
 
 test-fast: $(TEST_STAMP) ## a part of `make test` that takes less than a minute, for every save
 	@$(PYTEST) $(BY_FILE) $(or $(ARGS),$(FAST))

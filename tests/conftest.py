@@ -35,9 +35,9 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
 _others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.split("=")[0] not in _XLA_FLAGS]
 os.environ["XLA_FLAGS"] = " ".join([*_others, *(f"{flag}={value}" for flag, value in _XLA_FLAGS.items())])
 
-# Nearly all the time of a test run goes into compiling. Kept programs make a second run use a quarter of the
-# processor time, and a first run a tenth less, because tests compile the same programs again. The key of an
-# entry is the whole program, the flags and jax's version. `make clean` removes them.
+# Nearly all the time of a test run goes into compiling. Kept programs save most of it in a second run, and some of it
+# in a first one, whose workers compile the same programs. The key of an entry is the whole program, the flags and
+# jax's version. `make clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from ngc_jax.export import export_huggingface
 
 from ngc_jax.conversion import Recipe, chain, convert, factorise, prune_neurons, quantise
 from ngc_jax.conversion.quantising import quantise_states
 from ngc_jax.conversion.rounding import Grid, round_to_nearest, round_with_feedback
 from ngc_jax.errors import UsageError
+from ngc_jax.exporting import export_huggingface
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.groups.quantised import is_quantised

@@ -18,7 +18,7 @@ MODULES = sorted(
     if ">>>" in path.read_text(encoding="utf-8")
 )
 # Packages whose public names are in their `__all__`.
-PACKAGES = ("ngc_jax", "ngc_jax.conversion", "ngc_jax.export", "ngc_jax.stability")
+PACKAGES = ("ngc_jax", "ngc_jax.conversion", "ngc_jax.exporting", "ngc_jax.stability")
 PUBLIC = sorted({(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__})
 
 

@@ -78,7 +78,7 @@ def test_gradients_from_one_pass_are_those_of_automatic_differentiation(chunk):
         (divergence_gradient(decoder, params, ours, theirs, positions, chunk=chunk), divergence),
         (log_likelihood_gradient(decoder, params, ours, tokens, positions, chunk=chunk), likelihood),
     ):
-        value, gradient = jax.value_and_grad(total)(ours)
+        value, gradient = jax.jit(jax.value_and_grad(total))(ours)
         np.testing.assert_allclose(found[0], value, rtol=1e-5)
         np.testing.assert_allclose(found[1], gradient, rtol=1e-4, atol=1e-6)
 

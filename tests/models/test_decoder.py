@@ -270,7 +270,7 @@ def test_float32_parameters_in_a_bfloat16_computation(make: Callable[..., Langua
     assert {leaf.dtype for leaf in inputs} == {jnp.dtype(jnp.bfloat16)}
     assert np.any(np.asarray(both[0] != apply(model.decoder, model.params, tokens)))
 
-    @fast_jit
+    @partial(jax.jit, static_argnums=0)
     def gradient(decoder: Decoder, params: Params, tokens: jax.Array) -> Params:
         return jax.grad(lambda p: jnp.sin(decoder.apply({"params": p}, tokens)[0]).sum())(params)
 

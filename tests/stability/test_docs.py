@@ -9,10 +9,12 @@ from tests.pages import run_examples
 TUTORIAL = "tutorials/your_models_stability.md"
 
 
+@pytest.mark.slow
 def test_the_examples_run():
     run_examples("stability.md", least=10)
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_with_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "load_model", lambda name: dense_model())

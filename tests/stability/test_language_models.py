@@ -264,7 +264,7 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
         lambda model: depth(model, prompt()[None], jnp.array([999])),
         lambda model: sequence(model, prompt()[None]),
         lambda model: sequence(model, prompt()[None], memory=0),
-        lambda model: potential_over_mean(model.decoder, model.params, jnp.zeros((2, 24)), prompt()[None]),
+        lambda model: potential_over_mean(model.decoder, model.params, jnp.zeros((3, 24)), prompt()[None]),
     ],
 )
 def test_what_does_not_fit_is_refused(measure):

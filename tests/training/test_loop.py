@@ -83,6 +83,7 @@ def test_going_on_with_nothing_to_do_gives_what_was_there(setting, seven, tmp_pa
     assert losses(again) == {}
 
 
+@pytest.mark.slow
 def test_going_on_on_another_mesh_and_by_pmap(setting, seven, tmp_path):
     run(setting, 3, tmp_path / "run", mesh=sharding.make_mesh(2, 2, 2))
     run(setting, 5, tmp_path / "run", mesh=sharding.make_mesh(8), parallel="pmap")
@@ -228,6 +229,7 @@ def read_until(process, step):
     raise AssertionError(process.stderr.read()[-2000:])
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_go_on(tmp_path):
     with start(tmp_path / "run", 1000) as killed:
         read_until(killed, 4)
