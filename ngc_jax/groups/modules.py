@@ -52,8 +52,7 @@ class Group(nn.Module):
     def setup(self) -> None:
         """Declare the parameters, one entry for each of the states'."""
         d_outs = dict(self.d_outs)
-        pivots = None if self.pivots is None else tuple(np.asarray(self.pivots).tolist())
-        parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=pivots)
+        parts = initialisers(self.kernel, self.rank, self.d_in, d_outs, self.param_dtype, pivots=self._pivots())
         self._states = {name: stored_parameter(self, name, init) for name, init in parts.items()}
 
     def __call__(self) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class Group(nn.Module):
 
     def encode(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch s"]:
         """The signal for activations x; see `kernels.encode`."""
-        return kernels.encode(self.kernel, self(), x, pivots=self.pivots)
+        return kernels.encode(self.kernel, self(), x, pivots=self._pivots())
 
     def read(self, member: str, signal: Float[Array, "*batch s"]) -> Float[Array, "*batch j"]:
         """The outputs that a member computes from the signal; see `kernels.read`."""
@@ -74,7 +73,11 @@ class Group(nn.Module):
 
     def weights(self, member: str, d_in: int | None = None) -> Float[Array, "j i"]:
         """The member's weight matrix, formed; see `kernels.weights`."""
-        return kernels.weights(self.kernel, self(), member, d_in, pivots=self.pivots)
+        return kernels.weights(self.kernel, self(), member, d_in, pivots=self._pivots())
+
+    def _pivots(self) -> tuple[int, ...] | None:
+        """The pivots as the pure functions take them; `Groups` gives them as an array."""
+        return None if self.pivots is None else tuple(int(pivot) for pivot in self.pivots)
 
 
 class Groups(nn.Module):

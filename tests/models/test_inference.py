@@ -14,7 +14,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.models import sites
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.inference import inference_model
+from ngc_jax.models.generate import generate
+from ngc_jax.models.inference import for_inference, inference_model
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.save import save_model
 from tests.models.compact import compact_model, dense_model, fixed_gauge_model, random_params
