@@ -143,7 +143,7 @@ def quantise_states(
         length_R = np.where(length_R > 0, length_R, 1.0)
         rest_OxR, outputs = rest_OxR * length_R, {name: q_JxR / length_R for name, q_JxR in outputs.items()}
     others = np.arange(group.d_in) if group.pivots is None else other_neurons(group.pivots, group.d_in)
-    pooled = sum(pad_square(moment, group.d_in) for moment in second_moments) / len(second_moments)
+    pooled = np.mean([pad_square(moment, group.d_in) for moment in second_moments], axis=0)
     if len(others):
         small = round_with_feedback(rest_OxR, pooled[np.ix_(others, others)], grid, axis=0)
         rounded_OxR = np.asarray(small.dequantise(), np.float64)
