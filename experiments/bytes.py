@@ -129,7 +129,7 @@ class Setting:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of the directory."""
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else []
+        return json.loads(self.file.read_text(encoding="utf-8"))["rows"] if self.file.is_file() else []
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row of a key."""
@@ -137,7 +137,7 @@ class Setting:
 
     def add(self, row: dict[str, Any]) -> None:
         """Store a finished row."""
-        write_json(self.file, [*self.rows(), row])
+        write_json(self.file, {"rows": [*self.rows(), row]})
         console.print(
             f"{row['form']} {row['keep']:g} {row['storage']}: {row['bytes'] / 1e6:,.1f} MB, "
             f"perplexity {row['perplexity']:.3f} ({row['seconds']:.0f} s)"

@@ -29,7 +29,6 @@ from ngc_jax.groups.gauge import free_gauge, other_neurons
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.groups.quantised import QuantisedMatrix
 from ngc_jax.models.load import LanguageModel, kernel_of
-from ngc_jax.planning.candidates import planned_blocks
 
 if TYPE_CHECKING:
     from ngc_jax.conversion.passes.quantise import Quantise
@@ -53,9 +52,7 @@ def quantise_model(state: ConversionState, options: Quantise) -> LanguageModel:
             blocks = [model.config.block(layer, role) for role in "qkvougd"]
             made |= _quantise_blocks(model, blocks, measured if options.feedback else {}, grid)
             state.report("quantise", layer + 1, model.config.num_layers)
-        from ngc_jax.conversion.passes.factorise import Factorise
-
-        plan = Plan((), tuple(planned_blocks(model.config, Factorise.topology).values()))
+        plan = Plan((), model.config.blocks())
     else:
         assert model.plan is not None
         plan, measured = model.plan, {}
@@ -146,7 +143,7 @@ def quantise_states(
         length_R = np.where(length_R > 0, length_R, 1.0)
         rest_OxR, outputs = rest_OxR * length_R, {name: q_JxR / length_R for name, q_JxR in outputs.items()}
     others = np.arange(group.d_in) if group.pivots is None else other_neurons(group.pivots, group.d_in)
-    pooled = sum(pad_square(moment, group.d_in) for moment in second_moments) / len(second_moments)
+    pooled = np.mean([pad_square(moment, group.d_in) for moment in second_moments], axis=0)
     if len(others):
         small = round_with_feedback(rest_OxR, pooled[np.ix_(others, others)], grid, axis=0)
         rounded_OxR = np.asarray(small.dequantise(), np.float64)

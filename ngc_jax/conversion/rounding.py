@@ -94,7 +94,8 @@ def round_with_feedback(
     feedback = _feedback(second_moment[np.ix_(order, order)]).astype(np.float32)
     # Inputs are rows here, so that each is contiguous.
     left_IxJ = np.ascontiguousarray(rows.T[order], np.float32)
-    scales_GxJ, offsets_GxJ = (None if part is None else part.T.astype(np.float32) for part in (scales, offsets))
+    scales_GxJ = scales.T.astype(np.float32)
+    offsets_GxJ = None if offsets is None else offsets.T.astype(np.float32)
     codes_IxJ = np.empty(left_IxJ.shape, np.int8)
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)

@@ -209,7 +209,7 @@ def stored_parameter(module: nn.Module, name: str, init: Callable[..., Any], *ar
     Linen compares the shapes of a parameter's arrays with those that its initialiser makes, and codes have others.
     """
     if module.has_variable("params", name):
-        value = module.get_variable("params", name)
+        value: Any = module.get_variable("params", name)
         if any(map(is_quantised, jax.tree.leaves(value, is_leaf=is_quantised))):
             return value
     return module.param(name, init, *arguments)

@@ -78,7 +78,7 @@ def find_quantised(
 
 
 def _find(name: str, entry: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> QuantisedMatrix:
-    described = entry if isinstance(entry, Mapping) else {}
+    described: Any = entry if isinstance(entry, Mapping) else {}
     bits, size, shape, axis = (described.get(field) for field in _DESCRIBED)
     sizes = shape if isinstance(shape, list) and len(shape) == 2 else [0]
     numbers = (bits, size, axis, *sizes)

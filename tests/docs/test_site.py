@@ -64,6 +64,11 @@ def test_the_example_of_converting_runs(folder):
     assert load_model(str(folder / "smollm2-0.8")).plan == session["compact"].plan
 
 
+def test_the_example_of_quantising_runs(folder):
+    run_examples("quantisation.md", least=1)
+    assert load_model(str(folder / "smollm2-nearest")).quantised
+
+
 def test_the_example_of_evaluating_runs(folder):
     save_model(compact_model(), Path("smollm2-0.8"))
     session = run_examples("howto/evaluate.md", least=1)
