@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ngc_jax.errors import UsageError
+from ngc_jax.evaluation.exact_match import ExactMatch
+from ngc_jax.evaluation.multiple_choice import MultipleChoice
 from ngc_jax.evaluation.predict import plan_batches
 from ngc_jax.evaluation.requests import Request, Response
 from ngc_jax.evaluation.responses import Responses
-from ngc_jax.evaluation.tasks import Document, Sum, TaskSpec
+from ngc_jax.evaluation.tasks import Document, Sum, Task, TaskSpec
 from ngc_jax.files import lock_directory
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import Bos
@@ -51,6 +53,11 @@ class TaskResult:
             "reused": self.reused,
             "cut": self.cut,
         }
+
+
+def task_of(spec: TaskSpec) -> Task:
+    """The task that a description describes."""
+    return MultipleChoice(spec) if spec.metric == "multiple_choice" else ExactMatch(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,5 +141,5 @@ def run_task(
             cut = sum("cut" in kept.found[request.id] for request in requests)
             return kept.found
 
-        scores = spec.task.measure(documents, tokenizer, predict, how.bos)
+        scores = task_of(spec).measure(documents, tokenizer, predict, how.bos)
     return TaskResult(spec.name, len(next(iter(scores.values())).values), scores, reused, cut)

@@ -131,14 +131,6 @@ class TaskSpec:
             return ("acc", "acc_norm")
         return ("strict", "flexible") if self.answer == "number" else ("exact_match",)
 
-    @property
-    def task(self) -> Task:
-        """The task that it describes."""
-        from ngc_jax.evaluation.exact_match import ExactMatch
-        from ngc_jax.evaluation.multiple_choice import MultipleChoice
-
-        return MultipleChoice(self) if self.metric == "multiple_choice" else ExactMatch(self)
-
 
 def task_names() -> list[str]:
     """Names of the tasks that come with the package."""

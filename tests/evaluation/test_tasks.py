@@ -9,6 +9,7 @@ import scipy.stats
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.exact_match import ExactMatch, last_number, strict_number
 from ngc_jax.evaluation.multiple_choice import MultipleChoice
+from ngc_jax.evaluation.run_tasks import task_of
 from ngc_jax.evaluation.tasks import TaskSpec, read_documents, read_task, task_names, wilson_interval
 from tests.tiny import tiny_tokenizer
 
@@ -105,7 +106,8 @@ def test_tasks_are_read_from_yaml(tmp_path):
     )
     spec = read_task(str(tmp_path / "own.yaml"))
     assert (spec.name, spec.until, spec.source) == ("own", ("\n",), str(tmp_path / "own.jsonl"))
-    assert not hasattr(spec.task, "model")
+    assert isinstance(task_of(spec), ExactMatch)
+    assert isinstance(task_of(read_task("arc_easy")), MultipleChoice)
 
 
 @pytest.mark.parametrize(
