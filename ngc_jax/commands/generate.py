@@ -68,8 +68,10 @@ class GenerateConfig:
             tokenizer = source.tokenizer()
             prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
             with progress_bar("load") as bar:
-                kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "cache": self.cache}
-                model = inference_model(load_from_source(source, **kinds, progress=bar))
+                model = load_from_source(
+                    source, dtype=self.dtype, param_dtype=self.param_dtype, cache=self.cache, progress=bar
+                )
+        model = inference_model(model)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "sampling": sampling,

@@ -27,16 +27,24 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ngc_jax.conversion.closed_form import mean_diagonal
-from ngc_jax.conversion.layerwise import Compensated, each_batch, stack_batches
 from ngc_jax.conversion.state import ConversionState
-from ngc_jax.conversion.statistics import layer_kind, run_layer, sown_input, token_rows
+from ngc_jax.conversion.statistics import token_rows
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
-from ngc_jax.groups.plan import Plan
-from ngc_jax.models.config import DecoderConfig, block_name
-from ngc_jax.models.decoder import BLOCK_INPUTS, Decoder, DecoderLayer
+from ngc_jax.models.config import block_name
+from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layerwise import (
+    Compensated,
+    Layer,
+    Stack,
+    each_batch,
+    embed,
+    layer_module,
+    run_stack,
+    stack_batches,
+)
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.types import Params
 
@@ -74,35 +82,26 @@ def refit_dense(state: ConversionState, strength: float, shrinkage: float) -> La
     mesh, config = calibration.mesh, pruned.config
     tokens = calibration.tokens[: calibration.propagation_tokens]
     stacks = stack_batches(tokens, calibration.window, calibration.batch_size, mesh=mesh)
-    embed = jax.jit(lambda p, t: Decoder(config, param_dtype=pruned.dtype).apply({"params": p}, t, method="embedded"))
-    streams = [Both(first := embed({"embed": pruned.params["embed"]}, stack.tokens), first) for stack in stacks]
+    decoders = [one.decoder.clone(dtype=None) for one in (original, pruned)]
+    streams = [Both(first := embed(decoders[1], pruned.params, stack.tokens), first) for stack in stacks]
     layers: dict[str, Params] = {}
     for layer, statistics in enumerate(state.statistics):
         dense, own = original.params["layers"][str(layer)], state.dense.params["layers"][str(layer)]
-        kind = layer_kind(config, layer)
+        modules = layer_module(decoders[0], layer), layer_module(decoders[1], layer)
         for role, module in _MODULES.items():
             kernel = own[module][role]["kernel"]
             sums = Sums(Compensated.zeros_like(jnp.zeros(kernel.shape)), no_products(kernel.shape[1]))
-            for stream, (_, positions, mask) in zip(streams, stacks, strict=True):
-                sums = _add_tokens(
-                    (dense, own),
-                    stream,
-                    (positions, mask),
-                    sums,
-                    role=role,
-                    configs=(original.config, config),
-                    kind=kind,
-                    mesh=mesh,
-                )
+            for stream, stack in zip(streams, stacks, strict=True):
+                sums = _add_tokens((dense, own), stream, stack, sums, role=role, layers=modules, mesh=mesh)
             moments = sums.cross.value() / len(tokens), mean_product(sums.second, len(tokens))
             known = statistics[block_name(layer, role)].second_moment
             new = estimate(np.asarray(kernel, np.float64), known, *moments, strength=strength, shrinkage=shrinkage)
             new = jax.device_put(new.astype(kernel.dtype), kernel.sharding)
             own = {**own, module: {**own[module], role: {**own[module][role], "kernel": new}}}
-        for index, (_, positions, _) in enumerate(stacks):
+        for index, stack in enumerate(stacks):
             # Run one after the other: both need as much memory as a stack of hidden activations.
-            theirs = run_layer(dense, streams[index].theirs, positions, config=original.config, kind=kind, mesh=mesh)
-            ours = run_layer(own, streams[index].ours, positions, config=config, kind=kind, mesh=mesh)
+            theirs = run_stack(dense, streams[index].theirs, stack.positions, layer=modules[0], mesh=mesh)
+            ours = run_stack(own, streams[index].ours, stack.positions, layer=modules[1], mesh=mesh)
             streams[index] = Both(theirs, ours)
         layers[str(layer)] = own
         state.report("propagate", layer + 1, config.num_layers)
@@ -137,36 +136,34 @@ def estimate(
     return np.asarray(scipy.linalg.solve(total, target.T, assume_a="pos", overwrite_a=True, check_finite=False)).T
 
 
-@partial(jax.jit, static_argnames=("role", "configs", "kind", "mesh"), donate_argnames=("sums",))
+@partial(jax.jit, static_argnames=("role", "layers", "mesh"), donate_argnames=("sums",))
 def _add_tokens(
     params: tuple[Params, Params],
     streams: Both,
-    where: tuple[Int[Array, "K B L"], Float[Array, "K B L"] | None],
+    stack: Stack,
     sums: Sums,
     *,
     role: str,
-    configs: tuple[DecoderConfig, DecoderConfig],
-    kind: int,
+    layers: tuple[DecoderLayer, DecoderLayer],
     mesh: Mesh | None,
 ) -> Sums:
     """Add the tokens of a stack to the sums of a block that writes to the residual stream."""
-    layers = [DecoderLayer(config, Plan(), kind, streams.ours.dtype) for config in configs]
     module = _MODULES[role]
 
     def step(params: tuple[Params, Params], data: Mapping[str, Any], both: Both, sums: Sums) -> tuple[Both, Sums]:
         found = []
         for layer, own, x in zip(layers, params, both, strict=True):
-            (after, _), sown = layer.apply({"params": own}, x, data["positions"], mutable=[BLOCK_INPUTS])
-            inputs = sown_input(sown[BLOCK_INPUTS], role)
+            after, sites = Layer(layer, own).read(x, data["positions"])
+            inputs = sites[INPUT_SITE[role]]
             written = jnp.einsum("...i,oi->...o", inputs, own[module][role]["kernel"], precision="highest")
             # The stream that the block writes to. Its biases are equal in both models.
             found.append((inputs, written, x if role == "o" else after - written))
         (_, target, x), (inputs, _, x_ours) = found
-        if not configs[0].post_norms:  # where outputs are normed first, they cannot correct the stream
+        if not layers[0].config.post_norms:  # where outputs are normed first, they cannot correct the stream
             target = target + (x - x_ours)
         rows, target = token_rows(inputs, data["mask"]), token_rows(target, data["mask"])
         cross = jnp.einsum("tm,ti->mi", target, rows, precision="highest")
         return both, Sums(sums.cross.add(cross), add_products(sums.second, rows))
 
-    positions, mask = where
-    return each_batch(step, params, {"positions": positions, "mask": mask}, streams, sums, mesh=mesh)[1]
+    data = {"positions": stack.positions, "mask": stack.mask}
+    return each_batch(step, params, data, streams, sums, mesh=mesh)[1]

@@ -76,8 +76,8 @@ def method_chain(name: str, keep: float, options: Mapping[str, Any] | None = Non
     make = METHODS[name]
     if given.get("form") == "dense":
         if name not in DENSE_FORMS:
-            known = ", ".join(DENSE_FORMS)
-            raise UsageError(f"method {name} has no form dense, because it prunes no neurons; expected one of {known}")
+            having = ", ".join(DENSE_FORMS)
+            raise UsageError(f"method {name} has no form dense, because it prunes no neurons; expected one of {having}")
         make = DENSE_FORMS[name]
     passes, asked = list(make(keep)), set()
     for place, kind in enumerate(kinds):

@@ -72,6 +72,7 @@ def round_to_nearest(
     codes = np.empty(rows.shape, np.int8)
     for some in _slabs(len(rows)):
         scale, offset = (_spread(part, some, grid, rows.shape[1]) for part in (scales, offsets))
+        assert scale is not None
         codes[some] = _nearest(rows[some].astype(np.float32), scale, offset, grid)
     return _packed(codes.T, scales, offsets, grid, weight.shape, axis)
 

@@ -50,7 +50,8 @@ def export(
     known = {"overwrite", "progress", "type" if to == "gguf" else "dtype"}
     if wrong := sorted(name for name, value in options.items() if name not in known and value is not None):
         raise UsageError(f"an export to {to} has no option {wrong[0]!r}; expected {', '.join(sorted(known))}")
-    write: Any = {"hf": export_huggingface, "hf-grouped": export_grouped, "gguf": export_gguf}[to]
+    writers: dict[str, Any] = {"hf": export_huggingface, "hf-grouped": export_grouped, "gguf": export_gguf}
+    write = writers[to]
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, LanguageModel):
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:

@@ -65,7 +65,8 @@ class GroupedSource:
         parameters = parameter_shapes(Decoder(config, plan))
         stored = match_tensors(parameters, source.shapes, config, source.name)
         check_tied_head(source, config, stored["embed.embedding"])
-        self._stored, self._held = stored, ("", {})
+        self._stored = stored
+        self._held: tuple[str, Mapping[str, Any]] = ("", {})
         # By tensor name: the stored tensor of a parameter, or the group and the part of it.
         self._from: dict[str, str | tuple[GroupPlan, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.groups.kernels import encode, output_features, read
 from ngc_jax.groups.modules import Groups
-from ngc_jax.groups.plan import Block, Plan
+from ngc_jax.groups.plan import Block, GroupPlan, Plan
 from ngc_jax.groups.quantised import QuantisedMatrix, contract, stored_parameter
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
@@ -32,6 +32,7 @@ from ngc_jax.models.latent_cache import (
     MixedCache,
     Readers,
     attend_in_latent_space,
+    cache_layout,
 )
 from ngc_jax.models.sites import JoinedProjection, product, site_of, take_columns
 
@@ -248,7 +249,7 @@ class DecoderLayer(nn.Module):
         param_dtype: Of the parameters that `init` makes; the computation has the type of its input.
         hold_others: Whether the cache has the keys and values of the tokens themselves, which each token then takes for
             all tokens but itself; see `attention.attend`.
-        joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
+        joined: Parts, attn or mlp, whose parameters are in the run-time layout; see `inference.for_inference`.
     """
 
     config: DecoderConfig
@@ -256,7 +257,7 @@ class DecoderLayer(nn.Module):
     layer: int
     param_dtype: jnp.dtype = jnp.float32
     hold_others: bool = False
-    joined: bool = False
+    joined: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -287,13 +288,13 @@ class DecoderLayer(nn.Module):
 
         attn_in = norm("attn_norm", x)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
-        y, cache = Attention(*module, self.hold_others, self.joined, name="attn")(
+        y, cache = Attention(*module, self.hold_others, "attn" in self.joined, name="attn")(
             attn_in, positions, cache, groups, starts
         )
         x = x + (norm("attn_post_norm", y) if c.post_norms else y)
         mlp_in = norm("mlp_norm", x)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
-        y = Mlp(*module, self.joined, name="mlp")(mlp_in, groups)
+        y = Mlp(*module, "mlp" in self.joined, name="mlp")(mlp_in, groups)
         x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
         self.sow(RESIDUALS, "output", x)
         return x, cache
@@ -306,7 +307,7 @@ class Layers(nn.Module):
     plan: Plan
     param_dtype: jnp.dtype
     remat: bool
-    joined: bool
+    joined: tuple[tuple[str, ...], ...]
 
     @nn.compact
     def __call__(
@@ -321,7 +322,7 @@ class Layers(nn.Module):
         new_cache: list[Any] = []
         layer_type = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         modules = [
-            layer_type(self.config, self.plan, layer, self.param_dtype, joined=self.joined, name=str(layer))
+            layer_type(self.config, self.plan, layer, self.param_dtype, joined=self.joined[layer], name=str(layer))
             for layer in range(self.config.num_layers)
         ]
         for number, module in enumerate(modules * self.config.iterations):
@@ -397,12 +398,30 @@ class Decoder(nn.Module):
         c, plan = self.config, self.plan or Plan()
         if not (self.joined and c.tied_embeddings):
             self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
-        self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined)
+        self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined_parts())
         self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
         if self.joined or not c.tied_embeddings:
             self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
-        if plan.groups and not self.joined:
-            self.groups = Groups(plan, self.param_dtype)
+        self._kept = self.separate_groups()
+        if self._kept:
+            self.groups = Groups(Plan(self._kept), self.param_dtype)
+
+    def joined_parts(self) -> tuple[tuple[str, ...], ...]:
+        """By layer, the parts that are in the run-time layout: none of attention where signals of groups are cached."""
+        if not self.joined:
+            return ((),) * self.config.num_layers
+        layouts = cache_layout(self.config, self.plan, self.cache)
+        return tuple(("mlp",) if layout.widths else ("attn", "mlp") for layout in layouts)
+
+    def separate_groups(self) -> tuple[GroupPlan, ...]:
+        """The groups whose states are parameters of their own: all but those that the run-time layout has joined."""
+        parts = self.joined_parts()
+
+        def kept(group: GroupPlan) -> bool:
+            places = [member.name.split(".")[1:3] for member in group.members]
+            return any(part not in parts[int(layer)] for layer, part in places)
+
+        return tuple(filter(kept, () if self.plan is None else self.plan.groups))
 
     def __call__(
         self,
@@ -436,7 +455,7 @@ class Decoder(nn.Module):
         """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        groups = self.groups() if self.plan is not None and self.plan.groups and not self.joined else {}
+        groups = self.groups() if self._kept else {}
         x, cache = self.layers(self.embedded(tokens), positions, cache, groups, starts)
         return self.normed(x), cache
 

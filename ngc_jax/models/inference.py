@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from ngc_jax.groups.gauge import free_gauge, other_neurons
 from ngc_jax.groups.kernels import States, encoder, output_features
 from ngc_jax.groups.plan import GroupPlan, Plan
+from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.config import block_name
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
@@ -29,7 +31,8 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
     """Arrange a decoder's weights for inference.
 
     The result computes the same logits, up to rounding, from any tokens, positions and cache. It cannot be trained,
-    saved or exported, and its blocks cannot be perturbed.
+    saved or exported, and its blocks cannot be perturbed. Attention whose cache keeps signals of groups stays as it
+    is, and so does a quantised model.
 
     Args:
         decoder: Dense or compact.
@@ -41,16 +44,17 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
     Example:
         >>> decoder, params = for_inference(model.decoder, model.params)  # doctest: +SKIP
     """
-    if decoder.joined:
+    if decoder.joined or any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised))):
         return decoder, params
-    plan = decoder.plan or Plan()
+    plan, joined_decoder = decoder.plan or Plan(), dataclasses.replace(decoder, joined=True)
+    parts = joined_decoder.joined_parts()
     layers = {}
     for layer in range(decoder.config.num_layers):
         own = dict(params["layers"][str(layer)])
-        for part, sites in SITES.items():
+        for part in parts[layer]:
             blocks = dict(own.get(part, {}))  # nothing, if all blocks have groups and no norm or bias
             joined = {}
-            for roles in sites:
+            for roles in SITES[part]:
                 site = site_of(decoder.config, plan, layer, roles)
                 joined[roles] = _site_params(
                     site, decoder, params, layer, {role: blocks.pop(role, {}) for role in roles}
@@ -60,7 +64,9 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
     rest = {name: part for name, part in params.items() if name not in ("layers", "groups")}
     table = rest.pop("embed")["embedding"] if decoder.config.tied_embeddings else rest.pop("unembed")["kernel"]
     rest["unembed"] = {"kernel": _stored(np.asarray(table).T, decoder)}
-    return dataclasses.replace(decoder, joined=True), {**rest, "layers": layers}
+    if kept := {group.name: params["groups"][group.name] for group in joined_decoder.separate_groups()}:
+        rest["groups"] = kept
+    return joined_decoder, {**rest, "layers": layers}
 
 
 def inference_model(model: LanguageModel) -> LanguageModel:

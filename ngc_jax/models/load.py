@@ -75,8 +75,14 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The module that runs it."""
-        how = {"joined": self.joined, "cache": self.cache}
-        return Decoder(self.config, self.plan, self.param_dtype, dtype=self.compute_dtype, **how)
+        return Decoder(
+            self.config,
+            self.plan,
+            self.param_dtype,
+            dtype=self.compute_dtype,
+            joined=self.joined,
+            cache=self.cache,
+        )
 
     def count_parameters(self) -> int:
         """All stored parameters, embeddings included."""
@@ -146,8 +152,7 @@ def load_model(
         (True, dtype(bfloat16), dtype('float32'))
     """
     with open_source(model, tokenizer=tokenizer) as source:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "cache": cache}
-        return load_from_source(source, **kinds, progress=progress)
+        return load_from_source(source, dtype=dtype, param_dtype=param_dtype, cache=cache, progress=progress)
 
 
 def load_from_source(

@@ -143,7 +143,9 @@ class SafetensorsSource(Closing):
         matrix = self._quantised.get(name)
         if matrix is None:
             return None
-        found = {part: self._read(f"{name}_{part}") for part in PARTS if getattr(matrix, part) is not None}
+        found: dict[str, Any] = {
+            part: self._read(f"{name}_{part}") for part in PARTS if getattr(matrix, part) is not None
+        }
         return whole_groups(dataclasses.replace(matrix, **found))
 
     def _read(self, name: str) -> np.ndarray:
