@@ -10,7 +10,17 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("groups", "models", "planning", "conversion", "training", "stability", "evaluation", "export", "reporting")
+PACKAGES = (
+    "groups",
+    "models",
+    "planning",
+    "conversion",
+    "training",
+    "stability",
+    "evaluation",
+    "exporting",
+    "reporting",
+)
 
 
 def modules(package: Path) -> list[Path]:

@@ -43,8 +43,8 @@ class Pass:
         See `register_pass`, and docs/howto/add_a_pass.md.
 
         >>> from ngc_jax import prune_neurons
-        >>> prune_neurons(0.9)
-        PruneNeurons(keep_neurons=0.9, flexible=False)
+        >>> prune_neurons(0.9).keep_neurons
+        0.9
     """
 
     name: ClassVar[str]

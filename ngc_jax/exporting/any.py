@@ -38,6 +38,8 @@ def export(
         UsageError: If there is no such form, it cannot represent the model, or the output cannot be written.
 
     Example:
+        >>> export(compact, "plain", to="hf")["folded"]
+        True
         >>> export("smollm2-0.8", "smollm2-0.8.gguf", to="gguf", type="q8_0")  # doctest: +SKIP
     """
     if to == "gguf-grouped":

@@ -172,6 +172,13 @@ def export_grouped(
 
     Raises:
         UsageError: If the model has no groups, cannot be read or written, or the type is unknown or too small for it.
+
+    Example:
+        >>> from ngc_jax import save_model
+        >>> from ngc_jax.models.sources import open_source
+        >>> with open_source(str(save_model(compact, "smaller"))) as source:
+        ...     export_grouped(source, "grouped")["dtype"]
+        'float32'
     """
     grouped = GroupedSource(source)
     if dtype is not None and dtype not in DTYPES:

@@ -47,7 +47,10 @@ def push(
             the hub refuses.
 
     Example:
-        >>> push("smollm2-0.8", "me/smollm2-0.8", dry_run=True)["files"]  # doctest: +SKIP
+        >>> from ngc_jax import save_model
+        >>> what = push(save_model(compact, "smaller"), "me/smaller", dry_run=True)
+        >>> sorted(file["name"] for file in what["files"])[-3:]
+        ['model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     """
     directory = Path(directory).expanduser()
     if not _REPO.fullmatch(repo):

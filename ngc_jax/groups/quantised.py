@@ -19,7 +19,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (32, 64, 128)
+from ngc_jax.types import Bits
+
+BITS = get_args(Bits)
 # K and B, by bits.
 _PACKED = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 # Number of tokens up to which a product reads the codes directly. A matrix that more tokens share is dequantised first.

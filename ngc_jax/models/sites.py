@@ -14,6 +14,7 @@ import math
 from functools import lru_cache
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int

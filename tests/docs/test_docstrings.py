@@ -55,6 +55,6 @@ def results():
 @pytest.mark.parametrize(("package", "name"), PUBLIC)
 def test_every_public_name_has_an_example_that_runs(package, name):
     found = getattr(importlib.import_module(package), name)
-    if isinstance(found, dict):
+    if isinstance(found, dict | tuple):
         pytest.skip("a table")
     assert has_example(found) or found.__name__ in results()

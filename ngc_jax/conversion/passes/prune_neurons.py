@@ -23,8 +23,8 @@ class PruneNeurons(Pass):
     All MLPs of the result have the same smaller width. Pruned parameters count as dense ones that are not stored.
 
     Attributes:
-        keep_neurons: Share of hidden neurons that every MLP keeps, above 0 and at most 1. In the form dense it follows
-            from the keep ratio (None).
+        keep_neurons: Share of hidden neurons that every MLP keeps, above 0 and at most 1. In the form dense the keep
+            ratio decides instead.
         neuron_multiple: With form dense: the number of hidden neurons is a multiple of this; 32 suits GGUF's quantised
             types, 128 a TPU.
         flexible: Whether the share is a default: all neurons are kept where the topology leaves MLPs out, fewer where

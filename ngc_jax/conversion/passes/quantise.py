@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
 from ngc_jax.conversion.chains import Chain, Pass, register_pass
 from ngc_jax.conversion.passes.factorise import Factorise
 from ngc_jax.conversion.state import Calibration, ConversionState, Needs
 from ngc_jax.errors import UsageError
-from ngc_jax.groups.quantised import BITS, GROUP_SIZES
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.types import Bits, GroupSize
 
 
 @register_pass(after="propagate_errors")
@@ -31,18 +31,24 @@ class Quantise(Pass):
 
     Raises:
         UsageError: If a value is not one of these.
+
+    Example:
+        >>> from ngc_jax import chain, convert
+        >>> small = convert(model, chain(quantise(bits=8, feedback=False)))
+        >>> small.quantised
+        True
     """
 
     name: ClassVar[str] = "quantise"
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128] = 64
+    bits: Bits = 4
+    group_size: GroupSize = 64
     symmetric: bool = True
     feedback: bool = True
-    embedding_bits: Literal[2, 3, 4, 8] = 8
+    embedding_bits: Bits = 8
 
     def __post_init__(self) -> None:
-        for option, known in {"bits": BITS, "group_size": GROUP_SIZES, "embedding_bits": BITS}.items():
-            if getattr(self, option) not in known:
+        for option, kind in {"bits": Bits, "group_size": GroupSize, "embedding_bits": Bits}.items():
+            if getattr(self, option) not in (known := get_args(kind)):
                 *most, last = map(str, known)
                 raise UsageError(
                     f"{option.replace('_', '-')} {getattr(self, option)!r} is not supported; expected "
