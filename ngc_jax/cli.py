@@ -34,7 +34,6 @@ from ngc_jax.commands import (
     train,
 )
 from ngc_jax.commands.config_file import read_config_file, typed_values
-from ngc_jax.commands.conversion_options import ConversionOptions
 from ngc_jax.commands.escapes import escape_controls
 from ngc_jax.commands.help_format import PlainHelp, examples_of, group_of, group_order, type_in_words
 from ngc_jax.commands.interrupts import Terminated, interruptible
@@ -308,6 +307,9 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
     )
     types = typing.get_type_hints(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
+    # Imported here: passes of one's own are registered before options are read.
+    from ngc_jax.commands.conversion_options import ConversionOptions
+
     conversion = frozenset(field.name for field in dataclasses.fields(ConversionOptions))
     conversion = conversion if issubclass(config, ConversionOptions) else frozenset()
     titles = {name: group_of(name, conversion) for name in fields if name not in _POSITIONAL}

@@ -54,8 +54,10 @@ def random_params(decoder: Decoder, dtype: Any = None, *, int8: bool = False) ->
         if not int8:
             return _normal(key, deviation, shape=shape, dtype=dtype)
         rows, width = shape[1 - axis], shape[axis]
-        scales = jnp.full((rows, -(-width // _SCALED)), deviation * 3**0.5 / 127, dtype)
-        return QuantisedMatrix(_codes(key, shape=(rows, width)), scales, None, 8, _SCALED, (shape[0], shape[1]), axis)
+        groups = -(-width // _SCALED)
+        scales = jnp.full((groups, rows), deviation * 3**0.5 / 127, dtype)
+        codes = _codes(key, shape=(groups * _SCALED, rows))
+        return QuantisedMatrix(codes, scales, None, 8, _SCALED, (shape[0], shape[1]), axis)
 
     return traverse_util.unflatten_dict({path: draw(path, leaf.shape) for path, leaf in shapes.items()})
 

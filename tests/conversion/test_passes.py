@@ -210,7 +210,6 @@ SCALE = '''
 
     import jax
 
-    from ngc_jax.cli import main
     from ngc_jax.conversion import Pass, register_pass
 
 
@@ -236,6 +235,8 @@ SCALE = '''
 
 
     if __name__ == "__main__":
+        from ngc_jax.cli import main
+
         raise SystemExit(main())
 '''
 

@@ -69,7 +69,7 @@ def test_every_figure_is_measured_at_the_tiny_size(tmp_path):
         found[f"generate, {kind}", "weights"]["weights (GB)"] for kind in ("dense", "grouped 0.6", "grouped 0.6, int8")
     )
     assert grouped < dense
-    assert 0.5 < int8 / grouped < 0.6  # one byte in place of two, and the scales
+    assert 0.5 < int8 / grouped < 0.8  # one byte in place of two; here most ranks are padded to a whole group
     (step,) = (values for (figure, _), values in found.items() if figure == "training step")
     assert step["finite"] == 1
     assert found["large matrices", "refined eigenvectors, device float32, float64 refinement"]["error"] < 1e-7

@@ -26,8 +26,8 @@ class Remeasure(Pass):
 
     Example:
         >>> from ngc_jax import chain, factorise, remeasure
-        >>> [one.name for one in chain(factorise("ngc"), remeasure(rounds=2))]
-        ['factorise', 'remeasure']
+        >>> print(*(one.name for one in chain(factorise("ngc"), remeasure(rounds=2))))
+        factorise remeasure
     """
 
     name: ClassVar[str] = "remeasure"
