@@ -61,13 +61,15 @@ class DemoConfig(ConversionOptions):
         check_positive(max_tokens=self.max_tokens, max_new_tokens=self.max_new_tokens)
         shared = {field.name for field in dataclasses.fields(ConvertConfig)} & set(vars(self))
         convert = ConvertConfig(**{name: getattr(self, name) for name in shared - {"json"}})
-        dense, _, conversion = convert_and_save(convert, usual_tokens=32_768)
+        dense, made, conversion = convert_and_save(convert, usual_tokens=32_768)
+        # The compact model's as it is stored; the dense one's if it were stored in the same type.
+        sizes = {"dense": dense.count_parameters() * made.param_dtype.itemsize, "compact": conversion["bytes"]}
         tokenizer = dense.load_tokenizer()
         tokens = text_tokens(self.evaluation_text, tokenizer, 0, self.max_tokens)
         rows = {}
         # The saved model is measured: the compact model is loaded again from its directory.
         for name, model in (("dense", dense), ("compact", load_model(self.out, dtype=self.dtype))):
-            rows[name] = self._measure(name, model, tokenizer, tokens)
+            rows[name] = {"bytes": sizes[name], **self._measure(name, model, tokenizer, tokens)}
         topology, keep = conversion.get("topology"), conversion["keep_ratio"]
         title = f"{self.model}, {self.method} at keep ratio {keep:.3f}, topology {topology}"
         columns = ["", "parameters", "MB on disk", "perplexity", "decode tokens/s"]
@@ -123,7 +125,6 @@ class DemoConfig(ConversionOptions):
         return {
             "prefix": list(tokenizer.prefix(self.bos)),
             "parameters": model.count_parameters(),
-            "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
             **dataclasses.asdict(result),
             "decode_tokens_per_second": measure_decode_speed(fast),
             "sample": tokenizer.decode(sample, skip_special_tokens=True),
