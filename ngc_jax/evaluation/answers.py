@@ -63,7 +63,7 @@ class GeneratedAnswer:
 
     @classmethod
     def of(cls, response: Response, think_end: str | None, until: Sequence[str]) -> GeneratedAnswer:
-        """The answer in a response.
+        r"""The answer in a response.
 
         Args:
             response: Text and finish.
@@ -71,8 +71,8 @@ class GeneratedAnswer:
             until: Texts before which an answer after reasoning ends.
 
         Example:
-            >>> response = {"text": "<think>1 or 2?</think>2\\n\\nAnd more", "tokens": 9, "finish": "length"}
-            >>> GeneratedAnswer.of(response, "</think>", ["\\n\\n"])
+            >>> response = {"text": "<think>1 or 2?</think>2\n\nAnd more", "tokens": 9, "finish": "length"}
+            >>> GeneratedAnswer.of(response, "</think>", ["\n\n"])
             GeneratedAnswer(text='2', truncated=False)
         """
         text, truncated = str(response["text"]), response["finish"] == "length"

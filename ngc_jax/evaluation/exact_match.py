@@ -54,12 +54,12 @@ class ExactMatch:
                 prompts.encode(prompts.text(document, number)),
                 spec.max_new_tokens,
                 # Reasoning may contain what ends an answer.
-                spec.until if spec.think_end is None else (),
-                spec.temperature,
-                spec.top_p,
-                (spec.seed, number * MOST_SAMPLES),
-                special_tokens,
-                {"document": number, "target": target},
+                until=spec.until if spec.think_end is None else (),
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                seed=(spec.seed, number * MOST_SAMPLES),
+                special_tokens=special_tokens,
+                about={"document": number, "target": target},
             )
             found.append([_sample(plain, sample) for sample in range(spec.samples)] if spec.samples > 1 else [plain])
         return found

@@ -27,11 +27,11 @@ _START = 120.0
 
 
 class MathJudge(Closing):
-    """Whether mathematical answers equal their targets; a context manager.
+    r"""Whether mathematical answers equal their targets; a context manager.
 
     An answer is the last boxed expression of a text, or else its last expression: LaTeX between dollar signs, or a
     number. Expressions are equal if math-verify (https://github.com/huggingface/Math-Verify) finds them so: `1/2` and
-    `\\frac{1}{2}` are, and sets in another order. One that it cannot read equals itself as a text.
+    `\frac{1}{2}` are, and sets in another order. One that it cannot read equals itself as a text.
 
     Args:
         seconds: Longest time for one comparison. What takes longer is wrong, and is counted in the log at the end.
@@ -41,7 +41,7 @@ class MathJudge(Closing):
 
     Example:
         >>> with MathJudge() as judge:  # doctest: +SKIP
-        ...     judge(r"Half of it, so $\\boxed{\\frac{1}{2}}$.", "0.5")
+        ...     judge(r"Half of it, so $\boxed{\frac{1}{2}}$.", "0.5")
         True
     """
 
@@ -75,7 +75,8 @@ class MathJudge(Closing):
             )
 
     def _ask(self, answer: str, target: str) -> bool:
-        if self._worker is None:
+        if self._worker is None or self._worker.poll() is not None:
+            self._stop()
             self._start()
         assert self._worker is not None
         assert self._worker.stdin is not None

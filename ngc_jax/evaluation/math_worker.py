@@ -55,10 +55,13 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _is_right(answer: str, target: str) -> bool:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
-    # A box counts before the words "final answer"; what is in neither, if it is the last expression of the text.
-    forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    # A box counts before the words "final answer"; what is in neither, if it is the last expression of the text. Of
+    # several boxes the last counts, and those that only "and", "or" or a comma separate from it (the library's default
+    # is to take all of a text).
+    last = LatexNormalizationConfig(boxed="last")
+    forms = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=last), ExprExtractionConfig()]
     # The time limit is the parent's: the library's own works by signals, which need the main thread of a process.
     boxed = target if "\\boxed" in target else f"\\boxed{{{target}}}"
     wanted = parse(boxed, extraction_config=forms, parsing_timeout=None)

@@ -22,7 +22,7 @@ from ngc_jax.tokens import Bos
 
 _TASKS = resources.files("ngc_jax") / "evaluation" / "task_files"
 _REQUIRED = ("name", "template", "metric")
-_LISTS = ("until", "pass_at")
+_LISTS = {"until": "texts", "pass_at": "whole numbers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,8 @@ def task_from(data: Mapping[str, Any]) -> MultipleChoiceSpec | GenerationSpec:
             hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
             raise UsageError(f"the task {task} has an entry {key!r}; {hint}")
     values = {key: value for key, value in data.items() if key in own}
-    for key in _LISTS:
+    for key, parts in _LISTS.items():
         if key in values and not isinstance(values[key], list | tuple):
-            raise UsageError(f"{key} of the task {task} is {values[key]!r}; expected a list")
+            raise UsageError(f"{key} of the task {task} is {values[key]!r}; expected a list of {parts}")
         values |= {key: tuple(values[key])} if key in values else {}
     return kind(**values)

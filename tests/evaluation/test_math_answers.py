@@ -27,6 +27,8 @@ def judge():
         (r"So we have $x = \boxed{\frac{1}{3}}$.", "0.5", False),
         (r"First $\boxed{3}$, and then $\boxed{4}$, which is not 5", "4", True),
         (r"First $\boxed{3}$, and then $\boxed{4}$", "3", False),
+        (r"First \boxed{3}. So the result is \boxed{4}, as they are not 5.", "4", True),
+        (r"It is $\boxed{3}$ or $\boxed{4}$.", "3, 4", True),
         ("The final answer is $3$. A box would be better: $\\boxed{4}$", "4", True),
         ("half of them is 1,234 in all", "1234", True),
         (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left(3,\pi/2\right)", True),
@@ -62,7 +64,8 @@ def test_a_comparison_that_never_ends_is_wrong_and_the_next_one_works_outside_th
         thread = threading.Thread(target=compare)
         thread.start()
         thread.join()
-    assert found[1:] == [False, True, True]
+    assert found == [False, False, True, True]
+    assert "2 answers could not be compared within 60 seconds" in caplog.text
 
 
 def test_a_killed_process_is_replaced():
@@ -70,8 +73,7 @@ def test_a_killed_process_is_replaced():
         assert judge("$3$", "3")
         judge._worker.kill()
         judge._worker.wait()
-        assert judge("$4$", "4") in (True, False)  # it may be noticed now
-        assert judge("$5$", "5")
+        assert judge("$4$", "4")
 
 
 def test_a_missing_library_is_said_before_the_model_answers(monkeypatch):
@@ -111,5 +113,3 @@ def test_problems_and_answers_of_math_500_are_judged():
     assert measured.scores["math"].values == (1.0, 1.0)
     with judging("math") as judge:
         assert judge("12", "12") == (True,)
-
-

@@ -195,7 +195,9 @@ def test_choices_of_a_chat_follow_the_template_without_a_delimiter():
 
 
 def test_a_solved_example_may_show_more_than_the_target():
-    spec = GenerationSpec("sums", "{{ question }}", target="{{ a }}", solution="It is {{ a }}", delimiter=" -> ", shots=1)
+    spec = GenerationSpec(
+        "sums", "{{ question }}", target="{{ a }}", solution="It is {{ a }}", delimiter=" -> ", shots=1
+    )
     ((request,),) = ExactMatch(spec).prepare(PAIRS, tiny_tokenizer(), "auto")
     assert tiny_tokenizer().decode(request.prompt) == "1+1 -> It is 2\n\n2+3"
     assert request.about["target"] == "5"
