@@ -7,11 +7,6 @@ from typing import Any, Literal
 
 from ngc_jax.errors import UsageError
 
-# Options of tasks: what a task says itself, of any and of generated answers; and the rest.
-TASK_OPTIONS = ("shots", "chat", "system")
-GENERATION_OPTIONS = ("max_new_tokens", "think_end", "samples", "temperature", "top_p", "seed")
-RUN_OPTIONS = ("data", "limit", "out", "against")
-
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -35,10 +30,11 @@ class EvaluateConfig:
         limit: Number of documents to score, from the first; all by default.
         shots: Number of documents that precede each prompt as solved examples; the task's own by default.
         against: The --out of a finished run on the same documents, to compare this one with.
-        chat: With a task: put each prompt into the model's chat template.
+        chat: With a task: put each prompt into the model's chat template, whatever the task says.
         system: System message of the chat.
-        max_new_tokens: Longest generated answer; the task's own by default, as for all that follow.
-        think_end: The tag that ends the model's reasoning, such as </think>; only what follows it is judged.
+        max_new_tokens: Longest generated answer, in tokens; the task's own by default.
+        think_end: The tag that ends the model's reasoning, such as </think>; only what follows it is judged. The
+            task's own by default, as for the next four.
         samples: Answers to each document; with several, scores are pass@k.
         temperature: 0 always takes the most likely token; 1 samples from the model's own distribution.
         top_p: Sample from the most likely tokens that together have this probability.
@@ -71,7 +67,7 @@ class EvaluateConfig:
     samples: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None
+    seed: int | None = dataclasses.field(default=None, metadata={"group": "sampling"})
     out: str | None = None
     overwrite: bool = False
     bos: Literal["auto", "always", "never"] = "auto"
@@ -82,11 +78,11 @@ class EvaluateConfig:
 
     def run(self) -> dict[str, Any]:
         """Evaluate; returns the summary."""
-        if self.task is not None:
-            from ngc_jax.commands.evaluate_task import run
+        from ngc_jax.commands import evaluate_task
 
-            return run(self, self.task)
-        for name in (*TASK_OPTIONS, *GENERATION_OPTIONS, *RUN_OPTIONS):
+        if self.task is not None:
+            return evaluate_task.run(self, self.task)
+        for name in evaluate_task.OPTIONS:
             if getattr(self, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} is an option of tasks; add --task, or leave it out")
         from ngc_jax.commands.console import console, progress_bar

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.commands.console import console, progress_bar, table
 from ngc_jax.commands.convert import check_positive
-from ngc_jax.commands.evaluate import GENERATION_OPTIONS, TASK_OPTIONS, EvaluateConfig
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.documents import document_key, read_documents
 from ngc_jax.evaluation.pairs import Pair, Run, check_same_documents, compare_runs, read_run
@@ -18,8 +17,18 @@ from ngc_jax.evaluation.scores import Sum
 from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
 from ngc_jax.evaluation.tasks import read_task
 from ngc_jax.models.fingerprint import fingerprint
+from ngc_jax.models.inference import inference_model
 from ngc_jax.models.load import load_from_source
 from ngc_jax.models.sources import open_source
+
+if TYPE_CHECKING:
+    from ngc_jax.commands.evaluate import EvaluateConfig
+
+# What replaces entries of a task, of any metric and of generated answers.
+_SHARED = ("shots", "chat", "system")
+_GENERATION = ("max_new_tokens", "think_end", "samples", "temperature", "top_p", "seed")
+# The options that need a task.
+OPTIONS = (*_SHARED, *_GENERATION, "data", "limit", "out", "against")
 
 
 def run(config: EvaluateConfig, task: str) -> dict[str, Any]:
@@ -42,6 +51,7 @@ def run(config: EvaluateConfig, task: str) -> dict[str, Any]:
             "param_dtype": config.param_dtype,
         }
         model = load_from_source(source, dtype=config.dtype, param_dtype=config.param_dtype, progress=bar)
+    parameters, model = model.count_parameters(), inference_model(model)
     with progress_bar("evaluate") as bar:
         result = run_task(
             model,
@@ -62,7 +72,7 @@ def run(config: EvaluateConfig, task: str) -> dict[str, Any]:
         "bos": config.bos,
         "out": str(out),
         **result.summary(),
-        "parameters": model.count_parameters(),
+        "parameters": parameters,
     }
     if other is not None:
         pairs = compare_runs(result.run, other)
@@ -79,10 +89,10 @@ def _spec(config: EvaluateConfig, task: str) -> MultipleChoiceSpec | GenerationS
     spec = read_task(task)
     given = {
         name: getattr(config, name)
-        for name in (*TASK_OPTIONS, *GENERATION_OPTIONS)
+        for name in (*_SHARED, *_GENERATION)
         if getattr(config, name) is not None and not (name == "chat" and not config.chat)
     }
-    unused = [name for name in GENERATION_OPTIONS if name in given]
+    unused = [name for name in _GENERATION if name in given]
     if unused and not isinstance(spec, GenerationSpec):
         raise UsageError(
             f"--{unused[0].replace('_', '-')} is of generated answers, and the answers of {spec.name} are given; "

@@ -58,9 +58,8 @@ def _is_right(answer: str, target: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
     # A box counts before the words "final answer"; what is in neither, if it is the last expression of the text. Of
-    # several boxes the last counts, and those that only "and", "or" or a comma separate from it (the library's default
-    # is to take all of a text).
-    last = LatexNormalizationConfig(boxed="last")
+    # several boxes the last counts, with those close before it ("$x = 1$ or $x = 2$"); by default it would be all.
+    last = LatexNormalizationConfig(units=True, malformed_operators=True, nits=True, boxed="last")
     forms = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=last), ExprExtractionConfig()]
     # The time limit is the parent's: the library's own works by signals, which need the main thread of a process.
     boxed = target if "\\boxed" in target else f"\\boxed{{{target}}}"

@@ -76,8 +76,8 @@ class MultipleChoice:
 
     def _choices(self, document: Document, number: int) -> tuple[list[str], int]:
         """The choices of a document and the index of the right one."""
-        choices, label = document.get(self.spec.choices), document.get(self.spec.label)
-        names: Any = []
+        choices: Any = document.get(self.spec.choices)
+        label, names = document.get(self.spec.label), None
         if isinstance(choices, dict):  # as in ARC and OpenBookQA
             choices, names = choices.get("text"), choices.get("label")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
