@@ -141,13 +141,13 @@ def _print_pairs(pairs: Mapping[str, Pair], other: str) -> None:
     rows = [
         [
             name,
-            f"{_percent(pair.mean)} - {_percent(pair.other)}",
+            _percent(pair.other),
             f"{100 * pair.difference:+.1f}",
             f"{100 * pair.interval[0]:+.1f} to {100 * pair.interval[1]:+.1f}",
-            f"{pair.better:,} / {pair.worse:,}",
+            f"{pair.better:,}/{pair.worse:,}",
             "" if pair.p_value is None else f"{pair.p_value:.3g}",
         ]
         for name, pair in pairs.items()
     ]
-    columns = ["score", "this - other", "difference", "95 % interval", "better / worse", "McNemar p"]
-    console.print(table(f"against {other}, on the same documents", columns, rows))
+    columns = ["score", "other", "difference", "95 % interval", "better/worse", "p"]
+    console.print(table(f"against {other}, on the same documents; p of the exact McNemar test", columns, rows))
