@@ -25,6 +25,7 @@ from ngc_jax.models.attention import init_cache
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.generate import bucket, generate
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.models.sampling import Sampling
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.types import Params
 
@@ -189,9 +190,11 @@ def continuation_log_likelihoods(
     return (in_chunks(score, before_RxTxD, continuations_RxT, chunk=64) * scored_RxT).sum(axis=1)
 
 
-def _prompt_key(limit: int, request: GenerationRequest) -> tuple[int, int]:
-    """Sizes that prompts of a batch share: padded tokens, and tokens to generate."""
-    return bucket(min(len(request.prompt), _room(request, limit))), request.max_new_tokens
+def _prompt_key(limit: int, request: GenerationRequest) -> tuple[int, int, float, float, int]:
+    """What prompts of a batch share: padded tokens, tokens to generate, how to sample (top_p 1 for all), the seed."""
+    length = bucket(min(len(request.prompt), _room(request, limit)))
+    top_p = 1.0 if request.top_p is None else request.top_p
+    return length, request.max_new_tokens, request.temperature, top_p, request.seed[0]
 
 
 def _room(request: GenerationRequest, limit: int) -> int:
@@ -210,17 +213,30 @@ def _answer_prompts(
     tokenizer: Tokenizer,
     requests: tuple[GenerationRequest, ...],
     batch_size: int,
-    key: tuple[int, int],
+    key: tuple[int, int, float, float, int],
 ) -> list[Response]:
     limit = model.config.max_length
     prompts = [request.prompt[-_room(request, limit) :] for request in requests]
     # The last batch is filled up, so that it needs no program of its own.
     filled = [*prompts, *[prompts[-1]] * (batch_size - len(prompts))]
-    found = generate(model, filled, max_new_tokens=key[1], stop_tokens=tokenizer.stop_tokens)[: len(prompts)]
+    _, max_new_tokens, temperature, top_p, seed = key
+    seeds = [request.seed[1] for request in requests]
+    found = generate(
+        model,
+        filled,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p=top_p),
+        key=jax.random.key(seed),
+        stop_tokens=tokenizer.stop_tokens,
+        seeds=[*seeds, *[seeds[-1]] * (batch_size - len(seeds))],
+    )[: len(prompts)]
     responses: list[Response] = []
     for request, prompt, ids in zip(requests, prompts, found, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        stopped = len(ids) > 0 and ids[-1] in tokenizer.stop_tokens
+        shown = ids[:-1] if stopped and request.special_tokens else ids
+        text = tokenizer.decode(shown, skip_special_tokens=not request.special_tokens)
         ends = [place for until in request.until if (place := text.find(until)) >= 0]
         cut = {"cut": len(request.prompt) - len(prompt)} if len(prompt) < len(request.prompt) else {}
-        responses.append({"text": text[: min(ends)] if ends else text, "tokens": len(ids), **cut})
+        finish = "stop" if stopped or ends else "length"
+        responses.append({"text": text[: min(ends)] if ends else text, "tokens": len(ids), "finish": finish, **cut})
     return responses
