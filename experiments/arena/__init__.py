@@ -1,0 +1,1 @@
+"""Methods of conversion against each other: perplexity and tasks."""
