@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.arena.retained import chance_of
-from experiments.arena.settings import DENSE, Arena, Problem, digest, file_digest, slug
+from experiments.arena.settings import DENSE, Arena, Problem, digest, slug, text_digests
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import calibration_tokens, model_window, text_tokens
 from ngc_jax.conversion import Calibration, convert
@@ -90,9 +90,8 @@ class Model:
             self._key = [fingerprint(source), arena.running.dtype, arena.running.param_dtype]
         texts = arena.texts
         self.window = model_window(texts.window, self.config.max_length)
-        named = [texts.calibration] if isinstance(texts.calibration, str) else texts.calibration
         numbers = (texts.calibration_tokens, texts.gradient_tokens, texts.propagation_tokens, self.window)
-        self._measured = [[(text, file_digest(text.rpartition(":")[0] or text)) for text in named], numbers]
+        self._measured = [text_digests(texts.calibration), numbers]
         self.place = arena.out / "cells" / slug(name)
         self.cells = [Cell(DENSE, 1.0, self.place / f"dense-{digest(self._key)}", None)]
         for (method, keep), recipe in arena.recipes().items():
@@ -291,7 +290,7 @@ class Model:
         console.print(f"{self.name}, {cell.name}: {problem.score} {100 * score.mean:.1f} % on {problem.name}")
 
     def _text_file(self, cell: Cell, text: str) -> Path:
-        key = digest(text, file_digest(text), self.arena.texts.skip(text), self.arena.texts.max_tokens, self.window)
+        key = digest(text_digests(text), self.arena.texts.skip(text), self.arena.texts.max_tokens, self.window)
         return cell.place / f"perplexity-{slug(Path(text).name)}-{key}.json"
 
     def _task_place(self, cell: Cell, problem: Problem) -> Path:

@@ -33,7 +33,7 @@ def compare_with_dense(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         `against_dense` (difference, interval, better, worse, and the p-value of McNemar's exact test). A row has
         `retained`, the mean over its tasks with its interval, or None.
     """
-    dense = next((row["tasks"] for row in rows if row["method"] == DENSE), {})
+    dense: dict[str, Any] = next((row["tasks"] for row in rows if row["method"] == DENSE), {})
     return [_compared(row, dense) for row in rows]
 
 

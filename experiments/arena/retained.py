@@ -82,10 +82,10 @@ def retained(tasks: Sequence[Scores]) -> Retained | None:
     if not tasks:
         return None
     generator = np.random.default_rng(0)
-    share, resampled = 0.0, np.zeros(_RESAMPLES)
+    share, resampled = np.zeros(()), np.zeros(_RESAMPLES)
     for task in tasks:
         above = np.array([task.values, task.dense], np.float64) - np.asarray(task.chance, np.float64)
-        share += _share(*above.sum(1)) / len(tasks)
+        share = share + _share(*above.sum(1)) / len(tasks)
         resampled += _share(*_resample(above, generator)) / len(tasks)
     low, high = np.quantile(resampled, (0.025, 0.975), method="inverted_cdf")
     return Retained(float(share), (float(low), float(high)))

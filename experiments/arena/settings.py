@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ngc_jax.commands.compare_entries import file_digest
 from ngc_jax.conversion.methods import METHODS, Recipe
+from ngc_jax.conversion.mixtures import sources_of
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.documents import read_documents
 from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
@@ -30,10 +32,13 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "+_-." else "_" for c in name).strip(".") or "_"
 
 
-def file_digest(text: str) -> str | None:
-    """Digest of a text that is a file; None for others."""
-    file = Path(text).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def text_digests(text: str | list[str]) -> list[Any]:
+    """Names, shares and, of files, the content of a text or mixture."""
+    sources = sources_of(text)
+    if not sources:
+        name = text if isinstance(text, str) else text[0]
+        return [name, file_digest(name)]
+    return [[source.name, source.share, file_digest(source.name)] for source in sources]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +119,9 @@ class Texts:
     window: int | None = None
 
     def skip(self, text: str) -> int:
-        """Tokens at the start of an evaluation text that were read for calibration."""
-        return self.calibration_tokens if self.calibration in (text, [text]) else 0
+        """Tokens at the start of an evaluation text that may have been read for calibration."""
+        names = [source.name for source in sources_of(self.calibration)]
+        return self.calibration_tokens if text in names or self.calibration in (text, [text]) else 0
 
 
 @dataclasses.dataclass(frozen=True)
