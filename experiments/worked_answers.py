@@ -7,11 +7,11 @@ r"""A model's own worked answers to problems of a task, those that are right, as
     ngc-jax distil smollm2-mixed --out runs/distilled --data-options "{prompts: chat, sources:
         [{name: runs/answers/answers.jsonl, prompt_column: prompt, column: response}]}"
 
-Samples answers, judges them as the task does, and writes answers.jsonl: a row for each right answer that came to its end,
-with `messages` (the conversation), `prompt` and `response`, and the task, document and sample it is from. Equal answers
-to a problem are written once. Take other problems than those of the evaluation: another file, or --skip. Responses are
-kept in --out: the same command continues. Models with a chat template are asked in it, without examples and without the
-task's ends of an answer; others as the task says.
+Samples answers, judges them as the task does, and writes answers.jsonl: a row for each right answer that came to its
+end, with `messages` (the conversation), `prompt` and `response`, and the task, document and sample it is from. Equal
+answers to a problem are written once. Take other problems than those of the evaluation: another file, or --skip.
+Responses are kept in --out: the same command continues. Models with a chat template are asked in it, without examples
+and without the task's ends of an answer; others as the task says.
 """
 
 from __future__ import annotations

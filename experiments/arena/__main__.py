@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--least", type=float, default=0.1, help="dense score below which a task of generated answers is left out")
     add("--limit", type=int, help="scored documents of each task; all by default")
     add("--chat", action="store_true", help="put prompts into the chat template")
-    add("--calibration-tokens", type=int, default=65_536)
+    add("--calibration-tokens", type=int, help="65,536, or all of a shorter text, by default")
     add("--gradient-tokens", type=int, default=16_384)
     add("--propagation-tokens", type=int, default=16_384)
     add(
@@ -88,8 +88,11 @@ def arena_of(options: argparse.Namespace) -> Arena:
         UsageError: If they are wrong.
     """
     o = options
-    numbers = ("calibration_tokens", "gradient_tokens", "propagation_tokens", "max_tokens", "batch_size")
-    check_positive(**{name: getattr(o, name) for name in numbers}, limit=1 if o.limit is None else o.limit)
+    numbers = ("gradient_tokens", "propagation_tokens", "max_tokens", "batch_size")
+    given = {
+        name: value for name in ("calibration_tokens", "limit", "window") if (value := getattr(o, name)) is not None
+    }
+    check_positive(**given, **{name: getattr(o, name) for name in numbers})
     scores = dict(pair.partition("=")[::2] for pair in o.score)
     problems = [read_problem(one, limit=o.limit, least=o.least, chat=o.chat, scores=scores) for one in o.task]
     names = [problem.name for problem in problems]
@@ -116,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arena = arena_of(options)
     settings: dict[str, Any] = {name: _plain(value) for name, value in vars(options).items()}
     with lock_directory(arena.out):
-        models = [Model(name, arena) for name in options.models]  # refuses what is wrong before any work
+        models = [Model(name, arena) for name in dict.fromkeys(options.models)]  # refuses what is wrong before any work
 
         def write() -> None:
             rows, notes = [], {}
@@ -125,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows += compare_with_dense(found)
                 left_out = {**model.impossible, **model.skipped}
                 notes[model.name] = [f"{name}: left out, because {reason}" for name, reason in left_out.items()]
+                notes[model.name] += [f"{name}: failed, {reason}" for name, reason in model.failed.items()]
             if rows:
                 write_results(rows, settings, notes, arena.out)
 

@@ -75,6 +75,7 @@ class Model:
     Attributes:
         impossible: Why a conversion cannot be made, by its name.
         skipped: Why a task is not given to converted models, by its name.
+        failed: Why a cell has no results, by its name; it is tried again by the next run.
     """
 
     def __init__(self, name: str, arena: Arena) -> None:
@@ -82,6 +83,7 @@ class Model:
         self.name, self.arena = name, arena
         self.skipped: dict[str, str] = {}
         self.impossible: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
         with open_source(name) as source:
             hf_config, section = split_config(source.config, name)
             if section is not None and "plan" in section:
@@ -165,7 +167,7 @@ class Model:
                 for cell in self.cells:
                     done = self._finished(cell)
                     if not done:
-                        self._run_cell(cell)
+                        self._try_cell(cell)
                     if cell.recipe is None:
                         self._skip_tasks(cell)
                     elif not self.arena.running.keep_models:
@@ -212,6 +214,16 @@ class Model:
         texts = all(self._text_file(cell, text).is_file() for text in self.arena.texts.evaluation)
         tasks = all((self._task_place(cell, problem) / _SUMMARY).is_file() for problem in self.problems(cell))
         return texts and tasks and (cell.place / _ABOUT).is_file()
+
+    def _try_cell(self, cell: Cell) -> None:
+        """Run a cell; a conversion that cannot be made, or cannot be evaluated, does not stop the others."""
+        try:
+            self._run_cell(cell)
+        except UsageError as error:
+            if cell.recipe is None:
+                raise
+            self.failed[cell.name] = str(error)
+            console.print(f"{self.name}, {cell.name} failed: {error}")
 
     def _run_cell(self, cell: Cell) -> None:
         cell.place.mkdir(parents=True, exist_ok=True)

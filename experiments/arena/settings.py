@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ngc_jax.commands.compare_entries import file_digest
+from ngc_jax.commands.convert import CALIBRATION_TOKENS
 from ngc_jax.conversion.methods import METHODS, Recipe
 from ngc_jax.conversion.mixtures import sources_of
 from ngc_jax.errors import UsageError
@@ -103,7 +104,7 @@ class Texts:
     Attributes:
         calibration: Calibration text.
         evaluation: Texts of the perplexities.
-        calibration_tokens: Tokens to measure.
+        calibration_tokens: Tokens to measure; if None, 65,536 or all of a shorter text.
         gradient_tokens: Number of tokens, from the first, on which gradients are measured.
         propagation_tokens: Number of tokens, from the first, on which errors are propagated.
         max_tokens: Tokens of each evaluation text, after the calibration tokens if it is the calibration text.
@@ -112,7 +113,7 @@ class Texts:
 
     calibration: str | list[str]
     evaluation: tuple[str, ...]
-    calibration_tokens: int = 65_536
+    calibration_tokens: int | None = None
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     max_tokens: int = 32_768
@@ -121,7 +122,8 @@ class Texts:
     def skip(self, text: str) -> int:
         """Tokens at the start of an evaluation text that may have been read for calibration."""
         names = [source.name for source in sources_of(self.calibration)]
-        return self.calibration_tokens if text in names or self.calibration in (text, [text]) else 0
+        read = text in names or self.calibration in (text, [text])
+        return (self.calibration_tokens or CALIBRATION_TOKENS) if read else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -217,11 +217,22 @@ def test_an_interrupted_arena_ends_as_an_undisturbed_one(place, tmp_path, monkey
     monkeypatch.setattr(cells, "convert", convert)
     run(place, broken)
     assert lasting(broken) == (rows, notes)
-    # Nothing is run again, but another keep ratio is added.
-    for name in ("convert", "run_task", "measure_perplexity"):
+    # Nothing is run again. A conversion that fails does not stop the others.
+    for name in ("run_task", "measure_perplexity"):
         monkeypatch.setattr(cells, name, lambda *_, **__: pytest.fail("a finished part is run again"))
+    monkeypatch.setitem(arena._QUICK, "keep", [0.8, 0.7])
+    tried = []
+
+    def fail(_, recipe, *__, **___):
+        tried.append((recipe.method, recipe.keep))
+        raise UsageError("the weights are not finite")
+
+    monkeypatch.setattr(cells, "convert", fail)
     run(place, broken)
-    assert lasting(broken) == (rows, notes)
+    assert tried == [("svd_llm", 0.7), ("ngc", 0.7)]
+    again, said = lasting(broken)
+    assert again == rows
+    assert "ngc, form dense 0.7: failed, the weights are not finite" in said[str(place / "dense")]
 
 
 def test_limits_count_scored_documents(tmp_path):
