@@ -143,4 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
