@@ -47,7 +47,8 @@ from ngc_jax.reporting.render.plots import draw
 STORAGE: dict[str, Quantise | str] = {
     "float32": "float32",
     "int4": Quantise(4),
-    "int4 nearest": Quantise(4, feedback=False),
+    "int4, inputs": Quantise(4, feedback="inputs"),
+    "int4 nearest": Quantise(4, feedback="none"),
     "int8": Quantise(8),
     "bfloat16": "bfloat16",
     "int4, embeddings too": Quantise(4, embedding_bits=4),
@@ -58,7 +59,7 @@ STORAGE: dict[str, Quantise | str] = {
 DENSE = tuple(STORAGE)
 # Forms of a conversion, and the options that give them.
 FORMS: dict[str, dict[str, str]] = {"ngc": {}, "ngc, form dense": {"form": "dense"}}
-GROUPED = ("bfloat16", "int4", "int4 nearest", "int8", "int3, embeddings 4")
+GROUPED = ("bfloat16", "int4", "int4, inputs", "int4 nearest", "int8", "int3, embeddings 4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,8 @@ class Evaluate(Pass):
     rows: Any = dataclasses.field(metadata={"option": False})
 
     def needs(self, config: Any, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """Those of quantisation, and gradients to choose neurons by."""
-        held = len(chain.passes) > 1
-        return Needs(inputs=True, held=held, gradients="full" if held else None, whole=held)
+        """Those of quantisation."""
+        return Needs(inputs=True, held=len(chain.passes) > 1, gradients="full", whole=True)
 
     def apply(self, state: ConversionState) -> ConversionState:
         """Run all missing rows."""
@@ -167,9 +167,7 @@ class Setting:
         todo = [rows for form, keep in wanted if (rows := Rows(self, form, keep)).missing()]
         if not todo:
             return
-        whole = Needs(inputs=True, held=True)
-        if any(rows.form != "dense" for rows in todo):
-            whole |= Needs(gradients="full", whole=True)
+        whole = Needs(inputs=True, held=True, gradients="full", whole=True)
         place = a.out / f"statistics-{self.name.replace('/', '-').replace(':', '-')}"
         with FitCache() as fits:
             with progress_bar() as bar:
@@ -218,7 +216,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(rows: Sequence[Mapping[str, Any]], model: str) -> Lines:
     """Excess over megabytes: one line for each form and keep ratio."""
-    mine = [row for row in rows if row["model"] == model and row["storage"] not in ("float32", "int4 nearest")]
+    mine = [
+        row
+        for row in rows
+        if row["model"] == model and row["storage"] not in ("float32", "int4 nearest", "int4, inputs")
+    ]
     base = next(row["perplexity"] for row in rows if row["model"] == model and row["storage"] == "float32")
     series = []
     for form, keep in dict.fromkeys((row["form"], row["keep"]) for row in mine):

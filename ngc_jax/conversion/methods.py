@@ -179,5 +179,5 @@ register_method(
         remeasure(rounds=1),
         propagate_errors(0.3),
     ),
-    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(0.5)),
+    dense=lambda keep: chain(prune_neurons(), factorise("ngc", form="dense", shrinkage=0.03), propagate_errors(0.2)),
 )

@@ -1,9 +1,11 @@
 """Round a matrix to a few bits: grids for groups of numbers, and rounding with error feedback.
 
-The loss of rounding W to Q is tr((W - Q) C (W - Q)^T), with C the second moment of the inputs. The numbers of a row are
-rounded one after the other, and the error of each is compensated by those not yet rounded, in proportion to their
-correlation with it: GPTQ (arXiv 2210.17323, section 3), the same as LDLQ (QuIP, arXiv 2307.13304, section 3.1). Inputs
-of more energy are rounded first. Grids are fixed before, so that the order is free of groups.
+The loss of rounding W to Q is tr(G (W - Q) C (W - Q)^T), with C the second moment of the inputs and G that of the
+loss's gradients by the outputs. Numbers are rounded one after the other, and the error of each is compensated by those
+not yet rounded. Along a row that is GPTQ (arXiv 2210.17323, section 3), the same as LDLQ (QuIP, arXiv 2307.13304,
+section 3.1); along a column, too, it is the rounding of YAQA (arXiv 2505.22988), whose Hessian is a Kronecker product.
+Inputs of more energy and outputs of larger gradients are rounded first. Grids are fixed before, so that the order is
+free of groups.
 
 Legend: J rows, I inputs, G groups of a row, S group size.
 """
@@ -78,39 +80,89 @@ def round_to_nearest(
 
 
 def round_with_feedback(
-    weight: Float[np.ndarray, "J I"], second_moment: Float[np.ndarray, "I I"], grid: Grid, *, axis: int = 1
+    weight: Float[np.ndarray, "J I"],
+    second_moment: Float[np.ndarray, "I I"],
+    grid: Grid,
+    *,
+    metric: Float[np.ndarray, "J J"] | None = None,
+    axis: int = 1,
 ) -> QuantisedMatrix:
-    """Round with error feedback in the geometry of the inputs.
+    """Round with error feedback in the geometry of the inputs, and of the outputs.
 
     Args:
         weight: (J, I); with axis 0, (I, J).
         second_moment: C of the inputs, symmetric and positive semidefinite.
         grid: The grid.
+        metric: G of the outputs, likewise; None rounds every row for itself.
         axis: The axis that groups run along.
     """
     rows = weight if axis else weight.T
     width = rows.shape[1]
     scales, offsets = _fit_grids(rows, grid, np.diag(second_moment))
     order = np.argsort(-np.diag(second_moment), kind="stable")
+    outputs = np.arange(len(rows)) if metric is None else np.argsort(-np.diag(metric), kind="stable")
     feedback = _feedback(second_moment[np.ix_(order, order)]).astype(np.float32)
+    down = None if metric is None else _feedback(metric[np.ix_(outputs, outputs)]).astype(np.float32)
     # Inputs are rows here, so that each is contiguous.
-    left_IxJ = np.ascontiguousarray(rows.T[order], np.float32)
-    scales_GxJ = scales.T.astype(np.float32)
-    offsets_GxJ = None if offsets is None else offsets.T.astype(np.float32)
+    left_IxJ = np.ascontiguousarray(rows.T[np.ix_(order, outputs)], np.float32)
+    scales_GxJ = scales.T.astype(np.float32)[:, outputs]
+    offsets_GxJ = None if offsets is None else offsets.T.astype(np.float32)[:, outputs]
     codes_IxJ = np.empty(left_IxJ.shape, np.int8)
     for start in range(0, width, _BLOCK):
-        end = min(start + _BLOCK, width)
-        block, errors = left_IxJ[start:end], np.empty((end - start, left_IxJ.shape[1]), np.float32)
-        for k, w_J in enumerate(block):
-            group = order[start + k] // grid.group_size
-            offset = None if offsets_GxJ is None else offsets_GxJ[group]
-            codes_IxJ[start + k] = code = _nearest(w_J, scales_GxJ[group], offset, grid)
-            errors[k] = w_J - _values(code, scales_GxJ[group], offset)
-            block[k + 1 :] -= feedback[start + k, start + k + 1 : end, None] * errors[k]
-        left_IxJ[end:] -= feedback[start:end, end:].T @ errors
+        some = slice(start, min(start + _BLOCK, width))
+        groups = order[some] // grid.group_size
+        ranges = scales_GxJ[groups], None if offsets_GxJ is None else offsets_GxJ[groups]
+        if down is None:
+            codes_IxJ[some], errors = _round_rows(left_IxJ[some], feedback[some, some], ranges, grid)
+        else:
+            codes_IxJ[some], errors = _round_both(left_IxJ[some], feedback[some, some], down, ranges, grid)
+        left_IxJ[some.stop :] -= feedback[some, some.stop :].T @ errors
     codes = np.empty_like(codes_IxJ)
-    codes[order] = codes_IxJ
+    codes[np.ix_(order, outputs)] = codes_IxJ
     return _packed(codes, scales, offsets, grid, weight.shape, axis)
+
+
+Ranges = tuple[np.ndarray, np.ndarray | None]
+
+
+def _round_rows(
+    block_BxJ: np.ndarray, feedback_BxB: np.ndarray, ranges: Ranges, grid: Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of some inputs (B), and their errors, without feedback between rows."""
+    left_BxJ, (scales_BxJ, offsets_BxJ) = block_BxJ.copy(), ranges
+    codes_BxJ, errors_BxJ = np.empty(left_BxJ.shape, np.int8), np.empty_like(left_BxJ)
+    for k, w_J in enumerate(left_BxJ):
+        offset = None if offsets_BxJ is None else offsets_BxJ[k]
+        codes_BxJ[k] = _nearest(w_J, scales_BxJ[k], offset, grid)
+        errors_BxJ[k] = w_J - _values(codes_BxJ[k], scales_BxJ[k], offset)
+        left_BxJ[k + 1 :] -= feedback_BxB[k, k + 1 :, None] * errors_BxJ[k]
+    return codes_BxJ, errors_BxJ
+
+
+def _round_both(
+    block_BxJ: np.ndarray, feedback_BxB: np.ndarray, down_JxJ: np.ndarray, ranges: Ranges, grid: Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with feedback between rows.
+
+    A number waits for those before it in its row and in its column: those of an antidiagonal are rounded together. What
+    later inputs compensate is the whole change of an input's column, the feedback between its rows included.
+    """
+    (size, rows), (scales_BxJ, offsets_BxJ) = block_BxJ.shape, ranges
+    along_BxB = np.ascontiguousarray(np.triu(feedback_BxB, 1).T)
+    down_JxJ = np.ascontiguousarray(np.triu(down_JxJ, 1).T)
+    codes_BxJ = np.empty(block_BxJ.shape, np.int8)
+    # 0 where nothing is rounded yet.
+    errors_JxB, own_BxJ = np.zeros((rows, size), np.float32), np.zeros((size, rows), np.float32)
+    for diagonal in range(size + rows - 1):
+        k = np.arange(max(0, diagonal - rows + 1), min(size, diagonal + 1))
+        j = diagonal - k
+        target = block_BxJ[k, j] - np.einsum("nb,nb->n", along_BxB[k], errors_JxB[j])
+        w = target - np.einsum("nj,nj->n", down_JxJ[j], own_BxJ[k])
+        offset = None if offsets_BxJ is None else offsets_BxJ[k, j]
+        codes_BxJ[k, j] = code = _nearest(w, scales_BxJ[k, j], offset, grid)
+        value = _values(code, scales_BxJ[k, j], offset)
+        errors_JxB[j, k], own_BxJ[k, j] = target - value, w - value
+    return codes_BxJ, errors_JxB.T
 
 
 def _feedback(second_moment_IxI: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:

@@ -105,3 +105,40 @@ def test_too_few_tokens_and_silent_inputs_do_no_harm():
     for moment in (x.T @ x / 5, np.zeros((48, 48)), x.T @ x / 5 - 1e-7 * np.eye(48)):
         small = round_with_feedback(weight, moment, Grid(4, 32, True))
         assert np.isfinite(np.asarray(small.dequantise())).all()
+
+
+def test_feedback_along_outputs_is_least_squares_step_by_step_too(monkeypatch):
+    """As before, with all numbers of the matrix in one system, input by input: its matrix is a Kronecker product."""
+    monkeypatch.setattr(rounding, "_BLOCK", 7)
+    rows, width, grid = 6, 20, Grid(4, 32, False)
+    weight = np.random.default_rng(5).standard_normal((rows, width))
+    moment, metric = correlated(width), correlated(rows, seed=1)
+    small = round_with_feedback(weight, moment, grid, metric=metric)
+    scales, offsets = (part.astype(float)[0] for part in (small.scales, small.offsets))
+    damped = [part + rounding._DAMPING * np.diag(part).mean() * np.eye(len(part)) for part in (moment, metric)]
+    system = np.kron(*damped)
+    inputs, outputs = (np.argsort(-np.diag(part), kind="stable") for part in (moment, metric))
+    order = [i * rows + j for i in inputs for j in outputs]
+    error, wanted = np.zeros(rows * width), np.zeros((rows, width), int)
+    for step, place in enumerate(order):
+        done, left = order[:step], order[step:]
+        change = np.linalg.solve(system[np.ix_(left, left)], system[np.ix_(left, done)] @ error[done])
+        i, j = divmod(place, rows)
+        wanted[j, i] = np.clip(np.rint((weight[j, i] + change[0] - offsets[j]) / scales[j]), -8, 7)
+        error[place] = weight[j, i] - wanted[j, i] * scales[j] - offsets[j]
+    assert (wanted == codes_of(small).T).mean() > 0.98
+
+
+def test_what_both_sides_are_worth():
+    weight, grid = np.random.default_rng(6).standard_normal((48, 64)), Grid(3, 64, True)
+    moment, metric = correlated(64), correlated(48, seed=1)
+
+    def cost(matrix):
+        error = np.asarray(matrix.dequantise(), np.float64) - weight
+        return float(np.sum((metric @ error) * (error @ moment)))
+
+    inputs = round_with_feedback(weight, moment, grid)
+    assert cost(round_with_feedback(weight, moment, grid, metric=metric)) < 0.6 * cost(inputs)
+    # Rows that do not matter to each other are rounded each for itself.
+    apart = round_with_feedback(weight, moment, grid, metric=np.diag(np.linspace(1, 2, 48)))
+    assert (codes_of(apart) == codes_of(inputs)).mean() > 0.99
