@@ -1,0 +1,279 @@
+"""lm-eval's own `hf` backend and ours, on the same tiny random models: the same numbers, texts and prompts."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lm_eval")
+
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from ngc_jax.errors import UsageError  # noqa: E402
+from ngc_jax.evaluation import harness  # noqa: E402
+from ngc_jax.evaluation.harness import HarnessModel  # noqa: E402
+from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
+from tests.parity import tiny  # noqa: E402
+from tests.tiny import random_tokens, tiny_tokenizer  # noqa: E402
+
+CPU = {"device": "cpu", "dtype": "float32"}
+SIZES = {"vocab_size": 260, "eos_token_id": 256, "pad_token_id": 256}
+
+
+def bos_tokenizer() -> Tokenizer:
+    """Texts begin with <bos>, which is one of its tokens."""
+    backend = tiny_tokenizer()._backend
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    template = tiny_tokenizer().chat_template
+    return wrap(backend, special_tokens=special, chat_template=f"{{{{ bos_token }}}}{template}", add_bos=True)
+
+
+def save(place: Path, tokenizer: Tokenizer, case: str = "llama") -> Path:
+    tiny.torch_model(case, **SIZES).save_pretrained(place)
+    tokenizer.save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("plain"), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("bos"), bos_tokenizer(), "mistral")
+
+
+def text(count: int, seed: int) -> str:
+    return bytes((random_tokens(count, seed=seed) % 26 + 97).tolist()).decode()
+
+
+def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Of one character to more than fit; with choices, spaces at the end of a context, and no context."""
+    found = [
+        (f"Question: {text(9, n)}\nAnswer:", f" {text(1 + 2 * choice, choice)}")
+        for n in range(4)
+        for choice in range(3)
+    ]
+    found += [(text(50, 7), text(30, 8)), (text(70, 9), "x"), ("a", "b"), ("Trailing   ", "spaces"), ("", text(5, 1))]
+    return [*found, ("", "<eos>then"), ("<eos>a", "b"), ("<bos>c", "d"), (text(3, 2), text(64, 3))]
+
+
+def both(place: Path, **options: Any) -> Iterator[Any]:
+    yield HFLM(pretrained=str(place), batch_size=3, **CPU, **options)
+    yield HarnessModel(str(place), batch_size=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", {}),
+        ("plain", {"max_length": 40, "prefix_token_id": 65}),
+        ("with_bos", {}),
+        ("with_bos", {"add_bos_token": False}),
+        ("with_bos", {"add_bos_token": True}),
+    ],
+)
+def test_log_likelihoods(name: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    theirs, ours = both(request.getfixturevalue(name), **options)
+    asked = [pair for pair in pairs() if len(pair[1]) <= ours.max_length]
+    for theirs_found, ours_found, pair in zip(
+        theirs.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True),
+        ours.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True),
+        asked,
+        strict=True,
+    ):
+        assert ours_found[0] == pytest.approx(theirs_found[0], abs=1e-4), pair
+        assert ours_found[1] == theirs_found[1], pair
+
+
+def test_the_likeliest_tokens_are_greedy(plain: Path) -> None:
+    theirs, ours = both(plain)
+    prompts = [text(n, n) for n in (3, 8, 20)]
+    given = [(prompt, {"until": [], "max_gen_toks": 5}) for prompt in prompts]
+    answers = theirs.generate_until(instances("generate_until", *given), disable_tqdm=True)
+    asked = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.isascii() and answer]
+    asked += [(prompt, answer[:-1] + "~") for prompt, answer in asked]
+    for model in (theirs, ours):
+        found = [greedy for _, greedy in model.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True)]
+        assert found == [True] * (len(asked) // 2) + [False] * (len(asked) // 2)
+        assert found
+
+
+@pytest.mark.parametrize("name", ["plain", "with_bos"])
+def test_rolling_log_likelihoods(name: str, request: pytest.FixtureRequest) -> None:
+    texts = [(text(count, count),) for count in (1, 30, 63, 64, 65, 150)]
+    theirs, ours = both(request.getfixturevalue(name))
+    expected = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", *texts), disable_tqdm=True)
+    found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert found == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "with_bos"])
+def test_generated_texts(name: str, request: pytest.FixtureRequest) -> None:
+    theirs, ours = both(request.getfixturevalue(name))
+    prompts = [text(count, count) for count in (1, 5, 17, 44, 60)] + ["<bos>hello"]
+
+    def answers(model: Any, **options: Any) -> list[str]:
+        asked = instances("generate_until", *[(prompt, {"max_gen_toks": 20, **options}) for prompt in prompts])
+        return model.generate_until(asked, disable_tqdm=True)
+
+    whole = answers(theirs, until=[])
+    assert len(set(whole)) > 3
+    assert answers(ours, until=[], do_sample=False) == whole
+    stops = [whole[1][4:6], whole[2][9:10], "never"]
+    expected = answers(theirs, until=stops)
+    assert expected != whole
+    assert answers(ours, until=stops, temperature=0.0, num_beams=1) == expected
+    assert answers(ours, until=stops[0], max_gen_toks=7) == answers(theirs, until=stops[0], max_gen_toks=7)
+
+
+def test_samples(plain: Path) -> None:
+    """Another for every request; the same for the same seed, of the model or lm-eval's of NumPy."""
+    options = {"until": [], "do_sample": True, "temperature": 1.2, "top_p": 0.95, "max_gen_toks": 12}
+    asked = instances("generate_until", *[("Once", options)] * 4)
+    model = HarnessModel(str(plain), batch_size=2, seed=5)
+    found = model.generate_until(asked, disable_tqdm=True)
+    assert len(set(found)) == 4
+    assert HarnessModel(str(plain), batch_size=4, seed=5).generate_until(asked, disable_tqdm=True) == found
+    drawn = []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)
+        drawn.append(HarnessModel(str(plain), batch_size=4).generate_until(asked, disable_tqdm=True))
+    assert drawn[0] == drawn[1] != drawn[2]
+    for wrong, message in (({"num_beams": 3}, "num_beams=3"), ({"temperature": 0.0}, "above 0")):
+        with pytest.raises(UsageError, match=message):
+            model.generate_until(instances("generate_until", ("Once", {**options, **wrong})))
+
+
+def test_thoughts_are_no_part_of_an_answer(plain: Path) -> None:
+    asked = instances("generate_until", ("Once", {"until": ["e", "o"], "max_gen_toks": 30}))
+    (whole,) = HarnessModel(str(plain)).generate_until(
+        instances("generate_until", ("Once", {"until": [], "max_gen_toks": 30}))
+    )
+    end = whole[8:10]
+    theirs, ours = both(plain, think_end_token=end)
+    expected = whole.split(end)[-1].lstrip().split("e")[0].split("o")[0]
+    assert ours.generate_until(asked, disable_tqdm=True) == [expected]
+    assert theirs.generate_until(
+        instances("generate_until", ("Once", {"until": [], "max_gen_toks": 30})), disable_tqdm=True
+    ) == [whole.split(end)[-1].lstrip()]
+    with pytest.raises(UsageError, match="for generated answers"):
+        HarnessModel(str(plain), think_end_token=end, enable_thinking=True).loglikelihood(asked)
+
+
+@pytest.mark.parametrize("name", ["plain", "with_bos"])
+def test_conversations(name: str, request: pytest.FixtureRequest) -> None:
+    theirs, ours = both(request.getfixturevalue(name))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "It is "},
+    ]
+    for history, prompt in ((messages[:2], True), (messages, False), (messages[:2], False)):
+        assert ours.apply_chat_template(history, prompt) == theirs.apply_chat_template(history, prompt)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.chat_template(False) is None
+    assert ours.tokenizer_name
+    assert "/" not in ours.tokenizer_name
+
+
+def write_tasks(place: Path) -> None:
+    """One task of each kind; their documents are in a file beside them."""
+    documents = [
+        {"question": text(8 + n, n), "choices": [text(3, 2 * n), text(5, n + 9)], "label": n % 2, "text": text(90, n)}
+        for n in range(7)
+    ]
+    (place / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "documents.jsonl")}, "cache_dir": str(place / "cache")},
+        "test_split": "test",
+        "fewshot_split": "test",
+    }
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
+    choice |= {"doc_to_text": "Q: {{question}}\nA:", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    rolling |= {"metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")]}
+    answer = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[0]}}"}
+    answer |= {"metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["e"], "max_gen_toks": 9}}
+    for name, task in (("choice", choice), ("rolling", rolling), ("answer", answer)):
+        (place / f"tiny_{name}.yaml").write_text(json.dumps({"task": f"tiny_{name}", **common, **task}))
+
+
+def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """By lm-eval's function and its command line; with solved examples, a chat template, and its cache of responses."""
+    write_tasks(tmp_path)
+    names = ["tiny_choice", "tiny_rolling", "tiny_answer"]
+    how = {
+        "batch_size": 2,
+        "num_fewshot": 1,
+        "bootstrap_iters": 0,
+        "task_manager": TaskManager(include_path=str(tmp_path)),
+    }
+
+    def evaluate(model: str, arguments: str, **more: Any) -> dict[str, Any]:
+        result = simple_evaluate(model=model, model_args=f"pretrained={plain},{arguments}", tasks=names, **how, **more)
+        return {
+            (task, name): value
+            for task, scores in result["results"].items()
+            for name, value in scores.items()
+            if isinstance(value, float)
+        }
+
+    expected = evaluate("hf", "dtype=float32", device="cpu")
+    assert len(expected) >= 6
+    cache = str(tmp_path / "responses")
+    assert evaluate("ngc_jax", "dtype=float32", use_cache=cache) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(harness, "plan_batches", None)  # all are in the cache
+    assert evaluate("ngc_jax", "dtype=float32", use_cache=cache) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.undo()
+
+    line = f"--model ngc_jax --model_args pretrained={plain} --include_path {tmp_path} --tasks tiny_choice"
+    monkeypatch.setattr(sys, "argv", ["harness", *line.split(), "--apply_chat_template", "--batch_size", "auto"])
+    assert harness.main() == 0
+    assert "acc_norm" in capsys.readouterr().out
+    for wrong, message in (
+        ("pretrained=nowhere", "nowhere"),
+        (f"pretrained={plain},dtpye=float32", "did you mean dtype"),
+    ):
+        line = f"--model ngc_jax --model_args {wrong} --include_path {tmp_path} --tasks tiny_choice"
+        monkeypatch.setattr(sys, "argv", ["harness", *line.split()])
+        assert harness.main() == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": "big"}, "batch_size is 'big'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"think_end_token": 5}, "the token's text"),
+        ({"enable_thinking": True}, "needs think_end_token"),
+        ({"think_end_token": "<user>"}, "special token"),
+        ({"maximum_length": 9}, "did you mean max_length"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str, plain: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        HarnessModel(str(plain), **options)
+
+
+def test_what_is_recorded(plain: Path) -> None:
+    model = HarnessModel(str(plain), batch_size="auto", max_batch_size=6)
+    assert model.batch_size == 6
+    assert model.get_model_info()["model_dtype"] == "float32"
+    assert model.get_model_info()["model_num_parameters"] > 1000
