@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -192,6 +194,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.model = inference_model(loaded)
         self._text = loaded.load_tokenizer()
         self._prefix_text = self._text.decode([self.prefix_token_id])
+        self._bos_text = "" if self._text.bos_token_id is None else self._text.decode([self._text.bos_token_id])
         name = self.options.tokenizer or loaded.name
         self._tokenizer_name = "".join(char if char.isalnum() or char in "-_." else "_" for char in name)
         ends = self.options.think_end_token
@@ -339,7 +342,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
             options = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             until = [text for text in handle_stop_sequences(options.pop("until"), eos=eos) if text]
             length, sampling = options.pop("max_gen_toks"), _sampling(options)
-            ids = np.asarray(self._encode(prompt) or [self.prefix_token_id])
+            special = False if self._bos_text and prompt.startswith(self._bos_text) else None
+            ids = np.asarray(self._encode(prompt, special) or [self.prefix_token_id])
             early = () if self.options.think_end_token else tuple(until)  # thoughts are not searched
             asked.append(GenerationRequest(str(number), ids, length, early, seed=(seed, number), **sampling))
             ends.append(until)
@@ -388,6 +392,9 @@ def main() -> int:
     """lm-eval's command line, with the model `ngc_jax`; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
+    # lm-eval forks processes for bootstraps and tables. They do not use JAX, which warns; the former can do without.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
     try:
         cli_evaluate()
     except UsageError as error:

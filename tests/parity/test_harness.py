@@ -16,40 +16,51 @@ from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from tokenizers import Tokenizer as Backend  # noqa: E402
+from tokenizers import decoders, models  # noqa: E402
 
 from ngc_jax.errors import UsageError  # noqa: E402
 from ngc_jax.evaluation import harness  # noqa: E402
 from ngc_jax.evaluation.harness import HarnessModel  # noqa: E402
 from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
 from tests.parity import tiny  # noqa: E402
-from tests.tiny import random_tokens, tiny_tokenizer  # noqa: E402
+from tests.tiny import random_tokens  # noqa: E402
 
 CPU = {"device": "cpu", "dtype": "float32"}
 SIZES = {"vocab_size": 260, "eos_token_id": 256, "pad_token_id": 256}
 
 
-def bos_tokenizer() -> Tokenizer:
-    """Texts begin with <bos>, which is one of its tokens."""
-    backend = tiny_tokenizer()._backend
+def tokenizer(*, bos: bool) -> Tokenizer:
+    """One token for each of 256 characters, so that every sequence of tokens is a text of them; then special tokens."""
+    characters = ["\n", *map(chr, range(32, 127)), *map(chr, range(0x410, 0x410 + 160))]
+    backend = Backend(models.BPE(vocab={char: index for index, char in enumerate(characters)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(["<eos>", "<user>", "<assistant>", "<bos>"])
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    if not bos:
+        return wrap(backend, special_tokens={"eos_token": "<eos>"}, chat_template=template)
+    template = "{{ bos_token }}{% for m in messages %}<user>{{ m.content | trim }}<eos>{% endfor %}"
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    template = tiny_tokenizer().chat_template
-    return wrap(backend, special_tokens=special, chat_template=f"{{{{ bos_token }}}}{template}", add_bos=True)
+    return wrap(backend, special_tokens=special, chat_template=template, add_bos=True)
 
 
-def save(place: Path, tokenizer: Tokenizer, case: str = "llama") -> Path:
+def save(place: Path, own: Tokenizer, case: str = "llama") -> Path:
     tiny.torch_model(case, **SIZES).save_pretrained(place)
-    tokenizer.save(place)
+    own.save(place)
     return place
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("plain"), tiny_tokenizer())
+    return save(tmp_path_factory.mktemp("plain"), tokenizer(bos=False))
 
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("bos"), bos_tokenizer(), "mistral")
+    return save(tmp_path_factory.mktemp("bos"), tokenizer(bos=True), "mistral")
 
 
 def text(count: int, seed: int) -> str:
@@ -104,7 +115,7 @@ def test_the_likeliest_tokens_are_greedy(plain: Path) -> None:
     prompts = [text(n, n) for n in (3, 8, 20)]
     given = [(prompt, {"until": [], "max_gen_toks": 5}) for prompt in prompts]
     answers = theirs.generate_until(instances("generate_until", *given), disable_tqdm=True)
-    asked = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.isascii() and answer]
+    asked = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
     asked += [(prompt, answer[:-1] + "~") for prompt, answer in asked]
     for model in (theirs, ours):
         found = [greedy for _, greedy in model.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True)]
@@ -124,20 +135,26 @@ def test_rolling_log_likelihoods(name: str, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("name", ["plain", "with_bos"])
 def test_generated_texts(name: str, request: pytest.FixtureRequest) -> None:
     theirs, ours = both(request.getfixturevalue(name))
-    prompts = [text(count, count) for count in (1, 5, 17, 44, 60)] + ["<bos>hello"]
+    # All with BOS written in them or none: `hf` decides for a whole batch by its first prompt.
+    given = [text(count, count) for count in (1, 5, 14, 60)]
+    for prompts in (given, ["<bos>" + prompt for prompt in given[:2]]):
+        compare_texts(theirs, ours, prompts)
+
+
+def compare_texts(theirs: Any, ours: Any, prompts: list[str]) -> None:
 
     def answers(model: Any, **options: Any) -> list[str]:
         asked = instances("generate_until", *[(prompt, {"max_gen_toks": 20, **options}) for prompt in prompts])
         return model.generate_until(asked, disable_tqdm=True)
 
     whole = answers(theirs, until=[])
-    assert len(set(whole)) > 3
+    assert len(set(whole)) == len(prompts)
     assert answers(ours, until=[], do_sample=False) == whole
-    stops = [whole[1][4:6], whole[2][9:10], "never"]
+    stops = [whole[0][9:10], whole[1][4:6], "never"]
     expected = answers(theirs, until=stops)
     assert expected != whole
     assert answers(ours, until=stops, temperature=0.0, num_beams=1) == expected
-    assert answers(ours, until=stops[0], max_gen_toks=7) == answers(theirs, until=stops[0], max_gen_toks=7)
+    assert answers(ours, until=stops[0]) == answers(theirs, until=stops[0])
 
 
 def test_samples(plain: Path) -> None:
@@ -213,6 +230,8 @@ def write_tasks(place: Path) -> None:
         (place / f"tiny_{name}.yaml").write_text(json.dumps({"task": f"tiny_{name}", **common, **task}))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # lm-eval's table is made in processes of its own
 def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """By lm-eval's function and its command line; with solved examples, a chat template, and its cache of responses."""
     write_tasks(tmp_path)
