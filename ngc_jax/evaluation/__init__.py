@@ -1,1 +1,1 @@
-"""Evaluation of models: likelihoods, perplexity, bits per byte."""
+"""Evaluation of models: likelihoods, perplexity, bits per byte, tasks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from typing import Any
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.exact_match import ExactMatch
 from ngc_jax.evaluation.multiple_choice import MultipleChoice
+from ngc_jax.evaluation.pairs import FILE as SCORES
+from ngc_jax.evaluation.pairs import Run, write_run
 from ngc_jax.evaluation.predict import plan_batches
 from ngc_jax.evaluation.requests import Request, Response
 from ngc_jax.evaluation.responses import Responses
-from ngc_jax.evaluation.tasks import Document, Sum, Task, TaskSpec
+from ngc_jax.evaluation.scores import Sum
+from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
+from ngc_jax.evaluation.tasks import Task
 from ngc_jax.files import lock_directory
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import Bos
@@ -27,37 +32,50 @@ class TaskResult:
     """Scores of a model on a task.
 
     Attributes:
-        task: The task's name.
-        documents: Number of scored documents.
-        scores: By name.
+        run: The task's name, the scored documents, and their scores.
         reused: Responses that an earlier run had made.
         cut: Prompts that were too long for the model and lost their first tokens.
+        truncated: For generated answers, the share that reached the longest answer before their end.
+        tokens: For generated answers, their mean number of tokens, the one that ends them included.
     """
 
-    task: str
-    documents: int
-    scores: Mapping[str, Sum]
+    run: Run
     reused: int
     cut: int
+    truncated: Sum | None = None
+    tokens: float | None = None
+
+    @property
+    def documents(self) -> int:
+        """Number of scored documents."""
+        return len(self.run.documents)
+
+    @property
+    def scores(self) -> Mapping[str, Sum]:
+        """Scores by name."""
+        return self.run.scores
 
     def summary(self) -> dict[str, Any]:
-        """Plain data: mean and 95 % Wilson interval of each score."""
-        scores = {
-            name: {"mean": score.mean, "total": score.total, "interval": list(score.interval)}
-            for name, score in self.scores.items()
-        }
-        return {
-            "task": self.task,
+        """Plain data: mean and 95 % interval of each score."""
+        found = {
+            "task": self.run.task,
             "documents": self.documents,
-            "scores": scores,
+            "scores": {name: _summary(score) for name, score in self.scores.items()},
             "reused": self.reused,
             "cut": self.cut,
         }
+        if self.truncated is not None:
+            found |= {"truncated": _summary(self.truncated), "tokens": self.tokens}
+        return found
 
 
-def task_of(spec: TaskSpec) -> Task:
+def _summary(score: Sum) -> dict[str, Any]:
+    return {"mean": score.mean, "total": score.total, "interval": list(score.interval)}
+
+
+def task_of(spec: MultipleChoiceSpec | GenerationSpec) -> Task:
     """The task that a description describes."""
-    return MultipleChoice(spec) if spec.metric == "multiple_choice" else ExactMatch(spec)
+    return MultipleChoice(spec) if isinstance(spec, MultipleChoiceSpec) else ExactMatch(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +102,7 @@ class RunOptions:
 
 def run_task(
     model: LanguageModel,
-    spec: TaskSpec,
+    spec: MultipleChoiceSpec | GenerationSpec,
     documents: Sequence[Document],
     directory: str | Path,
     *,
@@ -101,7 +119,7 @@ def run_task(
         model: Dense or compact.
         spec: The task.
         documents: All documents; the first `spec.shots` are examples.
-        directory: For `responses.jsonl`.
+        directory: For `responses.jsonl`, and at the end `scores.json`, from which runs are compared.
         settings: What else tells this run from another, such as the model's fingerprint.
         how: Batch size, BOS, and whether earlier responses are discarded.
         progress: Called with (stage, requests done, total).
@@ -111,21 +129,22 @@ def run_task(
 
     Example:
         >>> documents = [{"question": "2 + 2", "sum": "4"}, {"question": "1 + 4", "sum": "5"}]
-        >>> spec = TaskSpec("sums", "{{ question }} =", "exact_match", target="{{ sum }}", max_new_tokens=2)
+        >>> spec = GenerationSpec("sums", "{{ question }} =", target="{{ sum }}", max_new_tokens=2)
         >>> run_task(model, spec, documents, "runs/sums").documents  # doctest: +SKIP
         2
     """
     how = how or RunOptions()
     tokenizer = model.load_tokenizer()
     all_settings = {
-        "task": dataclasses.asdict(dataclasses.replace(spec, source=None)),
-        "documents": hashlib.blake2b(json.dumps(documents, sort_keys=True).encode(), digest_size=16).hexdigest(),
+        "task": spec.settings(),
+        "documents": _hash(documents),
         "batch_size": how.batch_size,
         "bos": how.bos,
         **(settings or {}),
     }
     reused = cut = 0
     with lock_directory(directory) as place, Responses(place, all_settings, overwrite=how.overwrite) as kept:
+        (place / SCORES).unlink(missing_ok=True)
 
         def predict(requests: Sequence[Request]) -> Mapping[str, Response]:
             nonlocal reused, cut
@@ -141,5 +160,12 @@ def run_task(
             cut = sum("cut" in kept.found[request.id] for request in requests)
             return kept.found
 
-        scores = task_of(spec).measure(documents, tokenizer, predict, how.bos)
-    return TaskResult(spec.name, len(next(iter(scores.values())).values), scores, reused, cut)
+        measured = task_of(spec).measure(documents, tokenizer, predict, how.bos)
+        run = write_run(place, spec.name, documents, measured)
+    tokens = math.fsum(measured.tokens) / len(measured.tokens) if measured.tokens else None
+    return TaskResult(run, reused, cut, measured.truncated, tokens)
+
+
+def _hash(documents: Sequence[Document]) -> str:
+    text = json.dumps(documents, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

