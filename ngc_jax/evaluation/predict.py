@@ -151,7 +151,8 @@ def read_prefix(decoder: Decoder, params: Params, tokens_1xP: Int[Array, "1 P"])
     """The cache of a prefix, for `continuation_log_likelihoods`."""
     cache = init_cache(decoder.config, 1, 0, decoder.compute_dtype)
     positions_1xP = jnp.arange(tokens_1xP.shape[1])[None]
-    read: Cache = decoder.apply({"params": params}, tokens_1xP, positions_1xP, cache, method="hidden")[1]
+    apply: Callable[..., Any] = partial(decoder.apply, {"params": params}, method="hidden")
+    read: Cache = apply(tokens_1xP, positions_1xP, cache)[1]
     return read
 
 

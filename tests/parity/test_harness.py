@@ -1,6 +1,8 @@
 """lm-eval's own `hf` backend and ours, on the same tiny random models: the same numbers, texts and prompts."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval._cli import HarnessCLI  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -21,11 +24,13 @@ from tokenizers import decoders, models  # noqa: E402
 
 from ngc_jax.errors import UsageError  # noqa: E402
 from ngc_jax.evaluation import harness  # noqa: E402
-from ngc_jax.evaluation.harness import HarnessModel  # noqa: E402
+from ngc_jax.evaluation.harness import HarnessModel, HarnessOptions  # noqa: E402
 from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
+from tests.pages import DOCS, run_examples  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 from tests.tiny import random_tokens  # noqa: E402
 
+PAGE = "howto/lm_evaluation_harness.md"
 CPU = {"device": "cpu", "dtype": "float32"}
 SIZES = {"vocab_size": 260, "eos_token_id": 256, "pad_token_id": 256}
 
@@ -272,6 +277,29 @@ def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(sys, "argv", ["harness", *line.split()])
         assert harness.main() == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_about_it(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval knows the options of its command lines, and its Python runs, with a tiny model and task."""
+    lines = re.findall(r"python -m ngc_jax\.evaluation\.harness (--(?:.*\\\n)*.*)", (DOCS / PAGE).read_text())
+    assert lines
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", ["harness", *shlex.split(line.replace("\\\n", ""))])
+        given = HarnessCLI().parse_args()
+        assert given.model == harness.NAME
+        HarnessOptions.of({name: value for name, value in given.model_args.items() if name != "pretrained"})
+
+    def evaluate(tasks: list[str], **options: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        found = simple_evaluate(tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=0, **options)
+        return {"results": {tasks[0]: found["results"]["tiny_choice"]}}
+
+    write_tasks(tmp_path)
+    (tmp_path / "smollm2-0.8").symlink_to(plain)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm_eval.simple_evaluate", evaluate)
+    assert "acc,none" in run_examples(PAGE, least=1)["results"]["results"]["arc_easy"]
 
 
 @pytest.mark.parametrize(
