@@ -3,10 +3,11 @@
     python -m experiments.bytes --text wikitext2-valid.txt --out runs/bytes
     python -m experiments.bytes --quick --out runs/bytes-quick
 
-Every row is one model: dense, `ngc` (groups) or `pruned` (MLPs without some neurons: dense, too) at some keep ratios,
-each stored in several ways. It is saved, its tensor files are measured, it is loaded again and evaluated on text after
-the calibration text. Rows of one keep ratio share a conversion, all rows of a model the measurements. Finished rows are
-kept in `--out`: run the same command again to continue. Writes results.json, results.csv, results.md and bytes.png.
+Every row is one model: dense, `ngc` (groups) or `ngc, form dense` (a plain architecture, narrower MLPs), these two at
+some keep ratios, each stored in several ways. It is saved, its tensor files are measured, it is loaded again and
+evaluated on text after the calibration text. Rows of one keep ratio share a conversion, all rows of a model the
+measurements. Finished rows are kept in `--out`: run the same command again to continue. Writes results.json,
+results.csv, results.md and bytes.png.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import jax
 
 from ngc_jax.commands.console import console, progress_bar
 from ngc_jax.commands.convert import text_tokens
-from ngc_jax.conversion import Calibration, Chain, ConversionState, Pass, chain, convert, prune_neurons
+from ngc_jax.conversion import Calibration, Chain, ConversionState, Pass, chain, convert
 from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.measurement_cache import MeasurementCache
 from ngc_jax.conversion.methods import method_chain
@@ -55,6 +56,8 @@ STORAGE: dict[str, Quantise | str] = {
     "int2": Quantise(2, group_size=32, symmetric=False, embedding_bits=4),
 }
 DENSE = tuple(STORAGE)
+# Forms of a conversion, and the options that give them.
+FORMS: dict[str, dict[str, str]] = {"ngc": {}, "ngc, form dense": {"form": "dense"}}
 GROUPED = ("bfloat16", "int4", "int4 nearest", "int8", "int3, embeddings 4")
 
 
@@ -157,7 +160,7 @@ class Setting:
     def run(self) -> None:
         """All missing rows of the model."""
         a = self.arguments
-        wanted = [("dense", 1.0)] + [(form, keep) for keep in a.keep for form in ("ngc", "pruned")]
+        wanted = [("dense", 1.0)] + [(form, keep) for keep in a.keep for form in FORMS]
         with open_source(self.name) as source:
             if source.files and source.files[0].suffix == ".gguf":
                 self._add_source(sum(file.stat().st_size for file in source.files))
@@ -174,12 +177,7 @@ class Setting:
                     place, self.dense, self.calibration, whole, fits, lambda stage, *x: bar(*x, stage)
                 )
             for rows in todo:
-                passes = {
-                    "dense": lambda keep: (),
-                    "ngc": lambda keep: method_chain("ngc", keep).passes,
-                    # MLPs alone: the share of their neurons that gives the keep ratio of all blocks.
-                    "pruned": lambda keep: (prune_neurons(self.mlp_share(keep)),),
-                }[rows.form](rows.keep)
+                passes = () if rows.form == "dense" else method_chain("ngc", rows.keep, FORMS[rows.form]).passes
                 with progress_bar(f"{rows.form} {rows.keep:g}") as bar:
                     convert(
                         self.dense,
@@ -190,12 +188,6 @@ class Setting:
                         progress=lambda stage, *x, bar=bar: bar(*x, stage),
                     )
                 jax.clear_caches()
-
-    def mlp_share(self, keep: float) -> float:
-        """The share of MLP parameters at which all blocks together have the keep ratio."""
-        blocks = self.dense.config.blocks()
-        mlp = sum(block.parameters for block in blocks if ".mlp." in block.name)
-        return 1 - (1 - keep) * sum(block.parameters for block in blocks) / mlp
 
     def _add_source(self, size: int) -> None:
         """The source's own file: the dense model's perplexity at its own bytes."""
@@ -236,7 +228,7 @@ def picture(rows: Sequence[Mapping[str, Any]], model: str) -> Lines:
                 form if form in ("dense", "source") else f"{form} {keep:g}",
                 tuple(row["bytes"] / 1e6 for row in line),
                 tuple(max(math.log(row["perplexity"] / base), 1e-4) for row in line),
-                style=("dense", "ngc", "pruned", "source").index(form),
+                style=("dense", *FORMS, "source").index(form),
                 markers=True,
                 strength=1.0 if form in ("dense", "source") else 0.4 + 0.6 * keep,
             )

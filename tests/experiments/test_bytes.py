@@ -22,9 +22,9 @@ def test_rows_are_counted_resumed_and_drawn(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {(row["form"], row["storage"]): row for row in results["rows"]}
     assert set(rows) == {("dense", "float32"), ("dense", "int4")} | {
-        (form, storage) for form in ("ngc", "pruned") for storage in ("bfloat16", "int4")
+        (form, storage) for form in experiment.FORMS for storage in ("bfloat16", "int4")
     }
-    for form in ("ngc", "pruned"):
+    for form in experiment.FORMS:
         assert rows[form, "int4"]["bytes"] < rows[form, "bfloat16"]["bytes"] < rows["dense", "float32"]["bytes"]
     assert rows["dense", "int4"]["parameters"] == rows["dense", "float32"]["parameters"]
     assert (tmp_path / "out" / "bytes.png").stat().st_size > 10_000
