@@ -163,10 +163,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         options: As given.
 
     Example:
-        >>> import lm_eval, ngc_jax.evaluation.harness  # doctest: +SKIP
-        >>> lm_eval.simple_evaluate(  # doctest: +SKIP
-        ...     model="ngc_jax", model_args="pretrained=smollm2-0.8,dtype=float32", tasks=["arc_easy"], batch_size=8
-        ... )["results"]
+        import lm_eval, ngc_jax.evaluation.harness
+        lm_eval.simple_evaluate(model="ngc_jax", model_args="pretrained=smollm2-0.8", tasks=["arc_easy"], batch_size=8)
     """
 
     def __init__(self, pretrained: str | LanguageModel, **options: Any) -> None:

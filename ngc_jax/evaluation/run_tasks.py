@@ -132,6 +132,7 @@ def run_task(
 
     Example:
         >>> documents = [{"question": "2 + 2", "sum": "4"}, {"question": "1 + 4", "sum": "5"}]
+        >>> from ngc_jax.evaluation.specs import GenerationSpec
         >>> spec = GenerationSpec("sums", "{{ question }} =", target="{{ sum }}", max_new_tokens=2)
         >>> run_task(model, spec, documents, "runs/sums").documents  # doctest: +SKIP
         2
