@@ -14,6 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
+import lm_eval  # noqa: E402
+import yaml  # noqa: E402
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval._cli import HarnessCLI  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -24,7 +26,10 @@ from tokenizers import decoders, models  # noqa: E402
 
 from ngc_jax.errors import UsageError  # noqa: E402
 from ngc_jax.evaluation import harness  # noqa: E402
+from ngc_jax.evaluation.documents import read_documents  # noqa: E402
 from ngc_jax.evaluation.harness import HarnessModel, HarnessOptions  # noqa: E402
+from ngc_jax.evaluation.run_tasks import RunOptions, run_task  # noqa: E402
+from ngc_jax.evaluation.tasks import read_task  # noqa: E402
 from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
 from tests.pages import DOCS, run_examples  # noqa: E402
 from tests.parity import tiny  # noqa: E402
@@ -277,6 +282,32 @@ def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(sys, "argv", ["harness", *line.split()])
         assert harness.main() == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "folder"), [("arc_easy", "arc"), ("openbookqa", "openbookqa")])
+def test_our_own_tasks_ask_what_theirs_ask(name: str, folder: str, plain: Path, tmp_path: Path) -> None:
+    """Log-likelihoods of every choice, by the prompts of lm-eval's task files and by ours."""
+    write_tasks(tmp_path)
+    theirs = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / folder / f"{name}.yaml").read_text())
+    local = json.loads((tmp_path / "tiny_choice.yaml").read_text())
+    prompt = theirs["doc_to_text"].replace("question_stem", "question")  # a field of the hub's documents
+    (tmp_path / "tiny_choice.yaml").write_text(json.dumps(local | {"doc_to_text": prompt}))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    ours = HarnessModel(str(plain), batch_size=2)
+    found = simple_evaluate(model=ours, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=0)
+    documents = read_documents(str(tmp_path / "documents.jsonl"))
+    result = run_task(ours.model, read_task(name), documents, tmp_path / "run", how=RunOptions(2))
+    kept = [json.loads(line) for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()[1:]]
+    responses = {row["id"]: row["log_likelihood"] for row in kept}
+    samples = {sample["doc_id"]: [each[0][0] for each in sample["resps"]] for sample in found["samples"]["tiny_choice"]}
+    assert len(samples) == len(documents) == result.documents
+    for number, values in samples.items():
+        asked = [responses[f"{number}/{choice}"] for choice in range(len(values))]
+        assert asked == pytest.approx([float(value) for value in values], abs=1e-5)
+    scores = found["results"]["tiny_choice"]
+    assert {score: result.scores[score].mean for score in ("acc", "acc_norm")} == pytest.approx(
+        {score: scores[f"{score},none"] for score in ("acc", "acc_norm")}
+    )
 
 
 @pytest.mark.slow
