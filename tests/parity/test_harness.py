@@ -246,12 +246,8 @@ def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """By lm-eval's function and its command line; with solved examples, a chat template, and its cache of responses."""
     write_tasks(tmp_path)
     names = ["tiny_choice", "tiny_rolling", "tiny_answer"]
-    how = {
-        "batch_size": 2,
-        "num_fewshot": 1,
-        "bootstrap_iters": 0,
-        "task_manager": TaskManager(include_path=str(tmp_path)),
-    }
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    how = {"batch_size": 2, "num_fewshot": 1, "bootstrap_iters": 0, "task_manager": manager}
 
     def evaluate(model: str, arguments: str, **more: Any) -> dict[str, Any]:
         result = simple_evaluate(model=model, model_args=f"pretrained={plain},{arguments}", tasks=names, **how, **more)
@@ -274,14 +270,12 @@ def test_whole_evaluations(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["harness", *line.split(), "--apply_chat_template", "--batch_size", "auto"])
     assert harness.main() == 0
     assert "acc_norm" in capsys.readouterr().out
-    for wrong, message in (
-        ("pretrained=nowhere", "nowhere"),
-        (f"pretrained={plain},dtpye=float32", "did you mean dtype"),
-    ):
-        line = f"--model ngc_jax --model_args {wrong} --include_path {tmp_path} --tasks tiny_choice"
-        monkeypatch.setattr(sys, "argv", ["harness", *line.split()])
-        assert harness.main() == 2
-        assert message in capsys.readouterr().err
+    line = (
+        f"--model ngc_jax --model_args pretrained={plain},dtpye=float32 --include_path {tmp_path} --tasks tiny_choice"
+    )
+    monkeypatch.setattr(sys, "argv", ["harness", *line.split()])
+    assert harness.main() == 2
+    assert "did you mean dtype" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "folder"), [("arc_easy", "arc"), ("openbookqa", "openbookqa")])
