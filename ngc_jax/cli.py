@@ -6,6 +6,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import typing
@@ -211,6 +212,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
     rest, files = _take_config_files(arguments)
     chosen = rest[0] if rest and rest[0] in COMMANDS else ""
     given: dict[str, Any] = {}
+    texts: list[str] = []
+    if chosen and typing.get_type_hints(COMMANDS[chosen]).get("text") == str | list[str]:
+        rest, texts = _take_texts(rest)
     if chosen:
         config = COMMANDS[chosen]
         names = [field.name for field in dataclasses.fields(config)]
@@ -223,6 +227,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
         raise UsageError(f"{reason}; see ngc-jax {chosen} --help".replace("  ", " ")) from error
     values: Namespace = parsed[parsed.command]
     fields = dataclasses.fields(COMMANDS[parsed.command])
+    if texts:
+        values["text"] = [values["text"], *texts]
     named = {field.name: _expanded(field.name, values[field.name]) for field in fields}
     return parsed.command, COMMANDS[parsed.command](**named)
 
@@ -261,6 +267,39 @@ def _take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
     return rest, files
+
+
+# A text of several, with its share of the tokens.
+_WITH_SHARE = re.compile(r"[^-].*:[\d.]+(e-?\d+)?", re.DOTALL)
+
+
+def _take_texts(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without all but the first text of `--text NAME:SHARE NAME:SHARE`, and these texts.
+
+    Not by argparse, for which a model after a single text would be another text.
+    """
+    rest: list[str] = []
+    texts: list[str] = []
+    in_texts = False
+    for place, argument in enumerate(arguments):
+        before = arguments[place - 1] if place else ""
+        if in_texts and _WITH_SHARE.fullmatch(argument):
+            texts.append(argument)
+            continue
+        first = argument.removeprefix("--text=")
+        in_texts = False
+        if before == "--text" or first != argument:
+            texts.clear()  # the last --text counts
+            in_texts = _WITH_SHARE.fullmatch(first) is not None
+        rest.append(argument)
+    return rest, texts
+
+
+def _text_or_texts(value: Any) -> Any:
+    """The type of a text option that also takes several."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
+        return value
+    raise ValueError("expected a text, or a list of NAME:SHARE such as book.txt:0.5")
 
 
 def _parser(chosen: str, given: Mapping[str, Any]) -> ArgumentParser:
@@ -331,6 +370,8 @@ def _command_parser(config: type, given: Mapping[str, Any] | None = None, name: 
         elif types[field.name] == str | None:
             # Plain strings: for an optional type, "# Be brief" and "null" would be parsed as YAML and become None.
             action = groups[titles[field.name]].add_argument(flag, type=str, **common)
+        elif types[field.name] == str | list[str]:
+            action = groups[titles[field.name]].add_argument(flag, type=_text_or_texts, **common)
         elif types[field.name] in (list[str] | None, list[float] | None):
             kind = str if types[field.name] == list[str] | None else float
             action = groups[titles[field.name]].add_argument(flag, nargs="+", type=kind, **common)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ngc_jax.commands.compare_entries import (
     Entry,
+    Text,
     check_budgets,
     entries_of,
     input_digests,
@@ -39,11 +40,11 @@ class CompareConfig:
         model: The model to convert, as for convert.
         out: Directory of the results: one JSON file for each entry, results.json, results.md and pictures.
         variants: Options of each variant, by name: method and the other options of a conversion, as for convert, except
-            rank; keep, a list of keep ratios instead of --keep; text, a calibration text instead of --text; section,
-            one of methods, levers, topologies and texts; cost, true to measure its decoding speed and to time its first
-            conversion in a separate process.
+            rank; keep, a list of keep ratios instead of --keep; text, a calibration text or a list of them instead of
+            --text; section, one of methods, levers, topologies and texts; cost, true to measure its decoding speed and
+            to time its first conversion in a separate process.
         keep: Keep ratios.
-        text: Calibration text.
+        text: Calibration text, or several as NAME:SHARE, as for convert.
         calibration_tokens: Tokens to measure; 65,536 by default, or all of a shorter text.
         gradient_tokens: Number of tokens, from the first, on which gradients are measured.
         propagation_tokens: Number of tokens, from the first, on which errors are propagated.
@@ -63,7 +64,7 @@ class CompareConfig:
     out: str = "runs/compare"
     variants: dict[str, dict[str, Any]] | None = None
     keep: list[float] | None = None
-    text: str = "pydoc:first-half"
+    text: str | list[str] = "pydoc:first-half"
     calibration_tokens: int | None = None
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
@@ -100,7 +101,7 @@ class Comparison:
         self.directory = Path(config.out)
 
     @cached_property
-    def _inputs(self) -> dict[str, str | None]:
+    def _inputs(self) -> dict[Text | Literal["model"], Any]:
         """Digests of the model and of the texts that are files; an entry made from other inputs is run again."""
         return input_digests(self.config, self.entries)
 
@@ -158,7 +159,7 @@ class Comparison:
         console.print(f"{self.directory}: {len(results['entries'])} entries in results.json, results.md and pictures")
         return results
 
-    def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> None:
+    def _run_text(self, dense: LanguageModel, tokenizer: Tokenizer, text: Text, entries: list[Entry]) -> None:
         import jax
 
         from ngc_jax.commands.console import console, progress_bar
@@ -207,6 +208,7 @@ class Comparison:
 
     def _evaluate_saved(self, entry: Entry, compact: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
         """Save the model, count its file, load it again and evaluate that."""
+        from ngc_jax.conversion.mixtures import text_label
         from ngc_jax.models.decoder import input_site
         from ngc_jax.models.inspect import inspect_model
         from ngc_jax.models.load import load_model
@@ -229,7 +231,7 @@ class Comparison:
         return {
             "variant": entry.variant,
             "section": entry.section,
-            "text": Path(entry.text).name,
+            "text": text_label(entry.text),
             "method": recipe.method,
             "keep": recipe.keep,
             "chain": recipe.chain.describe(),
@@ -261,7 +263,7 @@ class Comparison:
             "decode_tokens_per_second": speed,
         }
 
-    def _calibration(self, dense: LanguageModel, tokenizer: Tokenizer, text: str, entries: list[Entry]) -> Calibration:
+    def _calibration(self, dense: LanguageModel, tokenizer: Tokenizer, text: Text, entries: list[Entry]) -> Calibration:
         """The text, if any entry reads one."""
         from ngc_jax.commands.convert import calibration_tokens
         from ngc_jax.conversion.pipeline import reads_text
@@ -281,6 +283,8 @@ class Comparison:
         )
 
     def _settings(self) -> dict[str, Any]:
+        from ngc_jax.conversion.mixtures import text_label
+
         names = ("model", "calibration_tokens", "gradient_tokens", "evaluation_text", "skip_tokens", "max_tokens")
         settings = {name: getattr(self.config, name) for name in (*names, "dtype")}
         settings["window"] = self.window
@@ -290,16 +294,16 @@ class Comparison:
         return {
             **settings,
             "evaluation_text": Path(self.config.evaluation_text).name,
-            "text": Path(self.config.text).name,
+            "text": text_label(self.config.text),
         }
 
     def _key(self, entry: Entry | None) -> str:
         """Digest of everything that an entry's numbers depend on; an entry with another key is run again."""
         from ngc_jax.conversion.passes.propagate_errors import PropagateErrors
 
-        texts = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
+        texts: set[Text] = {self.config.evaluation_text, *([] if entry is None else [entry.text])}
         settings = {k: v for k, v in self._settings().items() if k != "text"}
-        settings["inputs"] = [self._inputs["model"], *(self._inputs[text] for text in sorted(texts))]
+        settings["inputs"] = [self._inputs["model"], *(self._inputs[text] for text in sorted(texts, key=str))]
         what: list[Any] | None = None
         if entry is not None:
             recipe = {"keep": entry.recipe.keep, "chain": entry.recipe.chain.describe()}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ngc_jax.models.config import DecoderConfig
 
 SECTIONS = ("methods", "levers", "topologies", "texts")
+# A calibration text, or a mixture; see `conversion.mixtures`.
+Text = str | tuple[str, ...]
 _DEFAULT_VARIANTS = {name: {"method": name} for name in ("svd_llm", "ngc")}
 
 
@@ -30,7 +32,7 @@ class Entry:
     Attributes:
         variant: Its name.
         recipe: The conversion.
-        text: Its calibration text.
+        text: Its calibration text, or a mixture.
         section: Section of the results that shows it.
         cost: Whether its decoding speed is measured.
         own_process: Whether a conversion is timed in a separate process.
@@ -38,7 +40,7 @@ class Entry:
 
     variant: str
     recipe: Recipe
-    text: str
+    text: Text
     section: str
     cost: bool
     own_process: bool
@@ -55,7 +57,7 @@ def entries_of(config: CompareConfig) -> list[Entry]:
 
     variants = config.variants or _DEFAULT_VARIANTS
     levers = {"method", *option_types()} - {"rank"}
-    others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": str, "section": str, "cost": bool}
+    others: dict[str, Callable[[Any], Any]] = {"keep": list, "text": _text, "section": str, "cost": bool}
     unknown = sorted(set(config.only or []) - set(variants))
     if unknown:
         raise UsageError(f"there is no variant {unknown[0]!r}; expected one of {', '.join(variants)}")
@@ -75,21 +77,45 @@ def entries_of(config: CompareConfig) -> list[Entry]:
             chosen: dict[str, Any] = {key: value for key, value in options.items() if key in levers}
             recipe = Recipe(**chosen, keep=keep)
             cost = bool(options.get("cost"))
-            entries.append(Entry(name, recipe, options.get("text", config.text), section, cost, cost and index == 0))
+            text = _text(options.get("text", config.text))
+            entries.append(Entry(name, recipe, text, section, cost, cost and index == 0))
     return sorted(entries, key=lambda entry: SECTIONS.index(entry.section))
 
 
-def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[str, str | None]:
+def _text(given: Any) -> Text:
+    """A text, or a mixture that can be compared with others.
+
+    Raises:
+        UsageError: If shares are wrong.
+    """
+    from ngc_jax.conversion.mixtures import sources_of
+
+    if not sources_of(given):
+        return str(given if isinstance(given, str) else given[0])
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def input_digests(config: CompareConfig, entries: Iterable[Entry]) -> dict[Text, Any]:
     """Digests of the compared model and, by name, of the texts that are files."""
+    from ngc_jax.conversion.mixtures import sources_of
     from ngc_jax.models.fingerprint import fingerprint
     from ngc_jax.models.sources import open_source
 
     with open_source(config.model) as source:
-        digests: dict[str, str | None] = {"model": fingerprint(source)}
-    for text in {config.evaluation_text, *(entry.text for entry in entries)}:
-        file = Path(text).expanduser()
-        digests[text] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        digests: dict[Text, Any] = {"model": fingerprint(source)}
+    texts: set[Text] = {config.evaluation_text, *(entry.text for entry in entries)}
+    for text in texts:
+        if isinstance(text, str):
+            digests[text] = file_digest(text)
+        else:
+            digests[text] = [file_digest(source.name) for source in sources_of(text)]
     return digests
+
+
+def file_digest(text: str) -> str | None:
+    """The digest of a text that is a file; None for another."""
+    file = Path(text).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def window_of(config: CompareConfig) -> int:
@@ -127,7 +153,7 @@ def measure_cost(config: CompareConfig, entry: Entry, window: int) -> dict[str, 
             "--out",
             str(Path(directory) / "model"),
             "--text",
-            entry.text,
+            *([entry.text] if isinstance(entry.text, str) else entry.text),
             "--window",
             str(window),
         ]

@@ -42,9 +42,11 @@ class ConvertConfig(ConversionOptions):
             as much as another token, too.
         layers_per_pass: Layers whose gradient statistics are held at once; fewer need less memory and more time.
         text: Calibration text: a file, pydoc:first-half (needs no network), hub:NAME:CONFIG:SPLIT, or "sampled" for
-            text that the model generates itself.
+            text that the model generates itself. Several as NAME:SHARE, with shares of the tokens that add up to 1,
+            are mixed window by window; rows of .jsonl files in them have text, or conversations: messages, or prompt
+            and response.
         calibration_tokens: Tokens of the text to measure; 65,536 by default, or all of a shorter text.
-        skip_tokens: Number of tokens to skip at the start of the text.
+        skip_tokens: Number of tokens to skip at the start of the text, or of each.
         window: Tokens in a calibration window; 1,024 by default, or the length that the model was trained on if that is
             shorter.
         batch_size: Windows that run at once, on each device.
@@ -64,7 +66,7 @@ class ConvertConfig(ConversionOptions):
     gradient_tokens: int = 16_384
     propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
-    text: str = "pydoc:first-half"
+    text: str | list[str] = "pydoc:first-half"
     calibration_tokens: int | None = None
     skip_tokens: int = 0
     window: int | None = None
@@ -100,6 +102,7 @@ def convert_and_save(
     import jax
 
     from ngc_jax.commands.console import console, progress_bar
+    from ngc_jax.conversion.mixtures import described, sources_of, text_label
     from ngc_jax.conversion.pipeline import check_conversion, convert, reads_text
     from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
@@ -131,6 +134,7 @@ def convert_and_save(
     if config.devices > len(local):
         raise UsageError(f"--devices is {config.devices}, but this machine has {len(local)}; ask for at most that many")
     recipe = recipe_of(config)
+    sources_of(config.text)  # refuses wrong shares
 
     with open_source(config.model, tokenizer=config.tokenizer) as source:
         hf_config, section = split_config(source.config, config.model)
@@ -151,8 +155,16 @@ def convert_and_save(
                 f"{architecture.vocab_size:,}",
             )
         tokens = None
-        if reads and config.text != "sampled":
-            tokens = calibration_text(config.text, tokenizer, count, usual=usual_tokens, skip=config.skip_tokens)
+        if reads and config.text not in ("sampled", ["sampled"]):
+            tokens = calibration_text(
+                config.text,
+                tokenizer,
+                count,
+                usual=usual_tokens,
+                skip=config.skip_tokens,
+                window=window,
+                prefix=prefix,
+            )
         stored = config.store_dtype or storage_dtype(source)
         with progress_bar("load") as bar:
             dense = load_from_source(source, dtype=config.dtype, progress=bar)
@@ -189,7 +201,8 @@ def convert_and_save(
         **({} if config.tokenizer is None else {"tokenizer": config.tokenizer}),
         "base_model": hub_id(config.model),
         "calibration": {
-            "text": Path(config.text).name,
+            "text": text_label(config.text),
+            **({"texts": mixed} if (mixed := described(config.text)) else {}),
             "tokens": len(tokens),
             "window": window,
             "bos": config.bos,
@@ -260,15 +273,41 @@ def text_tokens(text: str, tokenizer: Tokenizer, skip: int, most: int | None, *,
 
 
 def calibration_text(
-    text: str, tokenizer: Tokenizer, count: int | None, *, usual: int = CALIBRATION_TOKENS, skip: int = 0
+    text: str | Sequence[str],
+    tokenizer: Tokenizer,
+    count: int | None,
+    *,
+    usual: int = CALIBRATION_TOKENS,
+    skip: int = 0,
+    window: int = WINDOW,
+    prefix: Sequence[int] = (),
 ) -> np.ndarray:
     """Tokens (T,) of a calibration text: `count`, or if that is None `usual` or all of a shorter text.
 
+    Args:
+        text: A text, or a mixture, a list of NAME:SHARE; see `conversion.mixtures`.
+        tokenizer: The model's.
+        count: Number of tokens.
+        usual: Number if count is None.
+        skip: Number of tokens to skip at the start of each text.
+        window: Tokens in a window; a mixture has tokens of one text in each.
+        prefix: Tokens at the start of every window.
+
     Raises:
-        UsageError: If it has fewer than `count`, or none to measure.
+        UsageError: If it has fewer than `count`, or none to measure, or the mixture is wrong.
     """
     from ngc_jax.commands.console import console
+    from ngc_jax.conversion.mixtures import mix_tokens, sources_of
 
+    if sources := sources_of(text):
+        mixture = mix_tokens(sources, tokenizer, count, usual=usual, skip=skip, window=window, prefix=prefix)
+        console.print(f"calibrating on {mixture.describe()}")
+        return mixture.tokens
+    text = text if isinstance(text, str) else text[0]
+    if Path(text).suffix.lower() == ".jsonl":
+        _LOG.warning(
+            "%s is read as plain text; write %s:1 to read the text or the conversations of its rows", text, text
+        )
     if count is not None:
         return text_tokens(text, tokenizer, skip, count, exact=True)
     tokens = text_tokens(text, tokenizer, skip, usual)
@@ -280,15 +319,15 @@ def calibration_text(
 def calibration_tokens(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Sequence[str],
     count: int | None,
     *,
     skip: int = 0,
-    window: int = 1024,
+    window: int = WINDOW,
     prefix: Sequence[int] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """Tokens (count,) of a calibration text, or, for the text "sampled", generated by the model itself.
+    """Tokens (count,) of a calibration text or mixture, or, for the text "sampled", generated by the model itself.
 
     If the count is None, as for `calibration_text`.
 
@@ -300,8 +339,8 @@ def calibration_tokens(
     from ngc_jax.commands.console import progress_bar
     from ngc_jax.models.sample_text import sample_tokens
 
-    if text != "sampled":
-        return calibration_text(text, tokenizer, count, skip=skip)
+    if text not in ("sampled", ["sampled"]):
+        return calibration_text(text, tokenizer, count, skip=skip, window=window, prefix=prefix)
     count = CALIBRATION_TOKENS if count is None else count
     with progress_bar("sample") as bar:
         return sample_tokens(

