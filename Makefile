@@ -54,7 +54,7 @@ FAST := $(addprefix tests/, \
 test-fast: $(TEST_STAMP) ## a part of `make test` that takes less than a minute, for every save
 	@$(PYTEST) $(BY_FILE) $(or $(ARGS),$(FAST))
 
-parity: $(PARITY_STAMP) ## compare with transformers' own models (installs torch)
+parity: $(PARITY_STAMP) ## compare with transformers' own models and lm-eval (installs torch)
 	@$(PYTEST) -m '' $(WORKERS) --dist worksteal $(or $(ARGS),tests/parity)
 
 test-slow: $(TEST_STAMP) ## the tests marked slow or real_model (downloads a small model); none is no failure
@@ -99,7 +99,7 @@ $(DEV_STAMP): $(TEST_STAMP)
 	@touch $@
 
 $(PARITY_STAMP): $(TEST_STAMP)
-	@echo "Installing torch into $(VENV), for the parity tests only ..."
+	@echo "Installing torch and lm-eval into $(VENV), for the parity tests only ..."
 	@$(PIP_INSTALL) -e '.[parity]'
 	@touch $@
 

@@ -13,6 +13,7 @@ from ngc_jax.errors import UsageError
 _EXTRAS = {
     "datasets": "train",
     "grain": "train",
+    "lm_eval": "eval",
     "orbax": "train",
     "tensorboardX": "train",
     "matplotlib": "report",

@@ -15,7 +15,7 @@ from ngc_jax.conversion.methods import METHODS, Recipe
 from ngc_jax.conversion.mixtures import sources_of
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.documents import read_documents
-from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
+from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec, PerplexitySpec
 from ngc_jax.evaluation.tasks import read_task
 
 DENSE = "dense"
@@ -85,6 +85,8 @@ def read_problem(
     """
     name, _, source = given.partition("=")
     spec = read_task(name)
+    if isinstance(spec, PerplexitySpec):
+        raise UsageError(f"the task {spec.name} measures perplexity, of which no share is retained; leave it out")
     spec = dataclasses.replace(spec, chat=True) if chat else spec
     if not (source or spec.source):
         raise UsageError(f"the task {spec.name} names no documents; give them as {name}=FILE")

@@ -14,7 +14,7 @@ from ngc_jax.evaluation.documents import document_key, read_documents
 from ngc_jax.evaluation.pairs import Pair, Run, check_same_documents, compare_runs, read_run
 from ngc_jax.evaluation.run_tasks import RunOptions, TaskResult, run_task
 from ngc_jax.evaluation.scores import Sum
-from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
+from ngc_jax.evaluation.specs import Document, GenerationSpec, PerplexitySpec, Spec
 from ngc_jax.evaluation.tasks import read_task
 from ngc_jax.models.fingerprint import fingerprint
 from ngc_jax.models.inference import inference_model
@@ -42,6 +42,8 @@ def run(config: EvaluateConfig, task: str) -> dict[str, Any]:
     if config.limit is not None:
         documents = documents[: config.limit + spec.shots]
     out = Path(config.out or f"runs/evaluate/{spec.name}")
+    if config.against is not None and isinstance(spec, PerplexitySpec):
+        raise UsageError("perplexities of two runs are not compared document by document; leave out --against")
     other = _other_run(config, out, documents[spec.shots :])
     with open_source(config.model, tokenizer=config.tokenizer) as source, progress_bar("load") as bar:
         settings = {
@@ -84,7 +86,7 @@ def run(config: EvaluateConfig, task: str) -> dict[str, Any]:
     return summary
 
 
-def _spec(config: EvaluateConfig, task: str) -> MultipleChoiceSpec | GenerationSpec:
+def _spec(config: EvaluateConfig, task: str) -> Spec:
     """The task, with what the command line says in place of its own."""
     spec = read_task(task)
     given = {
@@ -118,15 +120,13 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
-
-
-def _print_scores(spec: MultipleChoiceSpec | GenerationSpec, result: TaskResult) -> None:
+def _print_scores(spec: Spec, result: TaskResult) -> None:
     shown: Mapping[str, Sum] = result.scores
     if result.truncated is not None:
         shown = {**shown, "truncated": result.truncated}
-    rows = [[name, _percent(score.mean), _interval(score.interval)] for name, score in shown.items()]
+    rows = [
+        [name, score.show(score.mean), " to ".join(map(score.show, score.interval))] for name, score in shown.items()
+    ]
     if result.tokens is not None:
         rows.append(["tokens per answer", f"{result.tokens:,.1f}", ""])
     title = f"{spec.name}, {result.documents:,} documents, {spec.shots} shots" + (", chat" if spec.chat else "")

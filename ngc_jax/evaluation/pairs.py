@@ -14,7 +14,7 @@ from typing import Any
 
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.documents import document_key
-from ngc_jax.evaluation.scores import Sum, bootstrap_interval
+from ngc_jax.evaluation.scores import Sum, UnitPerplexity, bootstrap_interval
 from ngc_jax.evaluation.specs import Document
 from ngc_jax.evaluation.tasks import Measured
 from ngc_jax.files import parse_json, write_text
@@ -101,7 +101,7 @@ def pair_scores(values: Sequence[float], other: Sequence[float]) -> Pair:
 
 
 def compare_runs(run: Run | str | Path, other: Run | str | Path) -> dict[str, Pair]:
-    """Compare two runs, score by score; scores that only one of them has are left out.
+    """Compare two runs, score by score; scores that only one of them has are left out, and so are perplexities.
 
     Args:
         run: This one, or its directory.
@@ -116,11 +116,11 @@ def compare_runs(run: Run | str | Path, other: Run | str | Path) -> dict[str, Pa
     """
     one, two = (each if isinstance(each, Run) else read_run(each) for each in (run, other))
     check_same_documents(one.documents, two.documents, str(other) if not isinstance(other, Run) else "the other run")
-    common = [name for name in one.scores if name in two.scores]
+    common = [name for name, score in one.scores.items() if name in two.scores and type(score) is Sum]
     if not common:
         raise UsageError(
             f"the runs have no score in common: {', '.join(one.scores)} and {', '.join(two.scores)}; "
-            "compare runs with the same kind of answer and the same samples"
+            "compare runs with the same kind of answer, which is not a perplexity, and the same samples"
         )
     return {name: pair_scores(one.scores[name].values, two.scores[name].values) for name in common}
 
@@ -150,7 +150,9 @@ def write_run(directory: Path, task: str, documents: Sequence[Document], measure
     """
     run = Run(task, tuple(document_key(documents[number]) for number in measured.numbers), measured.scores)
     scores = {name: list(score.values) for name, score in run.scores.items()}
+    units = {name: list(score.units) for name, score in run.scores.items() if isinstance(score, UnitPerplexity)}
     data = {"task": task, "numbers": list(measured.numbers), "documents": list(run.documents), "scores": scores}
+    data |= {"units": units} if units else {}
     write_text(directory / FILE, json.dumps(data) + "\n")
     return run
 
@@ -164,7 +166,13 @@ def read_run(directory: str | Path) -> Run:
     file = Path(directory) / FILE
     try:
         data = parse_json(file.read_text(encoding="utf-8"))
-        scores = {str(name): Sum(tuple(map(float, values))) for name, values in data["scores"].items()}
+        units = data.get("units", {})
+        scores = {
+            str(name): UnitPerplexity(tuple(map(float, values)), tuple(map(int, units[name])))
+            if name in units
+            else Sum(tuple(map(float, values)))
+            for name, values in data["scores"].items()
+        }
         run = Run(str(data["task"]), tuple(map(str, data["documents"])), scores)
     except FileNotFoundError:
         raise UsageError(

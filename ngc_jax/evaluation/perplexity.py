@@ -120,6 +120,23 @@ def check_window(window: int) -> None:
         raise UsageError(f"window {window} has no token to score; expected at least 2")
 
 
+def cut_windows(stream: np.ndarray, window: int, prefix: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The context and the scored tokens of each window; windows without scored tokens are left out.
+
+    Args:
+        stream: (T,), of `begin_windows`.
+        window: Tokens in a window.
+        prefix: Tokens before the text of each window; without any, its first token is the context.
+
+    Example:
+        >>> [(context.tolist(), scored.tolist()) for context, scored in cut_windows(np.arange(7), 3)]
+        [([0], [1, 2]), ([3], [4, 5])]
+    """
+    context = max(prefix, 1)
+    windows = [stream[start : start + window] for start in range(0, len(stream), window)]
+    return [(some[:context], some[context:]) for some in windows if len(some) > context]
+
+
 def scored_bytes(tokens: np.ndarray, window: int, tokenizer: Tokenizer, prefix: int = 0) -> int:
     """UTF-8 bytes of a stream's scored tokens: all but the prefix of every window, or its first token without one."""
 

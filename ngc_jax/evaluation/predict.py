@@ -2,37 +2,42 @@
 
 Batches depend on the requests alone, so that a run that was interrupted continues with the same batches.
 
-Legend: Q contexts of a batch, L tokens of a context, R continuations, T tokens of a continuation, D residual width.
+Legend: P tokens of a prefix that all contexts of a batch share, Q contexts, L tokens of a context after it, R
+continuations, T tokens of a continuation, D residual width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ngc_jax.errors import UsageError
+from ngc_jax.evaluation.batches import LikelihoodBatch, context_room, cut_context, likelihood_batches
 from ngc_jax.evaluation.likelihood import cross_entropy, in_chunks
 from ngc_jax.evaluation.requests import GenerationRequest, LikelihoodRequest, Request, Response
-from ngc_jax.models.attention import init_cache
+from ngc_jax.models.attention import Cache, init_cache, to_rings
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.generate import bucket, generate
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.models.stop_texts import StopTexts
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.types import Params
 
-# Continuations of a batch for each of its contexts.
-_CHOICES = 4
-# Fewest tokens of a continuation's row: a single token would be written into the cache before it is attended to.
-_FEWEST = 8
+# Multiplications of a model in the time in which one program is compiled; measured with SmolLM2-135M on two cores of a
+# CPU, and a guess for accelerators, which compile as slowly and multiply a thousand times as fast.
+_COMPILING = {"cpu": 2.0**38}
+_COMPILING_ELSEWHERE = 2.0**48
+# Rows of continuations times tokens whose logits exist at once.
+_LOGITS = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,98 +49,92 @@ class Batch:
 
 
 def plan_batches(
-    model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], batch_size: int = 8
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    batch_size: int = 8,
+    *,
+    max_length: int | None = None,
 ) -> list[Batch]:
-    """Distribute requests over batches of equal shapes; nothing is computed yet.
+    """Distribute requests over batches of few shapes; nothing is computed yet.
 
-    Prompts and contexts that are too long for the model lose their first tokens; the response says so ("cut").
+    Choices of one context read it once, and so do contexts that begin alike, such as with the same solved examples, if
+    that saves time. Prompts and contexts that are too long for the model lose their first tokens; the response says so
+    ("cut").
 
     Args:
         model: Dense or compact.
         tokenizer: The model's, for generated texts.
         requests: Of either kind.
         batch_size: Prompts, or contexts, at once.
+        max_length: Most tokens that the model reads at once; None for as many as it was trained on.
 
     Raises:
         UsageError: If a continuation alone is too long, or two requests have the same id.
     """
     if len({request.id for request in requests}) < len(requests):
         raise UsageError("two requests of the task have the same id; give every document one")
-    limit = model.config.max_length
+    limit = model.config.max_length if max_length is None else max_length
     likelihoods = [one for one in requests if isinstance(one, LikelihoodRequest)]
     prompts = [one for one in requests if isinstance(one, GenerationRequest)]
+    compiling = _COMPILING.get(jax.default_backend(), _COMPILING_ELSEWHERE) / model.count_parameters()
+    prefixes = _Prefixes(model)
     batches = [
-        Batch(rows, partial(_answer_likelihoods, model, rows, sizes, batch_size, limit))
-        for sizes, rows in _likelihood_batches(likelihoods, batch_size, limit)
+        Batch(batch.requests, partial(_answer_likelihoods, model, batch.requests, batch, prefixes, limit))
+        for batch in likelihood_batches(likelihoods, batch_size, limit, compiling=compiling)
     ]
-    for key, group in itertools.groupby(sorted(prompts, key=partial(_prompt_key, limit)), partial(_prompt_key, limit)):
+    for _, group in itertools.groupby(sorted(prompts, key=partial(_alike, limit)), partial(_alike, limit)):
         rows = list(group)
         for some in (tuple(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)):
-            batches.append(Batch(some, partial(_answer_prompts, model, tokenizer, some, batch_size, key)))
+            answer = partial(_answer_prompts, model, tokenizer, some, min(batch_size, len(rows)), limit)
+            batches.append(Batch(some, answer))
     return batches
 
 
-def _context_room(request: LikelihoodRequest, limit: int) -> int:
-    """Most tokens of the context. Rows of continuations are padded, but padding has no position."""
-    room = limit - len(request.continuation)
-    if room < 1:
-        raise UsageError(
-            f"request {request.id} has {len(request.continuation)} tokens to score, and the model is for {limit}; "
-            "shorten the choice"
-        )
-    return room
+class _Prefixes:
+    """Reads a shared prefix once for all the batches that follow each other."""
 
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._tokens: tuple[int, ...] = ()
+        self._cache: Cache | None = None
 
-def _likelihood_batches(
-    requests: Sequence[LikelihoodRequest], batch_size: int, limit: int
-) -> Iterator[tuple[tuple[int, int], tuple[LikelihoodRequest, ...]]]:
-    """Sizes (L, T) and requests, those with the same context together where they fit."""
-
-    def sizes(request: LikelihoodRequest) -> tuple[int, int]:
-        length = min(len(request.context), _context_room(request, limit))
-        return bucket(length), bucket(len(request.continuation), smallest=_FEWEST)
-
-    for size, group in itertools.groupby(sorted(requests, key=sizes), sizes):  # stable: contexts remain together
-        some: list[LikelihoodRequest] = []
-        contexts: set[tuple[int, ...]] = set()
-        for request in group:
-            context = _context(request, limit)
-            if len(some) == _CHOICES * batch_size or (context not in contexts and len(contexts) == batch_size):
-                yield size, tuple(some)
-                some, contexts = [], set()
-            some.append(request)
-            contexts.add(context)
-        yield size, tuple(some)
-
-
-def _context(request: LikelihoodRequest, limit: int) -> tuple[int, ...]:
-    return tuple(int(token) for token in request.context[-_context_room(request, limit) :])
+    def read(self, tokens: tuple[int, ...]) -> Cache | None:
+        if tokens != self._tokens:
+            self._tokens, self._cache = tokens, None  # of two, one is freed first
+            if tokens:
+                self._cache = read_prefix(self._model.decoder, self._model.params, jnp.asarray([tokens], jnp.int32))
+        return self._cache
 
 
 def _answer_likelihoods(
     model: LanguageModel,
     requests: tuple[LikelihoodRequest, ...],
-    sizes: tuple[int, int],
-    batch_size: int,
+    batch: LikelihoodBatch,
+    prefixes: _Prefixes,
     limit: int,
 ) -> list[Response]:
-    contexts = list(dict.fromkeys(_context(request, limit) for request in requests))
-    tokens_QxL, lengths_Q = _rows(contexts, batch_size, sizes[0])
-    more_RxT, counts_R = _rows([request.continuation for request in requests], _CHOICES * batch_size, sizes[1])
-    owner_R = np.zeros(len(more_RxT), np.int32)
-    owner_R[: len(requests)] = [contexts.index(_context(request, limit)) for request in requests]
+    shape, before = batch.shape, len(batch.prefix)
+    cut = [cut_context(request, limit) for request in requests]
+    contexts = {context: row for row, context in enumerate(dict.fromkeys(cut))}
+    tokens_QxL, lengths_Q = _rows([context[before:] for context in contexts], shape.contexts, shape.length)
+    more_RxT, counts_R = _rows([request.continuation for request in requests], shape.rows, shape.width)
+    owner_R = np.zeros(shape.rows, np.int32)
+    owner_R[: len(requests)] = [contexts[context] for context in cut]
     arrays = map(jnp.asarray, (tokens_QxL, lengths_Q, owner_R, more_RxT, counts_R))
-    found = np.asarray(continuation_log_likelihoods(model.decoder, model.params, *arrays))[: len(requests)]
-    if not np.isfinite(found).all():
+    prefix = prefixes.read(batch.prefix)
+    found = continuation_log_likelihoods(model.decoder, model.params, *arrays, prefix)
+    likelihoods, greedy = (np.asarray(array)[: len(requests)] for array in found)
+    if not np.isfinite(likelihoods).all():
         raise UsageError(f"{model.name} has log-likelihoods that are not finite; load it in float32 (--dtype float32)")
     return [
-        {"log_likelihood": float(value), "tokens": len(request.continuation)}
+        {"log_likelihood": float(value), "greedy": bool(is_greedy), "tokens": len(request.continuation)}
         | (
             {"cut": len(request.context) - room}
-            if (room := _context_room(request, limit)) < len(request.context)
+            if (room := context_room(request, limit)) < len(request.context)
             else {}
         )
-        for request, value in zip(requests, found, strict=True)
+        for request, value, is_greedy in zip(requests, likelihoods, greedy, strict=True)
     ]
 
 
@@ -148,6 +147,16 @@ def _rows(texts: Sequence[Any], rows: int, width: int) -> tuple[np.ndarray, np.n
 
 
 @partial(jax.jit, static_argnames="decoder")
+def read_prefix(decoder: Decoder, params: Params, tokens_1xP: Int[Array, "1 P"]) -> Cache:
+    """The cache of a prefix, for `continuation_log_likelihoods`."""
+    cache = init_cache(decoder.config, 1, 0, decoder.compute_dtype)
+    positions_1xP = jnp.arange(tokens_1xP.shape[1])[None]
+    apply: Callable[..., Any] = partial(decoder.apply, {"params": params}, method="hidden")
+    read: Cache = apply(tokens_1xP, positions_1xP, cache)[1]
+    return read
+
+
+@partial(jax.jit, static_argnames="decoder")
 def continuation_log_likelihoods(
     decoder: Decoder,
     params: Params,
@@ -156,7 +165,8 @@ def continuation_log_likelihoods(
     owner_R: Int[Array, " R"],
     continuations_RxT: Int[Array, "R T"],
     counts_R: Int[Array, " R"],
-) -> Float[Array, " R"]:
+    prefix: Cache | None = None,
+) -> tuple[Float[Array, " R"], Bool[Array, " R"]]:
     """Log-likelihoods of continuations, each after one of the contexts; a context is read once for all of its own.
 
     Args:
@@ -165,36 +175,52 @@ def continuation_log_likelihoods(
         contexts_QxL: Token ids, padded on the right with any.
         lengths_Q: Tokens of each context, at least 1.
         owner_R: The context of each continuation.
-        continuations_RxT: Token ids, padded on the right with any; T is at least 2.
+        continuations_RxT: Token ids, padded on the right with any; T is not 2.
         counts_R: Tokens of each continuation.
+        prefix: Of `read_prefix`, of tokens that precede every context; None for none.
 
     Returns:
-        Nats, float32: the sum over a continuation's tokens.
+        Nats, float32: the sum over a continuation's tokens; and whether each of its tokens is the likeliest one at its
+        place (of equals, the one of the lowest id).
     """
-    assert continuations_RxT.shape[1] > 1, "one token would be written into the cache before it is attended to"
+    width = continuations_RxT.shape[1]
+    assert width != 2, "the one token that is read would be written into the cache before it is attended to"
     apply: Callable[..., Any] = partial(decoder.apply, {"params": params}, method="hidden")
-    index_L, index_T = jnp.arange(contexts_QxL.shape[1]), jnp.arange(continuations_RxT.shape[1])
-    cache = init_cache(decoder.config, len(contexts_QxL), 0, decoder.compute_dtype)
-    x_QxLxD, cache = apply(contexts_QxL, jnp.where(index_L < lengths_Q[:, None], index_L, -1), cache)
+    index_L, index_T = jnp.arange(contexts_QxL.shape[1]), jnp.arange(width)
+    if prefix is None:
+        before, cache = 0, init_cache(decoder.config, len(contexts_QxL), 0, decoder.compute_dtype)
+    else:
+        before = prefix[0].positions.shape[1]
+        # Slots of its own for every token: the contexts must not overwrite what their continuations attend to.
+        slots = to_rings(decoder.config, prefix, before + contexts_QxL.shape[1])
+        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(contexts_QxL), axis=0), slots)
+    positions_QxL = jnp.where(index_L < lengths_Q[:, None], before + index_L, -1)
+    x_QxLxD, cache = apply(contexts_QxL, positions_QxL, cache)
     last_QxD = jnp.take_along_axis(x_QxLxD, (lengths_Q - 1)[:, None, None], axis=1)[:, 0]
-    scored_RxT = index_T < counts_R[:, None]
-    positions_RxT = jnp.where(scored_RxT, lengths_Q[owner_R][:, None] + index_T, -1)
-    own = jax.tree.map(lambda leaf: leaf[owner_R], cache)
-    y_RxTxD, _ = apply(continuations_RxT, positions_RxT, own)
     # What predicts each token: the last hidden state of the context, then those of the tokens before it.
-    before_RxTxD = jnp.concatenate([last_QxD[owner_R][:, None], y_RxTxD[:, :-1]], axis=1)
+    before_RxTxD = last_QxD[owner_R][:, None]
+    if width > 1:
+        read_RxT = index_T[:-1] < counts_R[:, None] - 1
+        positions_RxT = jnp.where(read_RxT, before + lengths_Q[owner_R][:, None] + index_T[:-1], -1)
+        own = jax.tree.map(lambda leaf: leaf[owner_R], cache)
+        y_RxTxD, _ = apply(continuations_RxT[:, :-1], positions_RxT, own)
+        before_RxTxD = jnp.concatenate([before_RxTxD, y_RxTxD], axis=1)
 
-    def score(hidden_RxcxD: Array, targets_Rxc: Array) -> Array:
-        return -cross_entropy(decoder.bind({"params": params}).logits(hidden_RxcxD), targets_Rxc)
+    def score(hidden_RxcxD: Array, targets_Rxc: Array) -> tuple[Array, Array]:
+        logits_RxcxV = decoder.bind({"params": params}).logits(hidden_RxcxD)
+        return -cross_entropy(logits_RxcxV, targets_Rxc), logits_RxcxV.argmax(axis=-1) == targets_Rxc
 
-    return (in_chunks(score, before_RxTxD, continuations_RxT, chunk=64) * scored_RxT).sum(axis=1)
+    chunk = max(_LOGITS // len(continuations_RxT), 1)
+    likelihoods_RxT, likeliest_RxT = in_chunks(score, before_RxTxD, continuations_RxT, chunk=chunk)
+    scored_RxT = index_T < counts_R[:, None]
+    return (likelihoods_RxT * scored_RxT).sum(axis=1), (likeliest_RxT | ~scored_RxT).all(axis=1)
 
 
-def _prompt_key(limit: int, request: GenerationRequest) -> tuple[int, int, float, float, int]:
-    """What prompts of a batch share: padded tokens, tokens to generate, how to sample (top_p 1 for all), the seed."""
+def _alike(limit: int, request: GenerationRequest) -> tuple[Any, ...]:
+    """What prompts of a batch share: padded tokens, and how they are continued."""
     length = bucket(min(len(request.prompt), _room(request, limit)))
-    top_p = 1.0 if request.top_p is None else request.top_p
-    return length, request.max_new_tokens, request.temperature, top_p, request.seed[0]
+    top_p, top_k = 1.0 if request.top_p is None else request.top_p, request.top_k or 0  # None cannot be compared
+    return length, request.max_new_tokens, request.until, request.temperature, top_p, top_k, request.seed[0]
 
 
 def _room(request: GenerationRequest, limit: int) -> int:
@@ -209,30 +235,26 @@ def _room(request: GenerationRequest, limit: int) -> int:
 
 
 def _answer_prompts(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    requests: tuple[GenerationRequest, ...],
-    batch_size: int,
-    key: tuple[int, int, float, float, int],
+    model: LanguageModel, tokenizer: Tokenizer, requests: tuple[GenerationRequest, ...], rows: int, limit: int
 ) -> list[Response]:
-    limit = model.config.max_length
+    first = requests[0]
     prompts = [request.prompt[-_room(request, limit) :] for request in requests]
-    # The last batch is filled up, so that it needs no program of its own.
-    filled = [*prompts, *[prompts[-1]] * (batch_size - len(prompts))]
-    _, max_new_tokens, temperature, top_p, seed = key
     seeds = [request.seed[1] for request in requests]
+    more = rows - len(prompts)  # the last batch is filled up, so that it needs no program of its own
+    stops = (*tokenizer.stop_tokens, *special_tokens(tokenizer, first.until))
     found = generate(
         model,
-        filled,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p=top_p),
-        key=jax.random.key(seed),
-        stop_tokens=tokenizer.stop_tokens,
-        seeds=[*seeds, *[seeds[-1]] * (batch_size - len(seeds))],
+        [*prompts, *[prompts[-1]] * more],
+        max_new_tokens=first.max_new_tokens,
+        sampling=Sampling(first.temperature, top_p=first.top_p, top_k=first.top_k),
+        key=jax.random.key(first.seed[0]),
+        stop_tokens=stops,
+        seeds=[*seeds, *[seeds[-1]] * more],
+        stop_texts=StopTexts(tokenizer, first.until) if first.until else None,
     )[: len(prompts)]
     responses: list[Response] = []
     for request, prompt, ids in zip(requests, prompts, found, strict=True):
-        stopped = len(ids) > 0 and ids[-1] in tokenizer.stop_tokens
+        stopped = len(ids) > 0 and ids[-1] in stops
         shown = ids[:-1] if stopped and request.special_tokens else ids
         text = tokenizer.decode(shown, skip_special_tokens=not request.special_tokens)
         ends = [place for until in request.until if (place := text.find(until)) >= 0]
@@ -240,3 +262,9 @@ def _answer_prompts(
         finish = "stop" if stopped or ends else "length"
         responses.append({"text": text[: min(ends)] if ends else text, "tokens": len(ids), "finish": finish, **cut})
     return responses
+
+
+def special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """Those of the texts that are a special token, as ids: generated texts do not show them."""
+    encoded = [tokenizer.encode(text) for text in texts]
+    return [int(ids[0]) for ids in encoded if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True)]

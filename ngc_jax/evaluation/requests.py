@@ -37,6 +37,7 @@ class GenerationRequest:
         until: Texts before which the answer ends.
         temperature: 0 takes the most likely token.
         top_p: Sample from the most likely tokens that together have this probability; None for all.
+        top_k: Sample from this number of most likely tokens; None for all.
         seed: Of the run, and of the request in it. An answer depends on them, not on the batch that it is in.
         special_tokens: Whether the answer shows special tokens, except the one that ends it.
         about: What is kept with the response, for readers.
@@ -48,14 +49,16 @@ class GenerationRequest:
     until: tuple[str, ...] = ()
     temperature: float = 0.0
     top_p: float | None = None
+    top_k: int | None = None
     seed: tuple[int, int] = (0, 0)
     special_tokens: bool = False
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Request = LikelihoodRequest | GenerationRequest
-# {"log_likelihood": nats, "tokens": scored}, or {"text": answer, "tokens": generated, "finish": "stop" or "length"}:
-# the latter if the answer has max_new_tokens and would have continued.
+# {"log_likelihood": nats, "greedy": whether every token is the likeliest at its place, "tokens": scored}, or {"text":
+# answer, "tokens": generated, "finish": "stop" or "length"}: the latter if the answer has max_new_tokens and would have
+# continued. "cut" is the number of first tokens that a prompt lost, if any.
 Response = Mapping[str, Any]
 # From requests, all of one kind, to a response for each id.
 Predict = Callable[[Sequence[Request]], Mapping[str, Response]]

@@ -19,8 +19,9 @@ from ngc_jax.evaluation.predict import plan_batches
 from ngc_jax.evaluation.requests import Request, Response
 from ngc_jax.evaluation.responses import Responses
 from ngc_jax.evaluation.scores import Sum
-from ngc_jax.evaluation.specs import Document, GenerationSpec, MultipleChoiceSpec
+from ngc_jax.evaluation.specs import Document, MultipleChoiceSpec, PerplexitySpec, Spec
 from ngc_jax.evaluation.tasks import Task
+from ngc_jax.evaluation.text_perplexity import TextPerplexity
 from ngc_jax.files import lock_directory
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import Bos
@@ -73,8 +74,10 @@ def _summary(score: Sum) -> dict[str, Any]:
     return {"mean": score.mean, "total": score.total, "interval": list(score.interval)}
 
 
-def task_of(spec: MultipleChoiceSpec | GenerationSpec) -> Task:
+def task_of(spec: Spec) -> Task:
     """The task that a description describes."""
+    if isinstance(spec, PerplexitySpec):
+        return TextPerplexity(spec)
     return MultipleChoice(spec) if isinstance(spec, MultipleChoiceSpec) else ExactMatch(spec)
 
 
@@ -102,7 +105,7 @@ class RunOptions:
 
 def run_task(
     model: LanguageModel,
-    spec: MultipleChoiceSpec | GenerationSpec,
+    spec: Spec,
     documents: Sequence[Document],
     directory: str | Path,
     *,
@@ -129,6 +132,7 @@ def run_task(
 
     Example:
         >>> documents = [{"question": "2 + 2", "sum": "4"}, {"question": "1 + 4", "sum": "5"}]
+        >>> from ngc_jax.evaluation.specs import GenerationSpec
         >>> spec = GenerationSpec("sums", "{{ question }} =", target="{{ sum }}", max_new_tokens=2)
         >>> run_task(model, spec, documents, "runs/sums").documents  # doctest: +SKIP
         2

@@ -42,6 +42,50 @@ class Sum:
             return wilson_interval(self.total, len(self.values))
         return bootstrap_interval(self.values, (0.0, 1.0))
 
+    def show(self, value: float) -> str:
+        """A value of the score, for readers."""
+        return f"{100 * value:.1f} %"
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitPerplexity(Sum):
+    """exp of the mean negative log-likelihood of a unit of text, such as a word, over all documents together.
+
+    Attributes:
+        values: Negative log-likelihood of each document, in nats.
+        units: Number of units of each document.
+
+    Example:
+        >>> score = UnitPerplexity((2.0, 4.0), (1, 2))
+        >>> round(score.mean, 3), score.interval == (score.mean, score.mean)
+        (7.389, True)
+    """
+
+    units: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """The perplexity."""
+        return _exp(self.total / sum(self.units))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval from the spread of the documents: the delta method for a ratio of sums."""
+        count, mean = len(self.values), self.total / sum(self.units)
+        if count < 2:
+            return 1.0, math.inf
+        rest = math.fsum((value - mean * units) ** 2 for value, units in zip(self.values, self.units, strict=True))
+        half = 1.959964 * math.sqrt(rest * count / (count - 1)) / sum(self.units)
+        return _exp(mean - half), _exp(mean + half)
+
+    def show(self, value: float) -> str:
+        """A value of the score, for readers."""
+        return f"{value:,.3f}"
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
 
 def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Confidence interval of a proportion (Wilson 1927), 95 % by default.

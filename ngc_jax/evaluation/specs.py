@@ -204,6 +204,36 @@ class GenerationSpec(TaskSpec):
         return tuple(f"{name}_pass@{k}" for name in plain for k in self.ks) if self.ks else plain
 
 
-METRICS: Mapping[str, type[MultipleChoiceSpec] | type[GenerationSpec]] = {
-    kind.metric: kind for kind in (MultipleChoiceSpec, GenerationSpec)
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerplexitySpec(TaskSpec):
+    """A task whose documents are texts: their perplexity by word, byte and token, each document by itself.
+
+    Attributes:
+        window: Tokens in a window; windows are those of `measure_perplexity`.
+
+    Example:
+        >>> PerplexitySpec("articles", "{{ text }}").score_names
+        ('word_perplexity', 'byte_perplexity', 'token_perplexity')
+    """
+
+    metric = "perplexity"
+
+    window: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(window=2)
+        if self.shots or self.chat:
+            raise UsageError(
+                f"task {self.name} measures texts, which have no solved examples and no chat; leave them out"
+            )
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the scores."""
+        return ("word_perplexity", "byte_perplexity", "token_perplexity")
+
+
+Spec = MultipleChoiceSpec | GenerationSpec | PerplexitySpec
+
+METRICS: Mapping[str, type[Spec]] = {kind.metric: kind for kind in (MultipleChoiceSpec, GenerationSpec, PerplexitySpec)}

@@ -16,7 +16,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.documents import HUB
 from ngc_jax.evaluation.requests import Predict
 from ngc_jax.evaluation.scores import Sum
-from ngc_jax.evaluation.specs import METRICS, Document, GenerationSpec, MultipleChoiceSpec
+from ngc_jax.evaluation.specs import METRICS, Document, Spec
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.tokens import Bos
 
@@ -65,7 +65,7 @@ def task_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in _TASKS.iterdir() if file.name.endswith(".yaml"))
 
 
-def read_task(name: str) -> MultipleChoiceSpec | GenerationSpec:
+def read_task(name: str) -> Spec:
     """Read a task by its name, or from a YAML file.
 
     Raises:
@@ -101,7 +101,7 @@ def read_task(name: str) -> MultipleChoiceSpec | GenerationSpec:
     return task_from(data)
 
 
-def task_from(data: Mapping[str, Any]) -> MultipleChoiceSpec | GenerationSpec:
+def task_from(data: Mapping[str, Any]) -> Spec:
     """A task from plain data, as a YAML file has it.
 
     Args:

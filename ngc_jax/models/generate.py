@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,14 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, decode
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.models.stop_texts import StopTexts
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.tokens import as_rows, check_ids
 
 Prompt = np.ndarray | Array | Sequence[int] | str
 GREEDY = Sampling()
+# Number of tokens after which the host looks for stop texts; a row decodes that many in vain, at most.
+_STEPS_BETWEEN_TEXTS = 16
 _REPLACEMENT = "\ufffd"  # the decoding of an incomplete character
 
 
@@ -40,6 +44,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     stop_tokens: Sequence[int] = (),
     seeds: Sequence[int] | None = None,
+    stop_texts: StopTexts | None = None,
 ) -> list[np.ndarray]:
     """Continue prompts, all in one batch.
 
@@ -51,9 +56,12 @@ def generate(
         key: Randomness; may be None if greedy.
         stop_tokens: Tokens after which a continuation ends, usually the tokenizer's `stop_tokens`.
         seeds: One whole number per prompt, folded into the key; None for 0, 1, 2, ...
+        stop_texts: Texts after which a continuation ends. They are looked for after every few tokens, so that the
+            device does not wait for the host at each.
 
     Returns:
-        The new tokens of each prompt, int32; the stop token is the last if one was reached.
+        The new tokens of each prompt, int32. If a stop token was reached, it is the last; if a stop text, the token
+        that completed it.
 
     Raises:
         UsageError: If a prompt is empty, has tokens that the model does not know or leaves no room for
@@ -68,11 +76,23 @@ def generate(
         2
     """
     prompts = as_prompts(model, prompts)
-    chunks = list(
-        _batches(model, prompts, MAX_STEPS, max_new_tokens, sampling, key, stop_tokens, seeds) if prompts else ()
-    )
-    rows = np.concatenate(chunks, axis=1) if chunks else ()
-    return [row[row != NO_TOKEN] for row in rows]
+    if not prompts:
+        return []
+    steps = MAX_STEPS if stop_texts is None else _STEPS_BETWEEN_TEXTS
+    chunks = _batches(model, prompts, steps, max_new_tokens, sampling, key, stop_tokens, seeds)
+    rows = [np.zeros(0, np.int32) for _ in prompts]
+    ended = np.zeros(len(prompts), bool)
+    with suppress(StopIteration):
+        tokens = next(chunks)
+        while True:
+            for index in np.flatnonzero(~ended):
+                before, more = len(rows[index]), tokens[index]
+                rows[index] = np.concatenate([rows[index], more[more != NO_TOKEN]])
+                end = None if stop_texts is None else stop_texts.end(rows[index], before)
+                if end is not None:
+                    rows[index], ended[index] = rows[index][:end], True
+            tokens = chunks.send(ended)
+    return rows
 
 
 def as_prompts(model: LanguageModel, prompts: Sequence[Prompt] | Prompt) -> list[np.ndarray]:
@@ -316,8 +336,11 @@ def _batches(
     key: Key[Array, ""] | None,
     stop_tokens: Sequence[int],
     seeds: Sequence[int] | None,
-) -> Iterator[np.ndarray]:
-    """Decoded tokens (B, up to `steps`) with `NO_TOKEN` after a row's end, until all rows have ended."""
+) -> Generator[np.ndarray, np.ndarray | None, None]:
+    """Decoded tokens (B, up to `steps`) with `NO_TOKEN` after a row's end, until all rows have ended.
+
+    Rows that are sent back, (B,) bool, end.
+    """
     _check(model.config, prompts, max_new_tokens)
     if key is None and not sampling.greedy:
         raise UsageError("sampling at a temperature needs randomness; pass key, for example jax.random.key(0)")
@@ -327,12 +350,16 @@ def _batches(
     key = jax.random.key(0) if key is None else key
     stops = _stops(stop_tokens)
 
-    def chunks(seeds: Sequence[int], key: Key[Array, ""]) -> Iterator[np.ndarray]:
+    def chunks(seeds: Sequence[int], key: Key[Array, ""]) -> Generator[np.ndarray, np.ndarray | None, None]:
         first, state = _begin(model, prompts, max_new_tokens, sampling, key, stop_tokens, seeds)
         arrays = sampling.arrays
-        yield np.asarray(first)[:, None]
-        while np.any(state.remaining):
+        ended = yield np.asarray(first)[:, None]
+        while True:
+            if ended is not None:
+                state = state._replace(remaining=jnp.where(ended, 0, state.remaining))
+            if not np.any(state.remaining):
+                return
             tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=arrays)
-            yield np.asarray(tokens)[:, :steps]
+            ended = yield np.asarray(tokens)[:, :steps]
 
     return chunks(seeds, key)

@@ -137,6 +137,11 @@ class Tokenizer:
         """Whether `apply_chat_template` can be used."""
         return self._fast.chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that `render_chat` fills without tools; None if the model has none."""
+        return self._fast.template(tools=False) if self.has_chat_template else None
+
     def __call__(self, text: str | Sequence[str], special_tokens: bool = True) -> np.ndarray | list[np.ndarray]:
         """Encodes a text as (L,) ids, or several as a list of them, with the special tokens around a text.
 

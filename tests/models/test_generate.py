@@ -28,6 +28,7 @@ from ngc_jax.models.generate import (
 )
 from ngc_jax.models.load import LanguageModel, load_model
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.models.stop_texts import StopTexts
 from ngc_jax.models.tokenizer import Tokenizer, wrap
 from tests.models.compact import compact_model, dense_model
 from tests.tiny import forward, tiny_tokenizer
@@ -60,6 +61,50 @@ def test_greedy_is_the_greatest_of_full_forwards(make: Callable[..., LanguageMod
         logits = np.asarray(forward(model.params, padded, decoder=model.decoder)[0])[0]
         predicted = logits[prompt.size - 1 : text.size - 1]
         np.testing.assert_array_equal(predicted.argmax(axis=1), continuation)
+
+
+def test_rows_end_with_the_token_that_completes_a_stop_text(model: LanguageModel, monkeypatch) -> None:
+    """Of rows that end in unlike chunks, whatever the chunks; once all have ended, no more is decoded."""
+    tokenizer = tiny_tokenizer()
+    whole = generate(model, PROMPTS, max_new_tokens=60, sampling=WARM, key=KEY)
+    texts = [tokenizer.decode(row) for row in whole]
+    pairs = [[text[at : at + 2] for at in range(9, len(text) - 1) if text[at : at + 2].isascii()] for text in texts]
+    stops = StopTexts(tokenizer, [pairs[0][0], pairs[1][len(pairs[1]) // 2]])
+    ends = [
+        next((n for n in range(61) if any(s in tokenizer.decode(row[:n]) for s in stops.texts)), 60) for row in whole
+    ]
+    assert 1 < ends[0] < 60
+    assert 1 < ends[1] < 60
+    decoded = []
+
+    def counted(*given, **options):
+        tokens, state = decode(*given, **options)
+        decoded.append(int(np.max(np.sum(np.asarray(tokens) != NO_TOKEN, axis=1))))
+        return tokens, state
+
+    monkeypatch.setattr(generation, "decode", counted)
+    for steps in (1, 16):
+        monkeypatch.setattr(generation, "_STEPS_BETWEEN_TEXTS", steps)
+        for rows in ([0, 1, 2], [0, 1]):
+            decoded.clear()
+            prompts = [PROMPTS[row] for row in rows]
+            found = generate(model, prompts, max_new_tokens=60, sampling=WARM, key=KEY, seeds=rows, stop_texts=stops)
+            for row, tokens in zip(rows, found, strict=True):
+                np.testing.assert_array_equal(tokens, whole[row][: ends[row]])
+            assert max(ends[row] for row in rows) - 1 <= sum(decoded) < max(ends[row] for row in rows) + steps
+
+
+def test_stop_texts_are_found_across_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.encode("One.\n\nTwö")
+    stops = StopTexts(tokenizer, ["\n\n", "ö"])
+    assert stops.end(tokens) == 6
+    assert stops.end(tokens[:5]) is None
+    assert StopTexts(tokenizer, ["ö"]).end(tokens, 6) == len(tokens)  # of two bytes
+    with pytest.raises(UsageError, match="expected a list of texts"):
+        StopTexts(tokenizer, "\n\n")
+    with pytest.raises(UsageError, match="not empty"):
+        StopTexts(tokenizer, [""])
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
