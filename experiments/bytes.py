@@ -47,8 +47,7 @@ from ngc_jax.reporting.render.plots import draw
 STORAGE: dict[str, Quantise | str] = {
     "float32": "float32",
     "int4": Quantise(4),
-    "int4, inputs": Quantise(4, feedback="inputs"),
-    "int4 nearest": Quantise(4, feedback="none"),
+    "int4 nearest": Quantise(4, feedback=False),
     "int8": Quantise(8),
     "bfloat16": "bfloat16",
     "int4, embeddings too": Quantise(4, embedding_bits=4),
@@ -59,7 +58,7 @@ STORAGE: dict[str, Quantise | str] = {
 DENSE = tuple(STORAGE)
 # Forms of a conversion, and the options that give them.
 FORMS: dict[str, dict[str, str]] = {"ngc": {}, "ngc, form dense": {"form": "dense"}}
-GROUPED = ("bfloat16", "int4", "int4, inputs", "int4 nearest", "int8", "int3, embeddings 4")
+GROUPED = ("bfloat16", "int4", "int4 nearest", "int8", "int3, embeddings 4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,11 +215,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(rows: Sequence[Mapping[str, Any]], model: str) -> Lines:
     """Excess over megabytes: one line for each form and keep ratio."""
-    mine = [
-        row
-        for row in rows
-        if row["model"] == model and row["storage"] not in ("float32", "int4 nearest", "int4, inputs")
-    ]
+    mine = [row for row in rows if row["model"] == model and row["storage"] not in ("float32", "int4 nearest")]
     base = next(row["perplexity"] for row in rows if row["model"] == model and row["storage"] == "float32")
     series = []
     for form, keep in dict.fromkeys((row["form"], row["keep"]) for row in mine):

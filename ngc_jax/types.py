@@ -12,5 +12,3 @@ Progress = Callable[[str, int, int], None]
 # Bits of a quantised number, and how many numbers share a scale.
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
-# Where the errors of rounding are compensated: nowhere, along a matrix's inputs, or along inputs and outputs.
-Feedback = Literal["none", "inputs", "both"]

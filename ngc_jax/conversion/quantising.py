@@ -2,8 +2,8 @@
 
 A group's input states are rounded first, in the geometry of its inputs and of its signal, whose errors cost what the
 members' output states make of them. Those are then fitted again to the signal of the rounded input states (least
-squares: what the group computed before is the target), and rounded in the geometry of that signal and of the outputs.
-Unit pivot states are not stored, hence exact.
+squares: what the group computed before is the target), and rounded in the geometry of that signal. Unit pivot states
+are not stored, hence exact.
 
 Legend: I inputs of a group, R rank, O input neurons whose states are stored, J outputs of a member.
 """
@@ -43,6 +43,7 @@ def quantise_model(state: ConversionState, options: Quantise) -> LanguageModel:
             the statistics as a stream, of which one layer is held at a time.
         options: The pass.
     """
+    grid = Grid(options.bits, options.group_size, options.symmetric)
     model = state.dense if state.compact is None else state.compact
     made: dict[tuple[str, ...], Any] = {}
     if state.compact is None:
@@ -50,17 +51,17 @@ def quantise_model(state: ConversionState, options: Quantise) -> LanguageModel:
         for layer in range(model.config.num_layers):
             measured = next(stream, {})  # read first: pruned layers take the place of dense ones with it
             blocks = [model.config.block(layer, role) for role in "qkvougd"]
-            made |= _quantise_blocks(model, blocks, measured, options)
+            made |= _quantise_blocks(model, blocks, measured if options.feedback else {}, grid)
             state.report("quantise", layer + 1, model.config.num_layers)
         plan = Plan((), model.config.blocks())
     else:
         assert model.plan is not None
         plan, measured = model.plan, {}
-        if options.feedback != "none":
+        if options.feedback:
             measured = {name: entry for layer in state.statistics for name, entry in layer.items()}
         blocks = [block for block in model.config.blocks() if block.name not in plan.group_of]
-        made |= _quantise_blocks(model, blocks, measured, options)
-        for done, (name, states) in enumerate(_quantise_groups(model, plan.groups, measured, options), start=1):
+        made |= _quantise_blocks(model, blocks, measured, grid)
+        for done, (name, states) in enumerate(_quantise_groups(model, plan.groups, measured, grid), start=1):
             made[("groups", name)] = states
             state.report("quantise", done, len(plan.groups))
     whole = Grid(options.embedding_bits, options.group_size, options.symmetric)
@@ -77,20 +78,16 @@ def quantise_model(state: ConversionState, options: Quantise) -> LanguageModel:
 
 
 def _quantise_blocks(
-    model: LanguageModel, blocks: Sequence[Block], measured: Mapping[str, Statistics], options: Quantise
+    model: LanguageModel, blocks: Sequence[Block], measured: Mapping[str, Statistics], grid: Grid
 ) -> dict[tuple[str, ...], QuantisedMatrix]:
     """Dense kernels by path; rounded to nearest where nothing is measured."""
-    grid = _grid(options)
 
     def one(block: Block) -> QuantisedMatrix:
         kernel = np.asarray(kernel_of(model.params, block.name), np.float32)
         _check_finite(kernel, block.name)
-        if options.feedback == "none" or block.name not in measured:
+        if block.name not in measured:
             return round_to_nearest(kernel, grid)
-        entry = measured[block.name]
-        return round_with_feedback(
-            kernel, _moment(entry, block.name), grid, metric=_metric(entry, block, options.along_outputs)
-        )
+        return round_with_feedback(kernel, _moment(measured[block.name], block.name), grid)
 
     costs = [float(block.d_out * block.d_in * block.d_in) for block in blocks]
     widths = [max(block.d_in, block.d_out) for block in blocks]
@@ -99,10 +96,9 @@ def _quantise_blocks(
 
 
 def _quantise_groups(
-    model: LanguageModel, groups: Sequence[GroupPlan], measured: Mapping[str, Statistics], options: Quantise
+    model: LanguageModel, groups: Sequence[GroupPlan], measured: Mapping[str, Statistics], grid: Grid
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The states of each group, in order."""
-    grid = _grid(options)
 
     def one(group: GroupPlan) -> dict[str, Any]:
         states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(model.params["groups"][group.name]))
@@ -111,8 +107,7 @@ def _quantise_groups(
         moments = [_moment(measured[m.name], m.name) for m in group.members if m.name in measured]
         if len(moments) < len(group.members) or group.kernel.name != "bilinear":
             return _nearest_states(states, grid)
-        metrics = [_metric(measured[member.name], member, options.along_outputs) for member in group.members]
-        return quantise_states(group, states, moments, grid, metrics)
+        return quantise_states(group, states, moments, grid)
 
     costs = [float(group.rank * group.d_in * (group.rank + group.d_in)) for group in groups]
     widths = [max(group.d_in, *group.d_outs.values()) for group in groups]
@@ -128,11 +123,7 @@ def _nearest_states(states: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
 
 
 def quantise_states(
-    group: GroupPlan,
-    states: Mapping[str, Any],
-    second_moments: Sequence[np.ndarray],
-    grid: Grid,
-    metrics: Sequence[np.ndarray | None] | None = None,
+    group: GroupPlan, states: Mapping[str, Any], second_moments: Sequence[np.ndarray], grid: Grid
 ) -> dict[str, Any]:
     """Quantise the states of a bilinear group, the output side knowing the rounded input side.
 
@@ -141,7 +132,6 @@ def quantise_states(
         states: In float64.
         second_moments: C of every member, (d_in, d_in).
         grid: What numbers are rounded to.
-        metrics: G of every member's outputs, (d_out, d_out). Without them errors are compensated along inputs alone.
 
     Returns:
         The states, with a `QuantisedMatrix` in place of every array.
@@ -155,14 +145,8 @@ def quantise_states(
         rest_OxR, outputs = rest_OxR * length_R, {name: q_JxR / length_R for name, q_JxR in outputs.items()}
     others = np.arange(group.d_in) if group.pivots is None else other_neurons(group.pivots, group.d_in)
     pooled = np.mean([pad_square(moment, group.d_in) for moment in second_moments], axis=0)
-    metrics = [None] * len(group.members) if metrics is None else metrics
-    # What an error of the signal costs: E[g g^T] by the signal, through all members.
-    pulled = [
-        outputs[member.name].T @ metric @ outputs[member.name]
-        for member, metric in zip(group.members, metrics, strict=True)
-        if metric is not None
-    ]
-    of_signal = sum(pulled) if len(pulled) == len(group.members) else None
+    # What an error of the signal changes in the outputs of all members.
+    of_signal = sum(q_JxR.T @ q_JxR for q_JxR in outputs.values())
     if len(others):
         small = round_with_feedback(rest_OxR, pooled[np.ix_(others, others)], grid, metric=of_signal, axis=0)
         rounded_OxR = np.asarray(small.dequantise(), np.float64)
@@ -172,11 +156,11 @@ def quantise_states(
         q if group.pivots is None else free_gauge(group.pivots, q, group.d_in) for q in (rest_OxR, rounded_OxR)
     )
     made = {}
-    for member, moment, metric in zip(group.members, second_moments, metrics, strict=True):
+    for member, moment in zip(group.members, second_moments, strict=True):
         reached = moment @ rounded_IxR[: member.d_in]
         signal_RxR = rounded_IxR[: member.d_in].T @ reached
         again = _refit(outputs[member.name], exact_IxR[: member.d_in].T @ reached, signal_RxR)
-        made[member.name] = round_with_feedback(again, signal_RxR, grid, metric=metric)
+        made[member.name] = round_with_feedback(again, signal_RxR, grid)
     return {"input_states": small, "output_states": made}
 
 
@@ -193,18 +177,6 @@ def _refit(output_JxR: np.ndarray, cross_RxR: np.ndarray, signal_RxR: np.ndarray
         signal_RxR + ridge * np.eye(len(signal_RxR)), (cross_RxR - signal_RxR).T, assume_a="sym", check_finite=False
     ).T
     return output_JxR + output_JxR @ change_RxR
-
-
-def _grid(options: Quantise) -> Grid:
-    return Grid(options.bits, options.group_size, options.symmetric)
-
-
-def _metric(entry: Statistics, block: Block, wanted: bool) -> np.ndarray | None:
-    """G of the block's outputs, where it was measured itself."""
-    found = None if entry.gradients is None or not wanted else entry.gradients.second_moment
-    if found is None or len(found) != block.d_out or not np.isfinite(found).all():
-        return None
-    return found
 
 
 def _moment(entry: Statistics, name: str) -> np.ndarray:

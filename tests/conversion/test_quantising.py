@@ -159,7 +159,7 @@ def test_refused():
             quantise(**options)
     with pytest.raises(UsageError, match="symmetric is an option of quantisation; add bits"):
         Recipe("dense", symmetric=False)
-    small = made(quantise(4, feedback="none"))
+    small = made(quantise(4, feedback=False))
     with pytest.raises(UsageError, match="compact model already"):
         convert(small, "svd", keep=0.8)
     with pytest.raises(UsageError, match="is quantised and cannot be trained"):
@@ -176,7 +176,7 @@ def test_refused():
     ],
 )
 def test_a_damaged_description_is_an_error(change, message, tmp_path):
-    save_model(made(quantise(4, feedback="none")), tmp_path / "out")
+    save_model(made(quantise(4, feedback=False)), tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     change(config["ngc"]["quantised"]["model.layers.0.mlp.down_proj.weight"])

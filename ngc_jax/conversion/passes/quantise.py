@@ -11,7 +11,7 @@ from ngc_jax.conversion.passes.factorise import Factorise
 from ngc_jax.conversion.state import Calibration, ConversionState, Needs
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.types import Bits, Feedback, GroupSize
+from ngc_jax.types import Bits, GroupSize
 
 
 @register_pass(after="propagate_errors")
@@ -25,9 +25,8 @@ class Quantise(Pass):
         bits: Of a weight: 2, 3, 4 or 8. 8 is nearly exact; below 4 a model of fewer parameters is often better.
         group_size: Numbers, along a matrix's inputs, that share a scale: 32, 64 or 128.
         symmetric: Whether the grid of each group contains 0; otherwise an offset is stored with every scale.
-        feedback: Compensate each number's rounding error by those not yet rounded: `inputs` along a matrix's inputs, in
-            their geometry (GPTQ); `both` also along its outputs, in that of the loss's gradients (at 8 bits the same as
-            inputs); `none` rounds to nearest, which reads no text.
+        feedback: Compensate each number's rounding error by those not yet rounded, in the geometry of the inputs
+            (GPTQ), and of the signal of a group; otherwise round to nearest, which reads no text.
         embedding_bits: Of the embeddings and the unembedding, which are rounded to nearest: 2, 3, 4 or 8.
 
     Raises:
@@ -35,7 +34,7 @@ class Quantise(Pass):
 
     Example:
         >>> from ngc_jax import chain, convert
-        >>> small = convert(model, chain(quantise(bits=8, feedback="none")))
+        >>> small = convert(model, chain(quantise(bits=8, feedback=False)))
         >>> small.quantised
         True
     """
@@ -44,12 +43,11 @@ class Quantise(Pass):
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: bool = True
-    feedback: Feedback = "both"
+    feedback: bool = True
     embedding_bits: Bits = 8
 
     def __post_init__(self) -> None:
-        kinds = {"bits": Bits, "group_size": GroupSize, "feedback": Feedback, "embedding_bits": Bits}
-        for option, kind in kinds.items():
+        for option, kind in {"bits": Bits, "group_size": GroupSize, "embedding_bits": Bits}.items():
             if getattr(self, option) not in (known := get_args(kind)):
                 *most, last = map(str, known)
                 raise UsageError(
@@ -76,16 +74,8 @@ class Quantise(Pass):
             raise UsageError("the other passes compute with weights in floating point; put quantise last")
 
     def needs(self, config: DecoderConfig, keep: float, chain: Chain, calibration: Calibration) -> Needs:
-        """The inputs' second moments and the outputs' gradients, after all groups are fitted."""
-        if self.feedback == "none":
-            return Needs()
-        found = Needs(inputs=True, held=chain.find(Factorise) is not None)
-        return found | Needs(gradients="full", whole=True) if self.along_outputs else found
-
-    @property
-    def along_outputs(self) -> bool:
-        """Whether errors are compensated along outputs, too. 8 bits are nearly exact without."""
-        return self.feedback == "both" and self.bits < 8
+        """The inputs' second moments, after all groups are fitted; nothing without feedback."""
+        return Needs(inputs=True, held=chain.find(Factorise) is not None) if self.feedback else Needs()
 
     def apply(self, state: ConversionState) -> ConversionState:
         """Quantise the compact model, or the dense one if there are no groups."""
