@@ -129,8 +129,10 @@ def cut_windows(stream: np.ndarray, window: int, prefix: int = 0) -> list[tuple[
         prefix: Tokens before the text of each window; without any, its first token is the context.
 
     Example:
-        >>> [(context.tolist(), scored.tolist()) for context, scored in cut_windows(np.arange(7), 3)]
-        [([0], [1, 2]), ([3], [4, 5])]
+        >>> for context, scored in cut_windows(np.arange(7), 3):
+        ...     print(*context, "then", *scored)
+        0 then 1 2
+        3 then 4 5
     """
     context = max(prefix, 1)
     windows = [stream[start : start + window] for start in range(0, len(stream), window)]
