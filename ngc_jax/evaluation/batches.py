@@ -117,7 +117,7 @@ def likelihood_batches(
 
 
 def _units(requests: Sequence[LikelihoodRequest], limit: int, most: int) -> list[_Unit]:
-    """Requests by their contexts, at most so many in one unit."""
+    """Requests by their contexts, at most `most` in one unit."""
     found: dict[tuple[int, ...], list[_Unit]] = {}
     for request in requests:
         context = cut_context(request, limit)
