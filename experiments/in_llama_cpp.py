@@ -62,8 +62,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="directory for results.json")
     arguments = parser.parse_args()
-    import llama_cpp
-
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise SystemExit("llama-cpp-python is not installed; pip install llama-cpp-python") from None
     print(f"llama-cpp-python {llama_cpp.__version__}, {arguments.threads} threads")
     text = read_text(arguments.text)
     rows: list[dict[str, Any]] = []
