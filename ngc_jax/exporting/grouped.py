@@ -19,6 +19,7 @@ from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.groups.states import fixed_lift
 from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.families import family_of
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.load import check_tied_head, parameter_shapes, read_tensor
@@ -27,14 +28,6 @@ from ngc_jax.models.saved_config import MODEL_TYPE, SECTION, join_config, split_
 from ngc_jax.models.sources import Source
 
 FILES = ("configuration_ngc.py", "modeling_ngc.py")
-# transformers' classes of an architecture: of its config, and of its causal language model.
-_BASES: Mapping[str, tuple[str, str]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-}
 
 
 class GroupedSource:
@@ -205,8 +198,8 @@ def export_grouped(
 def remote_file(name: str, architecture: str) -> str:
     """The text of one of `FILES`, built on transformers' classes of an architecture."""
     text = resources.files("ngc_jax.exporting").joinpath("remote", name).read_text(encoding="utf-8")
-    config, model = _BASES[architecture]
-    for written, wanted in (("LlamaConfig", config), ("LlamaForCausalLM", model)):
+    family = family_of(architecture)
+    for written, wanted in (("LlamaConfig", family.config_class), ("LlamaForCausalLM", family.model_class)):
         text = text.replace(written, wanted)
     return text
 

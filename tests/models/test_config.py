@@ -151,7 +151,7 @@ def test_what_silence_means() -> None:
     gemma = DecoderConfig.from_hf(PUBLISHED["Gemma 3 4B, text"][0])
     assert (gemma.num_heads, gemma.num_kv_heads, gemma.head_dim, gemma.vocab_size) == (8, 4, 256, 262_208)
     assert gemma.tied_embeddings
-    assert (gemma.unit_offset_norm, gemma.post_norms, gemma.qk_norm) == (True, True, True)
+    assert (gemma.unit_offset_norm, gemma.post_norms, gemma.qk_norm) == (True, True, "head")
 
 
 def test_text_part_of_a_multimodal_config() -> None:
