@@ -25,6 +25,7 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.families import FAMILIES, Gguf, family_of, gguf_families
 from ngc_jax.models.gguf.config import ROPE_FACTORS
 from ngc_jax.models.gguf.names import gguf_name
+from ngc_jax.models.rope import Rope
 from ngc_jax.models.sources import Source
 
 _log = logging.getLogger(__name__)
@@ -163,9 +164,15 @@ def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def _full_rope(config: DecoderConfig) -> Rope:
+    """The rotary embedding of full-attention layers; of all, if they have none."""
+    ropes = [(rope, window) for rope, window in zip(config.ropes, config.windows, strict=True) if rope is not None]
+    return next((rope for rope, window in ropes if window is None), ropes[0][0])
+
+
 def _add_rope(writer: GGUFWriter, config: DecoderConfig) -> None:
     """The rotary base and scaling of full-attention layers."""
-    rope = next((r for r, window in zip(config.ropes, config.windows, strict=True) if window is None), config.ropes[0])
+    rope = _full_rope(config)
     writer.add_rope_freq_base(rope.theta)
     if rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -182,7 +189,7 @@ def _add_rope(writer: GGUFWriter, config: DecoderConfig) -> None:
 def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
     """Divisors of the rotary frequencies, for scalings that GGUF stores as a tensor."""
     rope = config.ropes[0]
-    if rope.rope_type not in ("llama3", "explicit"):
+    if rope is None or rope.rope_type not in ("llama3", "explicit"):
         return None
     plain = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     return (plain / rope.inverse_frequencies(config.head_dim)).astype(np.float32)

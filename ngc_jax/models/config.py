@@ -42,21 +42,26 @@ class DecoderConfig:
         num_kv_heads: K, key and value heads; divides N.
         head_dim: H.
         mlp_dim: F.
-        norm_eps: Epsilon of every RMS norm.
+        norm_eps: Epsilon of every norm.
         activation: One of `ACTIVATIONS`; the gate's nonlinearity.
         tied_embeddings: Whether the unembedding is the embedding.
         windows: Per layer, the number of tokens it attends to (itself included); None for all.
-        ropes: Per layer, its rotary embedding.
+        ropes: Per layer, its rotary embedding; None for none.
         max_length: Longest sequence of pretraining, in tokens.
         qkv_bias: Biases on q, k and v.
         o_bias: Bias on o.
         mlp_bias: Biases on u, g and d.
-        qk_norm: Norms of queries and keys: of every head; None for none.
+        norm: Root-mean-square norms (rms), or layer norms, which subtract the mean, without a bias (layer).
+        qk_norm: RMS norms of queries and keys: of every head, or of all heads as a whole; None for none.
         unit_offset_norm: Norm scales are stored as their difference from one.
+        pre_norms: Norms before attention and before the MLP.
         post_norms: Norms after attention and after the MLP.
+        parallel: Attention and the MLP read the same norm of the stream, and are added to it together.
+        residual_scale: Multiplies what attention and the MLP add to the stream.
         embed_scale: Multiplies embeddings.
         attention_scale: Multiplies the attention logits.
         attention_soft_cap: Bounds the attention logits by tanh; None for no bound.
+        logit_scale: Multiplies the output logits.
         logit_soft_cap: Bounds the output logits by tanh; None for no bound.
         iterations: How often all layers are applied, one round after the other: above 1 the depth is unrolled
             communication of the same groups, with weights tied between rounds. `ngc_iterations` in config.json, which
@@ -78,17 +83,22 @@ class DecoderConfig:
     activation: str
     tied_embeddings: bool
     windows: tuple[int | None, ...]
-    ropes: tuple[Rope, ...]
+    ropes: tuple[Rope | None, ...]
     max_length: int
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["head"] | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: Literal["head", "whole"] | None = None
     unit_offset_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
+    residual_scale: float = 1.0
     embed_scale: float = 1.0
     attention_scale: float = 1.0
     attention_soft_cap: float | None = None
+    logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     iterations: int = 1
 
@@ -109,6 +119,11 @@ class DecoderConfig:
             raise UsageError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise UsageError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        for share in {one.share for one in self.ropes if one is not None}:
+            if (rotated := int(self.head_dim * share)) < 2 or rotated % 2:
+                raise UsageError(f"{rotated} dimensions of a head are rotated; expected a positive even number")
+        if self.parallel and (self.post_norms or not self.pre_norms):
+            raise UsageError("parallel attention and MLP read one norm, and have none after them")
         if self.activation not in ACTIVATIONS:
             raise UsageError(
                 f"activation {self.activation!r} is not supported; expected one of {', '.join(ACTIVATIONS)}"

@@ -81,7 +81,11 @@ def windows(hf: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int | Non
 
 
 def rope(
-    hf: Mapping[str, Any], kind: str | None = None, theta: float = 10_000.0, theta_entry: str = "rope_theta"
+    hf: Mapping[str, Any],
+    kind: str | None = None,
+    theta: float = 10_000.0,
+    theta_entry: str = "rope_theta",
+    share: float | None = None,
 ) -> Rope:
     """The rotary embedding of all layers, or of one kind of layers.
 
@@ -90,10 +94,11 @@ def rope(
         kind: `SLIDING` or `FULL`, where each kind may have an entry of its own; an entry for no kind is that of `FULL`.
         theta: The base where config.json names none.
         theta_entry: The entry at the top of config.json that names the base.
+        share: The rotated share of a head where config.json names none; None for a family that rotates whole heads.
     """
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if kind is not None and isinstance(parameters, Mapping):
         by_kind = parameters if {SLIDING, FULL} & set(parameters) else {FULL: parameters}
         parameters = by_kind.get(kind) or {}
-    base = number(hf, theta_entry, float, theta)
-    return rope_from_hf(parameters, base, number(hf, "max_position_embeddings", int))
+    base, length = number(hf, theta_entry, float, theta), number(hf, "max_position_embeddings", int)
+    return rope_from_hf(parameters, base, length, share and number(hf, "partial_rotary_factor", float, share))
