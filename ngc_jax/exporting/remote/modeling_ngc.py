@@ -113,6 +113,18 @@ class GroupedLinear(nn.Module):
         return self.read(self._encoder[0](x, self.readers))
 
 
+class Joined(nn.Module):
+    """The parts of a fused matrix, each by itself: their outputs one after the other."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def forward(self, x):
+        """The outputs of all parts."""
+        return torch.cat([getattr(self, name)(x) for name in self.names], dim=-1)
+
+
 class NgcForCausalLM(BaseModel):
     """The architecture's causal language model; grouped matrices are products of factors."""
 
@@ -120,10 +132,17 @@ class NgcForCausalLM(BaseModel):
 
     def __init__(self, config):
         super().__init__(config)
+        self._fused = {}
+        for whole, parts in config.ngc.get("fused", {}).items():
+            names = [part.rpartition(".")[2] for part in parts]
+            self._fused |= dict.fromkeys(names, whole.rpartition(".")[2])
+            for layer in self.model.layers:
+                parent, name = whole.split(".")
+                setattr(getattr(layer, parent), name, Joined(names))
         for block in config.ngc["dense"]:
             d_out, d_in = block["shape"]
             parent, name = self._place(block["name"])
-            if getattr(parent, name).weight.shape != (d_out, d_in):
+            if not hasattr(parent, name) or getattr(parent, name).weight.shape != (d_out, d_in):
                 setattr(parent, name, nn.Linear(d_in, d_out, bias=block["bias"]))
         for group in config.ngc["groups"]:
             members, kernel = group["members"], group["kernel"]
@@ -137,4 +156,5 @@ class NgcForCausalLM(BaseModel):
     def _place(self, block):
         _, layer, module, role = block.split(".")
         part, name = PLACES[f"{module}.{role}"]
-        return getattr(self.model.layers[int(layer)], part), name
+        parent = getattr(self.model.layers[int(layer)], part)
+        return getattr(parent, self._fused[name]) if name in self._fused else parent, name
