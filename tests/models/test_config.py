@@ -164,7 +164,11 @@ def test_text_part_of_a_multimodal_config() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2' (model_type in config.json) is not supported; expected one of "),
+        ({"model_type": "gpt1"}, "architecture 'gpt1' (model_type in config.json) is not supported; expected one of "),
+        (
+            {"model_type": "mixtral"},
+            "architecture 'mixtral' (model_type in config.json) is not supported; its nearest ",
+        ),
         ({"model_type": None}, "architecture None (model_type in config.json) is not supported; expected one of "),
         ({"model_type": "gemma3"}, "architecture 'gemma3' (model_type in config.json) is not supported"),
         ({"vocab_size": None}, "vocab_size in config.json is None; expected a positive whole number"),

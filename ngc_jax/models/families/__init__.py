@@ -5,7 +5,8 @@ Everything that the rest of the package knows of a family is in its record. The 
 
 from ngc_jax.models.families.multimodal import OTHER_PARTS, text_config
 from ngc_jax.models.families.record import Family, Gguf, GgufKeys
-from ngc_jax.models.families.registry import FAMILIES, family_of, gguf_families
+from ngc_jax.models.families.registry import FAMILIES, family_of, gguf_families, register
+from ngc_jax.models.families.table import support_table
 
 __all__ = [
     "FAMILIES",
@@ -15,5 +16,7 @@ __all__ = [
     "GgufKeys",
     "family_of",
     "gguf_families",
+    "register",
+    "support_table",
     "text_config",
 ]

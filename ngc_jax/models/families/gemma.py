@@ -1,4 +1,4 @@
-"""Gemma 3, as a text model."""
+"""Gemma 2 and 3, as text models."""
 
 from __future__ import annotations
 
@@ -95,6 +95,27 @@ def _gguf_sliding(keys: GgufKeys, layers: int) -> tuple[bool, ...]:
     return all_but_every(keys.integer(key, _PATTERN), layers)
 
 
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2Config",
+    "Gemma2ForCausalLM",
+    features=lambda hf: gemma_features(hf, 2),
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    biases=attention_bias,
+    modules=PROJECTIONS | PRE_AND_POST_NORMS,
+    differs="norms before and after, with offsets of one; soft caps; sliding windows in every other layer",
+)
 GEMMA3 = Family(
     "gemma3_text",
     "Gemma3TextConfig",

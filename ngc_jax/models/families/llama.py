@@ -1,12 +1,11 @@
-"""Llama and Mistral, and the family that GGUF files of Llama's architecture with biases belong to."""
+"""Llama, and the family that GGUF files of its architecture with biases belong to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from typing import Any
 
-from ngc_jax.models.families.reading import windows
-from ngc_jax.models.families.record import Family, Gguf, GgufKeys, all_biases, attention_bias
+from ngc_jax.models.families.record import Family, Gguf, GgufKeys, all_biases
 
 GGUF_QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 GGUF_ATTENTION = GGUF_QKV | {"attn_output"}
@@ -42,21 +41,4 @@ LLAMA = Family(
     defaults={"max_position_embeddings": 2048},
     biases=all_biases,
     gguf=Gguf("llama", llama_gguf, paired_rotary=True),
-)
-
-
-def _mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
-    has_window = hf.get("sliding_window") is not None
-    return {"windows": windows(hf, (has_window,) * hf["num_hidden_layers"])}
-
-
-MISTRAL = Family(
-    "mistral",
-    "MistralConfig",
-    "MistralForCausalLM",
-    features=_mistral,
-    defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
-    biases=attention_bias,
-    gguf=Gguf("llama", llama_gguf, paired_rotary=True),
-    differs="a sliding window in every layer",
 )

@@ -1,4 +1,7 @@
-"""Multimodal models, of which the text decoder is read: its config.json, and the tensors of the other parts."""
+"""Multimodal models, of which the text decoder is read: its config.json, and the tensors of the other parts.
+
+Text alone has the same position in all dimensions of a multimodal rotary embedding, which is then a plain one.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,60 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ngc_jax.models.families.registry import FAMILIES
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Multimodal:
     """A model with a text decoder of one of our families.
 
     Attributes:
         model_type: Of the whole model.
-        text_type: Type of its text decoder as a model of its own.
-        text_class: transformers' class of that.
+        text_type: Type of its text decoder as a model of its own; None for the type that config.json names.
+        defaults: Where they are not those of that type.
+        flat: Some files have the entries of the text decoder at the top.
     """
 
     model_type: str
-    text_type: str
-    text_class: str
+    text_type: str | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flat: bool = False
 
 
-MULTIMODAL = {model.model_type: model for model in (Multimodal("gemma3", "gemma3_text", "Gemma3ForCausalLM"),)}
+_QWEN2 = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
+MULTIMODAL = {
+    model.model_type: model
+    for model in (
+        Multimodal("gemma3", "gemma3_text"),
+        Multimodal("mistral3", defaults={"model_type": "mistral"}),
+        Multimodal("qwen2_vl", "qwen2", _QWEN2, flat=True),
+        Multimodal("qwen2_5_vl", "qwen2", _QWEN2, flat=True),
+        Multimodal("qwen3_vl", "qwen3", {"rope_theta": 500_000.0, "rms_norm_eps": 1e-6}),
+    )
+}
 # Tensors of the other parts begin with one of these.
-OTHER_PARTS = ("vision_tower", "multi_modal_projector")
+OTHER_PARTS = ("vision_tower", "multi_modal_projector", "visual")
+_ROPES = ("rope_parameters", "rope_scaling")
 
 
 def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config.json of the text decoder in a multimodal model; any other config unchanged."""
     model = MULTIMODAL.get(str(hf.get("model_type")))
-    if model is None or not isinstance(hf.get("text_config"), Mapping):
+    inner = hf.get("text_config")
+    if model is not None and model.flat and inner is None and "hidden_size" in hf:
+        inner = {name: value for name, value in hf.items() if name != "vision_config"}
+    if model is None or not isinstance(inner, Mapping):
         return hf
-    return {**hf["text_config"], "model_type": model.text_type, "architectures": [model.text_class]}
+    text = {**model.defaults, **inner}
+    if model.text_type is not None:
+        text["model_type"] = model.text_type
+    if "tie_word_embeddings" in hf:
+        text["tie_word_embeddings"] = hf["tie_word_embeddings"]
+    if text["model_type"] in FAMILIES:
+        text["architectures"] = [FAMILIES[text["model_type"]].model_class]
+    return text | {name: _plain_rope(text[name]) for name in _ROPES if isinstance(text.get(name), Mapping)}
+
+
+def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in parameters.items() if not name.startswith("mrope_")}
+    return {name: "default" if value == "mrope" else value for name, value in kept.items()}
