@@ -83,6 +83,7 @@ def export_gguf(
     folded = FoldedSource(source)
     kind, file_type = GGUF_TYPES[type]
     described = _described(folded.decoder_config)
+    described.metadata(folded.decoder_config)  # refuses what cannot be written before anything is
     with atomic_file(file) as temporary:
         writer = GGUFWriter(temporary, described.name)
         _add_metadata(writer, folded, file_type)
@@ -141,7 +142,9 @@ def _add_metadata(writer: GGUFWriter, folded: FoldedSource, file_type: LlamaFile
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
+    described = _described(config)
+    for key, value in {described.eps: config.norm_eps, **described.metadata(config)}.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{described.name}.{key}", value)
     writer.add_rope_dimension_count(config.head_dim)
     _add_rope(writer, config)
     _add_windows(writer, config)
@@ -199,7 +202,10 @@ def _add_windows(writer: GGUFWriter, config: DecoderConfig) -> None:
     windows = {window for window in config.windows if window is not None}
     if not windows:
         return
-    if _described(config).windows:
+    described = _described(config)
+    if "attention.sliding_window" in described.metadata(config):
+        return
+    if described.windows:
         writer.add_sliding_window(windows.pop())
         writer.add_sliding_window_pattern([window is not None for window in config.windows])
     elif min(windows) < config.max_length:

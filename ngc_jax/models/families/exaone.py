@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.models.families.reading import all_but_every, layer_types, number, rope, windows
-from ngc_jax.models.families.record import POST_NORMS, PROJECTIONS, QK_NORMS, Family
+from ngc_jax.models.families.record import (
+    POST_NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    Family,
+    Gguf,
+    GgufKeys,
+    only_in_hf,
+)
+
+if TYPE_CHECKING:
+    from ngc_jax.models.config import DecoderConfig
 
 
 def _exaone4(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,6 +33,17 @@ def _exaone4(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"windows": found, "ropes": ropes, "pre_norms": False, "post_norms": True, "qk_norm": "head"}
 
 
+def _settings(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    if keys.get("attention.sliding_window"):
+        raise keys.error("attention.sliding_window", "is set, which is not supported")
+    return {"hidden_act": "silu", "sliding_window": None}
+
+
+def _metadata(config: DecoderConfig) -> dict[str, Any]:
+    only_in_hf(config, sliding_windows=any(config.windows))
+    return {}
+
+
 EXAONE4 = Family(
     "exaone4",
     "Exaone4Config",
@@ -34,5 +56,6 @@ EXAONE4 = Family(
         "sliding_window": 4096,
     },
     modules=PROJECTIONS | POST_NORMS | QK_NORMS,
+    gguf=Gguf("exaone4", _settings, _metadata),
     differs="norms after attention and MLP only; norms of heads; full layers without rope where others have windows",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.families.llama import GGUF_ATTENTION
@@ -26,12 +26,18 @@ from ngc_jax.models.families.record import (
     Gguf,
     GgufKeys,
     attention_bias,
+    only_in_hf,
 )
+
+if TYPE_CHECKING:
+    from ngc_jax.models.config import DecoderConfig
 
 # Published constants of Gemma 3, which its GGUF files omit.
 _PATTERN = 6
 _LOCAL_THETA = 10_000.0
-_LAYERS_OF_27B = 62
+_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
+# The largest of Gemma 2 and 3, by number of layers: of all others, queries are scaled by the size of a head.
+_LARGEST = (46, 62)
 
 
 def gemma_features(hf: Mapping[str, Any], pattern: int) -> dict[str, Any]:
@@ -66,20 +72,43 @@ def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gguf(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
-    layers = config["num_hidden_layers"]
-    # Every model size scales queries by the head size except the largest, which uses hidden size per head.
-    largest = layers == _LAYERS_OF_27B
-    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    caps = ("final_logit_softcapping", "attn_logit_softcapping")
+    sliding = _gguf_sliding(keys, config["num_hidden_layers"])
+    return {
+        **_gguf_both(keys, config, biased),
+        "layer_types": [SLIDING if slides else FULL for slides in sliding],
+        "rope_local_base_freq": keys.real("rope.freq_base_swa", _LOCAL_THETA),
+        **{cap: None if keys.get(cap) is None else keys.real(cap) for cap in _CAPS},
+    }
+
+
+def _gguf2(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    caps = {cap: keys.real(cap, default) for cap, default in zip(_CAPS, (30.0, 50.0), strict=True)}
+    return _gguf_both(keys, config, biased) | caps
+
+
+def _gguf_both(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    heads = config["num_attention_heads"] if config["num_hidden_layers"] in _LARGEST else None
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": bool(biased & GGUF_ATTENTION),
         "sliding_window": keys.integer("attention.sliding_window"),
-        "layer_types": [SLIDING if slides else FULL for slides in _gguf_sliding(keys, layers)],
-        "rope_local_base_freq": keys.real("rope.freq_base_swa", _LOCAL_THETA),
-        "query_pre_attn_scalar": scalar,
-        **{cap: None if keys.get(cap) is None else keys.real(cap) for cap in caps},
+        "query_pre_attn_scalar": config["hidden_size"] // heads if heads else config["head_dim"],
     }
+
+
+def _metadata2(config: DecoderConfig) -> dict[str, Any]:
+    windows, size = set(config.windows[::2]), config.head_dim
+    if config.num_layers in _LARGEST:
+        size = config.embed_dim // config.num_heads
+    only_in_hf(
+        config,
+        biases=config.qkv_bias or config.o_bias,
+        a_head_of_its_own=not config.tied_embeddings,
+        other_sliding_layers_than_every_other=len(windows) > 1 or None in windows or {*config.windows[1::2]} > {None},
+        another_scale_of_queries=abs(config.attention_scale * size**0.5 - 1) > 1e-6,
+        no_soft_caps=None in (config.attention_soft_cap, config.logit_soft_cap),
+    )
+    return {"attention.sliding_window": windows.pop()}
 
 
 def _gguf_sliding(keys: GgufKeys, layers: int) -> tuple[bool, ...]:
@@ -114,6 +143,7 @@ GEMMA2 = Family(
     },
     biases=attention_bias,
     modules=PROJECTIONS | PRE_AND_POST_NORMS,
+    gguf=Gguf("gemma2", _gguf2, _metadata2, offset_norms=True),
     differs="norms before and after, with offsets of one; soft caps; sliding windows in every other layer",
 )
 GEMMA3 = Family(

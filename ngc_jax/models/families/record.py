@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ngc_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from ngc_jax.models.config import DecoderConfig
 
 # Our modules of a layer -> those of Hugging Face's Llama.
 PROJECTIONS = {
@@ -49,6 +54,9 @@ class Gguf:
         name: The architecture's name.
         settings: From metadata, the config.json read so far and GGUF's names of the biased blocks to further entries of
             config.json; they may change its type to that of a relative that the file fits.
+        metadata: From the decoder's config to the metadata that only this architecture has, without its name before
+            the keys. Raises UsageError for what llama.cpp does not compute.
+        eps: The key of the norms' epsilon.
         paired_rotary: Rows of q and k take turns between the two rotary halves of a head.
         offset_norms: Norm scales include the one that Hugging Face's leave out.
         windows: llama.cpp knows the family's sliding windows.
@@ -58,6 +66,8 @@ class Gguf:
 
     name: str
     settings: Callable[[GgufKeys, Mapping[str, Any], Set[str]], Mapping[str, Any]]
+    metadata: Callable[[DecoderConfig], Mapping[str, Any]] = lambda config: {}
+    eps: str = "attention.layer_norm_rms_epsilon"
     paired_rotary: bool = False
     offset_norms: bool = False
     windows: bool = False
@@ -110,6 +120,21 @@ class Family:
 
 TOP = {"embed.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
 TOP["unembed.kernel"] = "lm_head.weight"
+
+
+def only_in_hf(config: DecoderConfig, **others: bool) -> None:
+    """Refuse to write a model as a GGUF file.
+
+    Args:
+        config: The model's.
+        others: What llama.cpp does not compute, as words joined by underscores, and whether the model has it.
+
+    Raises:
+        UsageError: If it has any of them.
+    """
+    found = [name.replace("_", " ") for name, has in others.items() if has]
+    if found:
+        raise UsageError(f"llama.cpp has no {config.architecture} models with {' and '.join(found)}; export it to hf")
 
 
 def attention_bias(hf: Mapping[str, Any]) -> tuple[bool, bool, bool]:

@@ -48,7 +48,7 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": keys.integer("attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.integer("context_length"),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        family.eps: keys.real(family.gguf.eps),
         "rope_theta": keys.real("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": keys.token_id("bos", vocab_size),
