@@ -58,6 +58,8 @@ HF_CONFIGS = {
         "residual_multiplier": 0.3,
         "attention_multiplier": 0.2,
     },
+    # Layer norms with biases, MLPs without a gate.
+    "starcoder2": {**_COMMON, "model_type": "starcoder2", "norm_epsilon": 1e-5, "tie_word_embeddings": False},
     # Half of each head rotated, norms before and after, fused tensors.
     "glm4": {**_COMMON, "model_type": "glm4", "head_dim": 12},
 }

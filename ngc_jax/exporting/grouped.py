@@ -20,6 +20,7 @@ from ngc_jax.groups.states import fixed_lift
 from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.families import Family, family_of
+from ngc_jax.models.families.record import PROJECTIONS
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.load import check_tied_head, parameter_shapes, read_tensor
@@ -84,6 +85,9 @@ class GroupedSource:
             "groups": [_group_entry(group) for group in plan.groups],
             "dense": [_block_entry(block) for block in plan.dense],
         }
+        places = {module: at for module, at in family.modules.items() if module in PROJECTIONS}
+        if other := {module: at for module, at in places.items() if at != PROJECTIONS[module]}:
+            section |= {"places": other}
         if family.fused:
             blocks = {block.name: block for block in (*config.blocks(), *plan.blocks())}
             section |= {"fused": {whole: list(parts) for whole, parts in family.fused.items()}}

@@ -26,7 +26,7 @@ __all__ = [
 ATTENTION_ROLES = "qkvo"
 MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DecoderConfig:
         head_dim: H.
         mlp_dim: F.
         norm_eps: Epsilon of every norm.
-        activation: One of `ACTIVATIONS`; the gate's nonlinearity.
+        activation: One of `ACTIVATIONS`; the gate's nonlinearity, or of an MLP without a gate that of up.
         tied_embeddings: Whether the unembedding is the embedding.
         windows: Per layer, the number of tokens it attends to (itself included); None for all.
         ropes: Per layer, its rotary embedding; None for none.
@@ -51,7 +51,9 @@ class DecoderConfig:
         qkv_bias: Biases on q, k and v.
         o_bias: Bias on o.
         mlp_bias: Biases on u, g and d.
-        norm: Root-mean-square norms (rms), or layer norms, which subtract the mean, without a bias (layer).
+        gated_mlp: MLPs multiply up by a gate; otherwise the decoder has no role g.
+        norm: Root-mean-square norms (rms), or layer norms, which subtract the mean (layer).
+        norm_bias: Norms add a bias.
         qk_norm: RMS norms of queries and keys: of every head, or of all heads as a whole; None for none.
         unit_offset_norm: Norm scales are stored as their difference from one.
         pre_norms: Norms before attention and before the MLP.
@@ -88,7 +90,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     qk_norm: Literal["head", "whole"] | None = None
     unit_offset_norm: bool = False
     pre_norms: bool = True
@@ -172,8 +176,20 @@ class DecoderConfig:
             fields["ropes"] = (rope(hf),) * layers
         return cls(**fields)
 
+    @property
+    def mlp_roles(self) -> str:
+        """The roles of its MLPs."""
+        return MLP_ROLES if self.gated_mlp else MLP_ROLES.replace("g", "")
+
+    @property
+    def roles(self) -> str:
+        """Its roles, in the order of `ROLES`."""
+        return ATTENTION_ROLES + self.mlp_roles
+
     def block(self, layer: int, role: str) -> Block:
-        """The block that plays `role` (one of `ROLES`) in a layer."""
+        """The block that plays `role` (one of `roles`) in a layer."""
+        if role not in self.roles:
+            raise KeyError(role)
         q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         d_out, d_in, bias = {
             "q": (q_dim, self.embed_dim, self.qkv_bias),
@@ -187,8 +203,8 @@ class DecoderConfig:
         return Block(block_name(layer, role), d_out, d_in, bias)
 
     def blocks(self) -> tuple[Block, ...]:
-        """Every block, layer by layer in the order of `ROLES`."""
-        return tuple(self.block(layer, role) for layer in range(self.num_layers) for role in ROLES)
+        """Every block, layer by layer in the order of `roles`."""
+        return tuple(self.block(layer, role) for layer in range(self.num_layers) for role in self.roles)
 
 
 def block_name(layer: int, role: str) -> str:

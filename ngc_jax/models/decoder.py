@@ -62,6 +62,7 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
@@ -73,6 +74,7 @@ class Norm(nn.Module):
     unit_offset: bool
     param_dtype: jnp.dtype = jnp.float32
     kind: str = "rms"
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -83,7 +85,10 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype)
+        y = normed * (1.0 + scale if self.unit_offset else scale)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -232,7 +237,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated MLP of one layer."""
+    """MLP of one layer."""
 
     config: DecoderConfig
     plan: Plan
@@ -242,9 +247,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], groups: GroupStates) -> Float[Array, "B L D"]:
-        """down(activation(gate(x)) * up(x))."""
-        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype, self.joined)
-        hidden = _ACTIVATIONS[self.config.activation](gate) * up
+        """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+        roles, activation = self.config.mlp_roles[:-1], _ACTIVATIONS[self.config.activation]
+        up, *gate = _project(self.config, self.plan, self.layer, roles, x, groups, self.param_dtype, self.joined)
+        hidden = activation(gate[0]) * up if gate else activation(up)
         self.sow(BLOCK_INPUTS, "d_input", hidden)
         (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype, self.joined)
         return out
@@ -297,7 +303,7 @@ class DecoderLayer(nn.Module):
         def norm(name: str, x: Array, wanted: bool) -> Array:
             if not wanted:
                 return x
-            return Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, name=name)(x)
+            return Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, c.norm_bias, name=name)(x)
 
         def add(x: Array, y: Array) -> Array:
             return x + (y if c.residual_scale == 1.0 else y * jnp.asarray(c.residual_scale, y.dtype))
@@ -415,7 +421,7 @@ class Decoder(nn.Module):
         if not (self.joined and c.tied_embeddings):
             self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined_parts())
-        self.norm = Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm)
+        self.norm = Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, c.norm_bias)
         if self.joined or not c.tied_embeddings:
             self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
         self._kept = self.separate_groups()

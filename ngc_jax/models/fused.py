@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import FAMILIES, Family
 from ngc_jax.models.saved_config import split_config
 
@@ -43,7 +43,7 @@ def fused_rows(
     if family is None or not family.fused:
         return {}
     config = DecoderConfig.from_hf(dense)
-    blocks = {block_name(0, role).removeprefix("layers.0."): config.block(0, role) for role in ROLES}
+    blocks = {block_name(0, role).removeprefix("layers.0."): config.block(0, role) for role in config.roles}
     sizes = {family.modules[module]: block.d_out for module, block in blocks.items()}
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in candidates.items():

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting import export_gguf
 from ngc_jax.models import families
-from ngc_jax.models.config import ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import FAMILIES, Family, support_table, text_config
 from ngc_jax.models.families.relatives import RELATIVES
 from ngc_jax.models.load import load_model
@@ -25,7 +25,7 @@ from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model, tiny_toke
 
 SIZES = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 34, "num_hidden_layers": 4, "num_attention_heads": 6}
 # Which every family's default number of key-value heads divides.
-WIDE = {**SIZES, "hidden_size": 128, "num_attention_heads": 32}
+WIDE = {**SIZES, "hidden_size": 256, "num_attention_heads": 32}
 ERRORS = Path(__file__).parents[1] / "parity" / "errors.json"
 
 
@@ -36,9 +36,9 @@ def test_a_record_is_whole(name):
     assert hasattr(transformers, family.config_class)
     assert getattr(transformers, family.config_class).model_type == name
     assert family.model_class in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    config = DecoderConfig.from_hf({"model_type": name, **SIZES, "num_key_value_heads": 2, "rms_norm_eps": 1e-5})
-    names = {family.hf_name(f"{block_name(0, role)}.kernel") for role in ROLES}
-    assert len(names) == len(ROLES)
+    config = DecoderConfig.from_hf({"model_type": name, **WIDE, "rms_norm_eps": 1e-5})
+    names = {family.hf_name(f"{block_name(0, role)}.kernel") for role in config.roles}
+    assert len(names) == len(config.roles)
     assert {part for parts in family.fused.values() for part in parts} <= set(family.modules.values())
     assert config.architecture == name
 
@@ -51,12 +51,12 @@ def test_what_silence_means_is_what_transformers_takes_it_for(name):
     if name in ("llama", "mistral", "qwen2", "qwen3"):  # whose every published file has it
         silent |= {"rms_norm_eps": theirs.rms_norm_eps}
     config = DecoderConfig.from_hf(silent)
-    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.num_kv_heads == (theirs.num_key_value_heads or 32)
     original = 16_384  # of ministral3: above it, queries are scaled
     assert config.max_length == (original if name == "ministral3" else theirs.max_position_embeddings)
     assert config.norm_eps == getattr(theirs, family.eps)
     assert config.tied_embeddings == theirs.tie_word_embeddings
-    assert config.head_dim == (getattr(theirs, "head_dim", None) or 4)
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 8)
     window = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 4
     assert config.windows == tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -168,10 +168,10 @@ def test_settings_that_are_not_supported_are_named(settings, message):
 
 
 def test_gguf_files_of_other_families_are_refused_and_nothing_is_written(tmp_path):
-    directory = save_model(tiny_model("granite"), tmp_path / "model")
+    directory = save_model(tiny_model("glm4"), tmp_path / "model")
     with (
         open_source(str(directory)) as source,
-        pytest.raises(UsageError, match=r"granite models cannot .* only those of llama, mistral, .*; export it to hf"),
+        pytest.raises(UsageError, match=r"glm4 models cannot .* only those of llama, mistral, .*; export it to hf"),
     ):
         export_gguf(source, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -205,6 +205,21 @@ CASES = {
     ),
     "exaone4": ("exaone4", {**_WINDOWS, "sliding_window_pattern": 2}),
     "exaone4 full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "stablelm": (
+        "stablelm",
+        {
+            "hidden_size": 96,
+            "layer_norm_eps": 3e-4,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "stablelm parallel": (
+        "stablelm",
+        {"hidden_size": 96, "layer_norm_eps": 3e-4, "use_parallel_residual": True, "tie_word_embeddings": True},
+    ),
+    "starcoder2": ("starcoder2", {"norm_epsilon": 3e-4, "sliding_window": 11, "tie_word_embeddings": False}),
+    "nemotron": ("nemotron", {"head_dim": 12, "norm_eps": 3e-4, "attention_bias": True, "mlp_bias": True}),
     "glm": ("glm", {"head_dim": 12, "attention_bias": True}),
     "glm4": ("glm4", {"head_dim": 12, "attention_bias": True}),
     "cohere": ("cohere", {"layer_norm_eps": 3e-4, "logit_scale": 0.8, "tie_word_embeddings": False}),
@@ -251,7 +266,7 @@ def randomise(model: transformers.PreTrainedModel, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter += 0.4 * noise
+                parameter += (0.1 if name.endswith("bias") else 0.4) * noise
             elif parameter.ndim < 2:
                 parameter.copy_(0.4 * noise)
             elif "embed_tokens" in name:

@@ -132,6 +132,7 @@ class NgcForCausalLM(BaseModel):
 
     def __init__(self, config):
         super().__init__(config)
+        self._places = PLACES | {role: tuple(at.split(".")) for role, at in config.ngc.get("places", {}).items()}
         self._fused = {}
         for whole, parts in config.ngc.get("fused", {}).items():
             names = [part.rpartition(".")[2] for part in parts]
@@ -150,11 +151,12 @@ class NgcForCausalLM(BaseModel):
             encoder = Encoder(inputs, group["rank"], kernel, group["pivots"])
             places = [self._place(member["name"]) for member in members]
             for number, (member, (parent, name)) in enumerate(zip(members, places, strict=True)):
-                readers = sum(INPUTS[name] == INPUTS[other] and parent is at for at, other in places)
+                read = INPUTS.get(name, name)
+                readers = sum(read == INPUTS.get(other, other) and parent is at for at, other in places)
                 setattr(parent, name, GroupedLinear(encoder, member, kernel, number == 0, readers))
 
     def _place(self, block):
         _, layer, module, role = block.split(".")
-        part, name = PLACES[f"{module}.{role}"]
+        part, name = self._places[f"{module}.{role}"]
         parent = getattr(self.model.layers[int(layer)], part)
         return getattr(parent, self._fused[name]) if name in self._fused else parent, name

@@ -119,7 +119,7 @@ class Family:
 
 
 TOP = {"embed.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
-TOP["unembed.kernel"] = "lm_head.weight"
+TOP |= {"norm.bias": "model.norm.bias", "unembed.kernel": "lm_head.weight"}
 
 
 def only_in_hf(config: DecoderConfig, **others: bool) -> None:

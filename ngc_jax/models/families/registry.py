@@ -12,12 +12,15 @@ from ngc_jax.models.families.glm import GLM, GLM4
 from ngc_jax.models.families.granite import GRANITE
 from ngc_jax.models.families.llama import LLAMA
 from ngc_jax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ngc_jax.models.families.nemotron import NEMOTRON
 from ngc_jax.models.families.olmo import OLMO2, OLMO3
 from ngc_jax.models.families.phi import PHI3
 from ngc_jax.models.families.qwen import QWEN2, QWEN3
 from ngc_jax.models.families.record import Family
 from ngc_jax.models.families.relatives import RELATIVES
 from ngc_jax.models.families.smollm import SMOLLM3
+from ngc_jax.models.families.stablelm import STABLELM
+from ngc_jax.models.families.starcoder import STARCODER2
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -40,6 +43,9 @@ FAMILIES: dict[str, Family] = {
         GLM4,
         COHERE,
         COHERE2,
+        STABLELM,
+        STARCODER2,
+        NEMOTRON,
     )
 }
 """In the order of documentation."""
