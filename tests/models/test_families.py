@@ -19,6 +19,8 @@ from ngc_jax.models.families.relatives import RELATIVES
 from ngc_jax.models.load import load_model
 from ngc_jax.models.save import save_model
 from ngc_jax.models.sources import open_source
+from ngc_jax.planning.candidates import all_candidates, candidate_cells
+from ngc_jax.training import sharding
 from ngc_jax.training.fresh import fresh_model
 from tests.pages import DOCS, run_examples
 from tests.tiny import HF_CONFIGS, forward, random_tokens, tiny_model, tiny_tokenizer
@@ -156,6 +158,12 @@ def test_a_text_decoder_that_is_not_supported_is_refused_by_its_name():
         ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "1 dimensions of a head are rotated"),
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "partial_rotary_factor of the rope"),
         ({"model_type": "granite", "residual_multiplier": -1}, "residual_multiplier"),
+        ({"model_type": "smollm3", "no_rope_layers": [[1]] * 4}, "no_rope_layers"),
+        ({"model_type": "exaone4", "sliding_window_pattern": "", "num_key_value_heads": 2}, "sliding_window_pattern"),
+        ({"model_type": "ministral", "layer_types": 3}, r"layer_types in config\.json is 3; expected a list"),
+        ({"model_type": "cohere2", "head_dim": 4, "num_attention_heads": 48}, "head_dim is 1"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "mistral3", "text_config": {"model_type": [1]}}, r"architecture \[1\]"),
         (
             {"model_type": "llama", "rms_norm_eps": 1, "rope_parameters": {"partial_rotary_factor": 0.5}},
             "partial rotary",
@@ -165,6 +173,27 @@ def test_a_text_decoder_that_is_not_supported_is_refused_by_its_name():
 def test_settings_that_are_not_supported_are_named(settings, message):
     with pytest.raises(UsageError, match=message):
         DecoderConfig.from_hf({**SIZES, **settings})
+
+
+@pytest.mark.parametrize("topology", ["qkv-o-ug-d", "uu-gg", "auto"])
+def test_topologies_of_a_decoder_without_a_gate(topology):
+    """Written for all roles: the one that it lacks is left out, and groups of nothing else with it."""
+    config = DecoderConfig.from_hf(HF_CONFIGS["starcoder2"])
+    groups = all_candidates(candidate_cells(config, topology))
+    assert {member.name[-1] for group in groups for member in group.members} == set(
+        "qkvoud" if topology[:2] != "uu" else "u"
+    )
+    assert all(group.members and "g" not in group.name for group in groups)
+    assert len({group.members for group in groups}) == len(groups)
+    with pytest.raises(KeyError):
+        config.block(0, "g")
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "olmo3", "cohere2"])
+def test_every_parameter_has_a_place_on_a_mesh(name):
+    params = tiny_model(name).params
+    found = sharding.params_shardings(params, sharding.make_mesh(devices=jax.devices()[:1]))
+    assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
 def test_gguf_files_of_other_families_are_refused_and_nothing_is_written(tmp_path):

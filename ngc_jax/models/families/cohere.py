@@ -42,7 +42,7 @@ def _cohere2(hf: Mapping[str, Any]) -> dict[str, Any]:
     own = dataclasses.replace(rope(hf), interleaved=True)
     ropes = tuple(own if slides else None for slides in sliding)
     # transformers does not read head_dim.
-    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    head_dim = max(hf["hidden_size"] // hf["num_attention_heads"], 1)
     heads = {"head_dim": head_dim, "attention_scale": head_dim**-0.5}
     return _block(hf) | heads | {"windows": windows(hf, sliding), "ropes": ropes}
 

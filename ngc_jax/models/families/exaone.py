@@ -25,7 +25,7 @@ def _exaone4(hf: Mapping[str, Any]) -> dict[str, Any]:
     sliding = layer_types(hf, layers)
     if sliding is None and hybrid:
         pattern = hf.get("sliding_window_pattern")
-        period = len(pattern) if isinstance(pattern, str) else number(hf, "sliding_window_pattern", int, 4)
+        period = len(pattern) if isinstance(pattern, str) and pattern else number(hf, "sliding_window_pattern", int, 4)
         sliding = all_but_every(period, layers)
     found = windows(hf, sliding or (False,) * layers)
     own = rope(hf)

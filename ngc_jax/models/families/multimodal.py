@@ -58,8 +58,9 @@ def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
         text["model_type"] = model.text_type
     if "tie_word_embeddings" in hf:
         text["tie_word_embeddings"] = hf["tie_word_embeddings"]
-    if text["model_type"] in FAMILIES:
-        text["architectures"] = [FAMILIES[text["model_type"]].model_class]
+    family = FAMILIES.get(str(text["model_type"]))
+    if family is not None:
+        text["architectures"] = [family.model_class]
     return text | {name: _plain_rope(text[name]) for name in _ROPES if isinstance(text.get(name), Mapping)}
 
 

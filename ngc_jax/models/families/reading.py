@@ -60,6 +60,8 @@ def layer_types(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
     types = hf.get("layer_types")
     if types is None:
         return None
+    if not isinstance(types, list | tuple):
+        raise UsageError(f"layer_types in config.json is {brief(types)}; expected a list with a type for each layer")
     kinds = {str(kind) for kind in types}
     if len(types) != layers or kinds - {SLIDING, FULL}:
         raise UsageError(

@@ -20,7 +20,7 @@ def _smollm3(hf: Mapping[str, Any]) -> dict[str, Any]:
     rotated = hf.get("no_rope_layers")  # of the layers that have one
     if rotated is None:
         rotated = all_but_every(number(hf, "no_rope_layer_interval", int, _INTERVAL), layers)
-    if not isinstance(rotated, list | tuple) or len(rotated) != layers or not set(rotated) <= {0, 1}:
+    if not isinstance(rotated, list | tuple) or len(rotated) != layers or any(one not in (0, 1) for one in rotated):
         raise UsageError(f"no_rope_layers in config.json is {brief(rotated)}; expected 0 or 1 for each of {layers}")
     sliding: tuple[bool, ...] = (False,) * layers
     if hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
