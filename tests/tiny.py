@@ -40,6 +40,28 @@ HF_CONFIGS = {
         "query_pre_attn_scalar": 10,
         "final_logit_softcapping": 20.0,
     },
+    # Norms after blocks only, of whole queries and keys too.
+    "olmo3": {**_COMMON, "model_type": "olmo3", "sliding_window": 5, "attention_bias": True},
+    # Attention and MLP in parallel, layer norms, rotation of neighbours, layers without rotation.
+    "cohere2": {
+        **_COMMON,
+        "model_type": "cohere2",
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "logit_scale": 0.5,
+    },
+    "granite": {
+        **_COMMON,
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+    },
+    # Layer norms with biases, MLPs without a gate.
+    "starcoder2": {**_COMMON, "model_type": "starcoder2", "norm_epsilon": 1e-5, "tie_word_embeddings": False},
+    # Half of each head rotated, norms before and after, fused tensors.
+    "glm4": {**_COMMON, "model_type": "glm4", "head_dim": 12},
 }
 
 

@@ -5,7 +5,8 @@ in place of c. Each of them, W of shape M x I, is replaced by the least-squares 
 
     W c + (x - x')     from     c'
 
-so that it computes what the dense block computes, and corrects the error that the layers below left in the stream. d is
+so that it computes what the dense block computes, and corrects the error that the layers below left in the stream (the
+error divided by the residual scale, where blocks are added with one). d is
 estimated after o, on inputs that the new o computes. Both are unconstrained matrices, so that no metric of the outputs
 matters. The estimate mixes, with a share s, the moments of some tokens of both models with those of the dense model's
 inputs alone, C, for which the weight as it is, W, is best:
@@ -150,6 +151,8 @@ def _add_tokens(
     """Add the tokens of a stack to the sums of a block that writes to the residual stream."""
     module = _MODULES[role]
 
+    config = layers[0].config
+
     def step(params: tuple[Params, Params], data: Mapping[str, Any], both: Both, sums: Sums) -> tuple[Both, Sums]:
         found = []
         for layer, own, x in zip(layers, params, both, strict=True):
@@ -157,10 +160,10 @@ def _add_tokens(
             inputs = sites[INPUT_SITE[role]]
             written = jnp.einsum("...i,oi->...o", inputs, own[module][role]["kernel"], precision="highest")
             # The stream that the block writes to. Its biases are equal in both models.
-            found.append((inputs, written, x if role == "o" else after - written))
+            found.append((inputs, written, x if role == "o" else after - config.residual_scale * written))
         (_, target, x), (inputs, _, x_ours) = found
-        if not layers[0].config.post_norms:  # where outputs are normed first, they cannot correct the stream
-            target = target + (x - x_ours)
+        if not config.post_norms:  # where outputs are normed first, they cannot correct the stream
+            target = target + (x - x_ours) / config.residual_scale
         rows, target = token_rows(inputs, data["mask"]), token_rows(target, data["mask"])
         cross = jnp.einsum("tm,ti->mi", target, rows, precision="highest")
         return both, Sums(sums.cross.add(cross), add_products(sums.second, rows))

@@ -28,7 +28,7 @@ from ngc_jax.conversion.symmetric_sums import gram, whole, zero_bands
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Block
-from ngc_jax.models.config import ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.decoder import INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
@@ -126,7 +126,7 @@ def _backward(
         params, teacher = both
         x, positions = data["x"], data["positions"]
         nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
-        for role in ROLES:
+        for role in config.roles:
             _, _, part, _ = (block := config.block(layer.layer, role)).name.split(".")
             nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
 
@@ -294,7 +294,7 @@ def measure_output_gradients(
 
 def _layer_sums(config: DecoderConfig, layer: int, what: GradientMeasurement) -> dict[str, dict[str, Any]]:
     """Empty sums of a layer's blocks, by part and role."""
-    blocks = {role: config.block(layer, role) for role in ROLES}
+    blocks = {role: config.block(layer, role) for role in config.roles}
     return {_short(block.name): _block_sums(block, what, role in what.full_roles) for role, block in blocks.items()}
 
 
@@ -308,7 +308,7 @@ def _means(
 ) -> dict[str, OutputGradients]:
     """The statistics of a layer's blocks by name, from sums that are freed one by one."""
     found = {}
-    for role in ROLES:
+    for role in config.roles:
         name = block_name(layer, role)
         mean: dict[str, Any] = {
             kind: (whole(map(np.asarray, value)) if kind == "second_moment" else np.asarray(value, np.float64)) / count

@@ -89,7 +89,8 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
         kept = None if all_kept is None else jnp.asarray(all_kept[layer])
         modules = layer_module(decoders[0], layer), layer_module(decoders[1], layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
-        sums = {site: _no_sums(config.block(0, role).d_in, site in own) for role, site in INPUT_SITE.items()}
+        widths = {INPUT_SITE[role]: config.block(0, role).d_in for role in config.roles}
+        sums = {site: _no_sums(width, site in own) for site, width in widths.items()}
         for index, stack in enumerate(stacks):
             theirs[index], sums = _add_both(
                 (dense, once, kept), (theirs[index], ours[index]), stack, sums, layers=modules, mesh=mesh
@@ -187,7 +188,7 @@ def _moved(
         moments: E[x x^T], E[x x'^T] and E[x' x'^T] of some tokens.
         share: How far to move from the dense model's (0) to the converted one's (1).
     """
-    names = [block_name(layer, role) for role in INPUT_SITE if INPUT_SITE[role] == site]
+    names = [block_name(layer, role) for role in model.config.roles if INPUT_SITE[role] == site]
     weights = [np.asarray(kernel_of(model.params, name), np.float64) for name in names]
     dense_moment = statistics[names[0]].second_moment
     total, cross = carried_over(dense_moment, *moments)
@@ -218,7 +219,8 @@ _Sums = tuple[tuple[Compensated, ...], Compensated, tuple[Compensated, ...]]
 
 def _own_moments(layer: int, statistics: Mapping[str, Statistics], count: int) -> dict[str, np.ndarray]:
     """E[x x^T] of the first `count` tokens by site, where it was measured."""
-    entries = {site: statistics[block_name(layer, role)].first for role, site in INPUT_SITE.items()}
+    names = {block_name(layer, role): site for role, site in INPUT_SITE.items()}
+    entries = {site: statistics[name].first for name, site in names.items() if name in statistics}
     return {site: first.second_moment for site, first in entries.items() if first is not None and first.count == count}
 
 

@@ -33,7 +33,7 @@ from ngc_jax.conversion.statistics import FirstTokens, OutputGradients, Statisti
 from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import handed_over
-from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.types import Params
 
@@ -98,7 +98,7 @@ def prune_layers(
             done = thread_map(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
             for layer, (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
                 if donate:
-                    for role in MLP_ROLES:
+                    for role in config.mlp_roles:
                         model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
                 yield handed_over(found)
 
@@ -108,8 +108,8 @@ def prune_layers(
 def _prune_layer(
     params: Params, layer: int, statistics: dict[str, Statistics], config: DecoderConfig, shrinkage: float
 ) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
-    names = {role: block_name(layer, role) for role in MLP_ROLES}
-    before = {role: np.asarray(params["mlp"][role]["kernel"]) for role in MLP_ROLES}
+    names = {role: block_name(layer, role) for role in config.mlp_roles}
+    before = {role: np.asarray(params["mlp"][role]["kernel"]) for role in names}
     for role, name in names.items():
         entry = statistics[name]
         measured = [entry.second_moment] if role == "d" else []
@@ -120,11 +120,12 @@ def _prune_layer(
     kept = select_neurons(
         _pulled_root(kernel, hidden.gradients), hidden.second_moment, config.mlp_dim, shrinkage=shrinkage
     )
-    small = {role: before[role][kept] for role in PRUNED_ROLES}
+    pruned_roles = [role for role in PRUNED_ROLES if role in names]
+    small = {role: before[role][kept] for role in pruned_roles}
     small["d"] = nystrom_reconstruct(kernel, hidden.second_moment, kept, shrinkage=shrinkage)
     del before, kernel
     mlp = {role: {**params["mlp"][role], "kernel": _like(params["mlp"][role]["kernel"], small[role])} for role in small}
-    for role in PRUNED_ROLES:
+    for role in pruned_roles:
         if "bias" in mlp[role]:
             mlp[role]["bias"] = _like(mlp[role]["bias"], np.asarray(mlp[role]["bias"])[kept])
         statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])

@@ -18,7 +18,6 @@ from ngc_jax.conversion.state import ConversionState
 from ngc_jax.conversion.statistics import OutputGradients, Statistics
 from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.gauge import free_gauge
-from ngc_jax.models.config import ROLES
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.types import Params
 
@@ -187,7 +186,7 @@ def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Par
     """A layer of a compact model with its weights formed, so that it runs as a dense layer."""
     assert compact.plan is not None
     flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
-    for role in ROLES:
+    for role in model.config.roles:
         block = model.config.block(layer, role)
         group = compact.plan.group_of.get(block.name)
         if group is not None:

@@ -115,7 +115,7 @@ class InputSums:
 
 
 def _init_sites(config: DecoderConfig) -> dict[str, Moments]:
-    return {INPUT_SITE[role]: init_moments(config.block(0, role).d_in) for role in INPUT_SITE}
+    return {INPUT_SITE[role]: init_moments(config.block(0, role).d_in) for role in config.roles}
 
 
 def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Moments:
@@ -267,7 +267,7 @@ def measure_inputs(
                 raise UsageError(
                     f"the activations of layer {layer} ({site}) are not finite; load the model with --dtype float32"
                 )
-        by_name = {block_name(layer, role): by_site[site] for role, site in INPUT_SITE.items()}
+        by_name = {block_name(layer, role): by_site[INPUT_SITE[role]] for role in config.roles}
         del by_site, statistics
         yield layer, handed_over(by_name)
 

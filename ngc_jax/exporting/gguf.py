@@ -24,7 +24,10 @@ from ngc_jax.exporting.gguf_codes import gguf_blocks
 from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.families import FAMILIES, Gguf, family_of, gguf_families
 from ngc_jax.models.gguf.config import ROPE_FACTORS
+from ngc_jax.models.gguf.names import gguf_name
+from ngc_jax.models.rope import Rope
 from ngc_jax.models.sources import Source
 
 _log = logging.getLogger(__name__)
@@ -38,25 +41,6 @@ GGUF_TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
-}
-# llama.cpp's name of an architecture; Mistral's is llama's.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
-_OUTSIDE_LAYERS = {"embed.embedding": "token_embd.weight", "norm.scale": "output_norm.weight"}
-_OUTSIDE_LAYERS["unembed.kernel"] = "output.weight"
-_IN_LAYER = {
-    "attn_norm": "attn_norm",
-    "attn.q": "attn_q",
-    "attn.k": "attn_k",
-    "attn.v": "attn_v",
-    "attn.o": "attn_output",
-    "attn.q_norm": "attn_q_norm",
-    "attn.k_norm": "attn_k_norm",
-    "attn_post_norm": "post_attention_norm",
-    "mlp_norm": "ffn_norm",
-    "mlp.g": "ffn_gate",
-    "mlp.u": "ffn_up",
-    "mlp.d": "ffn_down",
-    "mlp_post_norm": "post_ffw_norm",
 }
 
 
@@ -100,10 +84,12 @@ def export_gguf(
     file = Path(file)
     _check_file(file, overwrite)
     folded = FoldedSource(source)
+    described = _described(folded.decoder_config)
+    described.metadata(folded.decoder_config)  # refuses what cannot be written before anything is
     kinds = _kinds(folded, type)
     most = _most_common(folded, kinds)
     with atomic_file(file) as temporary:
-        writer = GGUFWriter(temporary, _architecture(folded.decoder_config))
+        writer = GGUFWriter(temporary, described.name)
         _add_metadata(writer, folded, GGUF_TYPES[most][1])
         _add_tensors(writer, folded, kinds, progress)
         writer.close()
@@ -119,15 +105,23 @@ def export_gguf(
     }
 
 
-def _architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name of the architecture.
+def _described(config: DecoderConfig) -> Gguf:
+    """How llama.cpp's files describe the architecture.
 
-    llama.cpp takes for granted that the heads of a qwen2 file are together as wide as the residual stream. Where they
-    are not, the model is written as llama with biases on q, k and v, which is the same function.
+    Where llama.cpp takes for granted that the heads are together as wide as the residual stream, and they are not, the
+    model is written as another architecture that computes the same function.
     """
-    if config.architecture == "qwen2" and config.num_heads * config.head_dim != config.embed_dim:
-        return "llama"
-    return _ARCHITECTURES[config.architecture]
+    described = family_of(config.architecture).gguf
+    if described is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
+        raise UsageError(
+            f"{config.architecture} models cannot be written as GGUF files, only those of {known}; export it to hf"
+        )
+    if described.wide_heads is not None and config.num_heads * config.head_dim != config.embed_dim:
+        other = gguf_families()[described.wide_heads].gguf
+        assert other is not None
+        return other
+    return described
 
 
 def _check_file(file: Path, overwrite: bool) -> None:
@@ -154,7 +148,9 @@ def _add_metadata(writer: GGUFWriter, folded: FoldedSource, file_type: LlamaFile
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
+    described = _described(config)
+    for key, value in {described.eps: config.norm_eps, **described.metadata(config)}.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{described.name}.{key}", value)
     writer.add_rope_dimension_count(config.head_dim)
     _add_rope(writer, config)
     _add_windows(writer, config)
@@ -177,9 +173,15 @@ def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def _full_rope(config: DecoderConfig) -> Rope:
+    """The rotary embedding of full-attention layers; of all, if they have none."""
+    ropes = [(rope, window) for rope, window in zip(config.ropes, config.windows, strict=True) if rope is not None]
+    return next((rope for rope, window in ropes if window is None), ropes[0][0])
+
+
 def _add_rope(writer: GGUFWriter, config: DecoderConfig) -> None:
     """The rotary base and scaling of full-attention layers."""
-    rope = next((r for r, window in zip(config.ropes, config.windows, strict=True) if window is None), config.ropes[0])
+    rope = _full_rope(config)
     writer.add_rope_freq_base(rope.theta)
     if rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -196,7 +198,7 @@ def _add_rope(writer: GGUFWriter, config: DecoderConfig) -> None:
 def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
     """Divisors of the rotary frequencies, for scalings that GGUF stores as a tensor."""
     rope = config.ropes[0]
-    if rope.rope_type not in ("llama3", "explicit"):
+    if rope is None or rope.rope_type not in ("llama3", "explicit"):
         return None
     plain = rope.theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     return (plain / rope.inverse_frequencies(config.head_dim)).astype(np.float32)
@@ -206,7 +208,10 @@ def _add_windows(writer: GGUFWriter, config: DecoderConfig) -> None:
     windows = {window for window in config.windows if window is not None}
     if not windows:
         return
-    if config.architecture == "gemma3_text":
+    described = _described(config)
+    if "attention.sliding_window" in described.metadata(config):
+        return
+    if described.windows:
         writer.add_sliding_window(windows.pop())
         writer.add_sliding_window_pattern([window is not None for window in config.windows])
     elif min(windows) < config.max_length:
@@ -286,26 +291,13 @@ def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     return int(np.prod(shape)) // block * block_bytes
 
 
-def gguf_name(parameter: str) -> str:
-    """GGUF's name of a parameter.
-
-    >>> gguf_name("layers.3.attn.q.kernel")
-    'blk.3.attn_q.weight'
-    """
-    if parameter in _OUTSIDE_LAYERS:
-        return _OUTSIDE_LAYERS[parameter]
-    _, layer, rest = parameter.split(".", 2)
-    module, leaf = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_IN_LAYER[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
 def _in_gguf_order(tensor: np.ndarray, parameter: str, config: DecoderConfig) -> np.ndarray:
-    """A tensor in GGUF's conventions: llama's rotary halves are interleaved, gemma's norms include their one."""
+    """A tensor in GGUF's conventions: some architectures' rotary halves are interleaved, norms include their one."""
     module, _, leaf = parameter.rpartition(".")
-    if config.unit_offset_norm and leaf == "scale":
+    if _described(config).offset_norms and leaf == "scale":
         return tensor + np.float32(1)
     role = module.rpartition(".")[2]
-    if _architecture(config) == "llama" and role in ("q", "k"):
+    if _described(config).paired_rotary and role in ("q", "k"):
         heads = config.num_heads if role == "q" else config.num_kv_heads
         halves = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)

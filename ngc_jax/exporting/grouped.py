@@ -19,6 +19,8 @@ from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.groups.states import fixed_lift
 from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.families import Family, family_of
+from ngc_jax.models.families.record import PROJECTIONS
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.load import check_tied_head, parameter_shapes, read_tensor
@@ -27,14 +29,6 @@ from ngc_jax.models.saved_config import MODEL_TYPE, SECTION, join_config, split_
 from ngc_jax.models.sources import Source
 
 FILES = ("configuration_ngc.py", "modeling_ngc.py")
-# transformers' classes of an architecture: of its config, and of its causal language model.
-_BASES: Mapping[str, tuple[str, str]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-}
 
 
 class GroupedSource:
@@ -70,14 +64,19 @@ class GroupedSource:
         # By tensor name: the stored tensor of a parameter, or the group and the part of it.
         self._from: dict[str, str | tuple[GroupPlan, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        family = family_of(config.architecture)
+
+        def own_name(parameter: str) -> str:
+            return inside_fused(hf_name(parameter, config), family)
+
         for parameter, shape in parameters.items():
             if not parameter.startswith("groups."):
                 block, _, leaf = parameter.rpartition(".")
-                name = hf_name(parameter, config)
+                name = own_name(parameter)
                 name = f"{name.removesuffix('bias')}read.bias" if block in plan.group_of and leaf == "bias" else name
                 self.shapes[name], self._from[name] = shape, stored[parameter]
         for group in plan.groups:
-            for name, part, shape in _parts(group, lambda block: hf_name(f"{block}.kernel", config)):
+            for name, part, shape in _parts(group, lambda block: own_name(f"{block}.kernel")):
                 self.shapes[name], self._from[name] = shape, (group, part)
         hf_config, _ = split_config(source.config, source.name)
         whole = join_config(hf_config, config, plan, None)
@@ -86,6 +85,13 @@ class GroupedSource:
             "groups": [_group_entry(group) for group in plan.groups],
             "dense": [_block_entry(block) for block in plan.dense],
         }
+        places = {module: at for module, at in family.modules.items() if module in PROJECTIONS}
+        if other := {module: at for module, at in places.items() if at != PROJECTIONS[module]}:
+            section |= {"places": other}
+        if family.fused:
+            blocks = {block.name: block for block in (*config.blocks(), *plan.blocks())}
+            section |= {"fused": {whole: list(parts) for whole, parts in family.fused.items()}}
+            section |= {"dense": [_block_entry(block) for block in blocks.values() if block.name not in plan.group_of]}
         classes = {"AutoConfig": "configuration_ngc.NgcConfig", "AutoModelForCausalLM": "modeling_ngc.NgcForCausalLM"}
         self.config: dict[str, Any] = {**whole, "model_type": MODEL_TYPE, "auto_map": classes, SECTION: section}
 
@@ -110,6 +116,19 @@ class GroupedSource:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._source.tokenizer()
+
+
+def inside_fused(name: str, family: Family) -> str:
+    """The name of a tensor where a fused module has its parts inside.
+
+    >>> inside_fused("model.layers.0.mlp.up_proj.weight", family_of("phi3"))
+    'model.layers.0.mlp.gate_up_proj.up_proj.weight'
+    """
+    for whole, parts in family.fused.items():
+        for part in parts:
+            if f".{part}." in name:
+                return name.replace(part, f"{whole}.{part.rpartition('.')[2]}")
+    return name
 
 
 def _parts(group: GroupPlan, name_of: Callable[[str], str]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -205,8 +224,8 @@ def export_grouped(
 def remote_file(name: str, architecture: str) -> str:
     """The text of one of `FILES`, built on transformers' classes of an architecture."""
     text = resources.files("ngc_jax.exporting").joinpath("remote", name).read_text(encoding="utf-8")
-    config, model = _BASES[architecture]
-    for written, wanted in (("LlamaConfig", config), ("LlamaForCausalLM", model)):
+    family = family_of(architecture)
+    for written, wanted in (("LlamaConfig", family.config_class), ("LlamaForCausalLM", family.model_class)):
         text = text.replace(written, wanted)
     return text
 

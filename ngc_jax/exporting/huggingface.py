@@ -14,6 +14,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.exporting.folded import DTYPES, FoldedSource, cast
 from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import front_matter, hub_id, render_card
+from ngc_jax.models.families import family_of
+from ngc_jax.models.fused import FusedTensors
 from ngc_jax.models.save import SHARD_BYTES
 from ngc_jax.models.sources import Source
 
@@ -56,6 +58,7 @@ def export_huggingface(
     folded = FoldedSource(source)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+    own = FusedTensors(folded, family_of(folded.decoder_config.architecture))
     embedding = folded.read("model.embed_tokens.weight")
     kind = DTYPES[dtype] if dtype is not None else embedding.dtype
     del embedding
@@ -64,7 +67,7 @@ def export_huggingface(
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folded.tokenizer().save(temporary)
         with os_errors(Path(directory)):
-            sizes = write_shards(folded, temporary, kind, shard_bytes, progress)
+            sizes = write_shards(own, temporary, kind, shard_bytes, progress)
         (temporary / "README.md").write_text(_card(Path(directory).absolute().name, folded), encoding="utf-8")
     return {
         "out": str(directory),

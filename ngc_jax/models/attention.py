@@ -197,14 +197,18 @@ def extend(
 _MANY_TOKENS = 128
 
 
-def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope) -> Float[Array, "B L N H"]:
-    """Apply a rotary embedding to every head, pairing dimension i with i + H/2 as Hugging Face does.
+def rotate(
+    x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"], rope: Rope | None
+) -> Float[Array, "B L N H"]:
+    """Apply a rotary embedding to every head, pairing dimension i with i + E/2 of the E rotated ones, or with i + 1.
 
     Args:
         x_BxLxNxH: Queries or keys.
         positions_BxL: Token positions.
-        rope: The embedding.
+        rope: The embedding; None for a layer without one.
     """
+    if rope is None:
+        return x_BxLxNxH
     head_dim = x_BxLxNxH.shape[-1]
     frequencies = jnp.asarray(rope.inverse_frequencies(head_dim).astype(np.float32))
     angle_BxLx1xh = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
@@ -218,9 +222,12 @@ def rotate(x_BxLxNxH: Float[Array, "B L N H"], positions_BxL: Int[Array, "B L"],
         # XLA's CPU compiler would compute them again for every head; it does not fuse across a condition.
         always = positions_BxL.ravel()[0] >= -1
         cos, sin = jax.lax.cond(always, turn, lambda angle: (angle, angle), angle_BxLx1xh)
-    first, second = jnp.split(x_BxLxNxH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxLxNxH.dtype)
+    x32, rest = jnp.split(x_BxLxNxH.astype(jnp.float32), [rope.rotated(head_dim)], axis=-1)
+    first, second = (x32[..., ::2], x32[..., 1::2]) if rope.interleaved else jnp.split(x32, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    rotated = jnp.stack(turned, axis=-1).reshape(x32.shape) if rope.interleaved else jnp.concatenate(turned, axis=-1)
+    whole = rotated if rest.shape[-1] == 0 else jnp.concatenate([rotated, rest], axis=-1)
+    return whole.astype(x_BxLxNxH.dtype)
 
 
 # Number of queries that a CPU processes at a time. No query sees a later key, so that half of the keys are skipped.

@@ -1,4 +1,4 @@
-"""The decoder: one linen module for the Llama family, dense or made of neuronal groups.
+"""The decoder: one linen module for all families, dense or made of neuronal groups.
 
 Legend: B batch, L tokens, D embed, N query heads, K key-value heads, H head dimensions, F mlp, V vocabulary.
 
@@ -62,16 +62,19 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32."""
+class Norm(nn.Module):
+    """Root-mean-square or layer norm over the last axis, in float32."""
 
     eps: float
     unit_offset: bool
     param_dtype: jnp.dtype = jnp.float32
+    kind: str = "rms"
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -79,8 +82,13 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype)
+        y = normed * (1.0 + scale if self.unit_offset else scale)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -153,16 +161,11 @@ class Attention(nn.Module):
         c = self.config
         rope = c.ropes[self.layer]
         q, k, v = _project(c, self.plan, self.layer, "qkv", x, groups, self.param_dtype, self.joined)
-        q = q.reshape(*q.shape[:2], c.num_heads, c.head_dim)
-        k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_dim)
         v = v.reshape(*v.shape[:2], c.num_kv_heads, c.head_dim)
-        k_norm: Callable[[Array], Array] = lambda k: k  # noqa: E731
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="q_norm")(q)
-            k_norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name="k_norm")
-            k = k_norm(k)
+        heads_of_k = self._norm_of_heads("k_norm")
+        q, k = self._norm_of_heads("q_norm")(q), heads_of_k(k)
         if isinstance(cache, LatentCache):
-            readers = self._readers(x, cache, groups, k_norm)
+            readers = self._readers(x, cache, groups, heads_of_k)
             rules = AttentionRules(rope, c.attention_scale, c.windows[self.layer], c.attention_soft_cap)
             y, cache = attend_in_latent_space((q, k, v), cache, readers, positions, starts, rules)
             return self._output(y, groups), cache
@@ -188,6 +191,19 @@ class Attention(nn.Module):
         )
         return self._output(y, groups), cache
 
+    @nn.nowrap
+    def _norm_of_heads(self, name: str) -> Callable[[Array], Array]:
+        """Split the outputs of q or k into heads, and norm them."""
+        c = self.config
+
+        def heads(x: Array) -> Array:
+            return x.reshape(*x.shape[:2], -1, c.head_dim)
+
+        if c.qk_norm is None:
+            return heads
+        norm = Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name=name)
+        return (lambda x: heads(norm(x))) if c.qk_norm == "whole" else (lambda x: norm(heads(x)))
+
     def _output(self, y: Float[Array, "B L N H"], groups: GroupStates) -> Float[Array, "B L D"]:
         y = y.reshape(*y.shape[:2], -1)
         self.sow(BLOCK_INPUTS, "o_input", y)
@@ -195,7 +211,7 @@ class Attention(nn.Module):
         return out
 
     def _readers(
-        self, x: Float[Array, "B L D"], cache: LatentCache, groups: GroupStates, k_norm: Callable[[Array], Array]
+        self, x: Float[Array, "B L D"], cache: LatentCache, groups: GroupStates, heads_of_k: Callable[[Array], Array]
     ) -> Readers:
         """How the cache's signals become keys and values."""
         c = self.config
@@ -211,7 +227,7 @@ class Attention(nn.Module):
         def keys(signal: Array) -> Array:
             k = read(used["k"].kernel, groups[used["k"].name], blocks["k"].name, signal)
             k = k + biases["k"].astype(k.dtype) if "k" in biases else k
-            return k_norm(k.reshape(*k.shape[:2], *heads))
+            return heads_of_k(k)
 
         values = None
         if "v" in used:
@@ -221,7 +237,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated MLP of one layer."""
+    """MLP of one layer."""
 
     config: DecoderConfig
     plan: Plan
@@ -231,9 +247,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], groups: GroupStates) -> Float[Array, "B L D"]:
-        """down(activation(gate(x)) * up(x))."""
-        up, gate = _project(self.config, self.plan, self.layer, "ug", x, groups, self.param_dtype, self.joined)
-        hidden = _ACTIVATIONS[self.config.activation](gate) * up
+        """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+        roles, activation = self.config.mlp_roles[:-1], _ACTIVATIONS[self.config.activation]
+        up, *gate = _project(self.config, self.plan, self.layer, roles, x, groups, self.param_dtype, self.joined)
+        hidden = activation(gate[0]) * up if gate else activation(up)
         self.sow(BLOCK_INPUTS, "d_input", hidden)
         (out,) = _project(self.config, self.plan, self.layer, "d", hidden, groups, self.param_dtype, self.joined)
         return out
@@ -283,19 +300,24 @@ class DecoderLayer(nn.Module):
         c, groups = self.config, {} if groups is None else groups
         module = (c, self.plan, self.layer, self.param_dtype)
 
-        def norm(name: str, x: Array) -> Array:
-            return RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype, name=name)(x)
+        def norm(name: str, x: Array, wanted: bool) -> Array:
+            if not wanted:
+                return x
+            return Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, c.norm_bias, name=name)(x)
 
-        attn_in = norm("attn_norm", x)
+        def add(x: Array, y: Array) -> Array:
+            return x + (y if c.residual_scale == 1.0 else y * jnp.asarray(c.residual_scale, y.dtype))
+
+        attn_in = norm("attn_norm", x, c.pre_norms)
         self.sow(BLOCK_INPUTS, "attn_input", attn_in)
         y, cache = Attention(*module, self.hold_others, "attn" in self.joined, name="attn")(
             attn_in, positions, cache, groups, starts
         )
-        x = x + (norm("attn_post_norm", y) if c.post_norms else y)
-        mlp_in = norm("mlp_norm", x)
+        x = add(x, norm("attn_post_norm", y, c.post_norms))
+        mlp_in = attn_in if c.parallel else norm("mlp_norm", x, c.pre_norms)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
         y = Mlp(*module, "mlp" in self.joined, name="mlp")(mlp_in, groups)
-        x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
+        x = add(x, norm("mlp_post_norm", y, c.post_norms))
         self.sow(RESIDUALS, "output", x)
         return x, cache
 
@@ -399,7 +421,7 @@ class Decoder(nn.Module):
         if not (self.joined and c.tied_embeddings):
             self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined_parts())
-        self.norm = RMSNorm(c.norm_eps, c.unit_offset_norm, self.param_dtype)
+        self.norm = Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, c.norm_bias)
         if self.joined or not c.tied_embeddings:
             self.unembed = Unembedding(c.vocab_size, self.param_dtype, self.joined)
         self._kept = self.separate_groups()
@@ -479,5 +501,6 @@ class Decoder(nn.Module):
         else:
             table = self.embed.embedding if self.config.tied_embeddings else self.unembed(self.config.embed_dim)
             y = contract(x, table)
+        y = y if self.config.logit_scale == 1.0 else y * self.config.logit_scale
         cap = self.config.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

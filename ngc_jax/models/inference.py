@@ -54,7 +54,8 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
         for part in parts[layer]:
             blocks = dict(own.get(part, {}))  # nothing, if all blocks have groups and no norm or bias
             joined = {}
-            for roles in SITES[part]:
+            for all_roles in SITES[part]:
+                roles = "".join(role for role in all_roles if role in decoder.config.roles)
                 site = site_of(decoder.config, plan, layer, roles)
                 joined[roles] = _site_params(
                     site, decoder, params, layer, {role: blocks.pop(role, {}) for role in roles}

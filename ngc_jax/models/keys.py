@@ -12,29 +12,10 @@ from collections.abc import Iterable, Mapping
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.families import OTHER_PARTS, family_of
 
-_PROJECTIONS = {
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.o": "self_attn.o_proj",
-    "mlp.u": "mlp.up_proj",
-    "mlp.g": "mlp.gate_proj",
-    "mlp.d": "mlp.down_proj",
-}
-_NORMS = {
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-}
-_LLAMA_NORMS = {"mlp_norm": "post_attention_layernorm"}
-_GEMMA_NORMS = {
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
 # Tensors that a file may contain and a text decoder does not need.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+_IGNORED = re.compile(rf"rotary_emb\.inv_freq$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
 # Parts that torch.compile, FSDP and activation checkpointing insert anywhere into names.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMBEDDING = "embed_tokens.weight"
@@ -50,16 +31,9 @@ def hf_name(parameter: str, config: DecoderConfig) -> str:
     Raises:
         KeyError: If the decoder has no such parameter.
     """
-    top = {"embed.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
-    top["unembed.kernel"] = "lm_head.weight"
-    if parameter in top:
-        return top[parameter]
     if parameter.startswith("groups."):
         return parameter
-    _, layer, rest = parameter.split(".", 2)
-    module, leaf = rest.rsplit(".", 1)
-    modules = _PROJECTIONS | _NORMS | (_GEMMA_NORMS if config.post_norms else _LLAMA_NORMS)
-    return f"model.layers.{layer}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return family_of(config.architecture).hf_name(parameter)
 
 
 def match_tensors(

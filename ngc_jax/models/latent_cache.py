@@ -282,13 +282,13 @@ class AttentionRules(NamedTuple):
     """What does not depend on the tokens.
 
     Attributes:
-        rope: The rotary embedding.
+        rope: The rotary embedding; None for none.
         scale: Multiplies the logits.
         window: How many tokens a query sees, itself included; None for all before it.
         soft_cap: Bounds the logits to (-soft_cap, soft_cap) by tanh; None for no bound.
     """
 
-    rope: Rope
+    rope: Rope | None
     scale: float
     window: int | None = None
     soft_cap: float | None = None
@@ -341,7 +341,7 @@ def attend_in_latent_space(
     return attend_all(rotate(q, positions_BxL, rules.rope), both, positions_BxL, starts_BxL), written
 
 
-def rebuilt(cache: LatentCache, readers: Readers, rope: Rope) -> LayerCache:
+def rebuilt(cache: LatentCache, readers: Readers, rope: Rope | None) -> LayerCache:
     """The keys and values of all slots.
 
     Args:
@@ -398,7 +398,9 @@ def _attend_one(
     return out.reshape(batch, 1, heads, head_dim).astype(q_Bx1xNxH.dtype)
 
 
-def _logits_of_one(q_Bx1xNxH: Array, cache: LatentCache, readers: Readers, position_Bx1: Array, rope: Rope) -> Array:
+def _logits_of_one(
+    q_Bx1xNxH: Array, cache: LatentCache, readers: Readers, position_Bx1: Array, rope: Rope | None
+) -> Array:
     """(B, K, G, S) in float32, without scale."""
     batch, _, heads, head_dim = q_Bx1xNxH.shape
 

@@ -30,6 +30,8 @@ class Rope:
         truncate: `yarn`: whether the bounds of the ramp are rounded to whole dimensions.
         attention_factor: Multiplies both cosine and sine.
         factors: `explicit`: one divisor for each pair of dimensions.
+        share: Of a head's dimensions that are rotated: the first ones.
+        interleaved: Pairs are neighbours, not dimensions half of the rotated ones apart.
     """
 
     theta: float
@@ -43,6 +45,12 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0
     factors: tuple[float, ...] = ()
+    share: float = 1.0
+    interleaved: bool = False
+
+    def rotated(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated: E."""
+        return int(head_dim * self.share)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angles per position.
@@ -53,11 +61,12 @@ class Rope:
             head_dim: Dimensions of a head, H.
 
         Returns:
-            Radians per token, shape (H / 2,), float64.
+            Radians per token, shape (E / 2,), float64.
 
         Raises:
             UsageError: If `explicit` factors do not have one entry per pair of dimensions.
         """
+        head_dim = self.rotated(head_dim)
         exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
         plain = self.theta**-exponent
         if self.rope_type == "linear":
@@ -87,13 +96,15 @@ class Rope:
         return head_dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
-def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -> Rope:
+def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int, share: float | None = None) -> Rope:
     """Read one rope entry: `rope_parameters` (transformers 5) or `rope_scaling` (earlier).
 
     Args:
         parameters: The entry; may be empty.
         theta: Base if the entry has no `rope_theta`.
         max_length: The config's `max_position_embeddings`, in tokens.
+        share: The rotated share of a head's dimensions if the entry has no `partial_rotary_factor`; None for an
+            architecture that rotates all of them.
 
     Raises:
         UsageError: If the type is not supported, or one of its numbers is missing or invalid.
@@ -103,6 +114,12 @@ def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if kind not in ROPE_TYPES:
         raise UsageError(f"rope type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    if share is not None:
+        share = _number(parameters, "partial_rotary_factor", share)
+        if share > 1:
+            raise UsageError(f"partial_rotary_factor of the rope in config.json is {share}; expected at most 1")
+        whole = {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+        return dataclasses.replace(rope_from_hf(whole, theta, max_length), share=share)
     if parameters.get("partial_rotary_factor") not in (None, 1):
         raise UsageError("partial rotary embeddings are not supported; expected partial_rotary_factor 1.0")
     required = {
@@ -119,7 +136,8 @@ def rope_from_hf(parameters: Mapping[str, Any], theta: float, max_length: int) -
     if kind == "default":
         return Rope(theta)
     if kind == "explicit":
-        return Rope(theta, kind, factors=tuple(float(factor) for factor in parameters["factors"]))
+        factors = tuple(float(factor) for factor in parameters["factors"])
+        return Rope(theta, kind, factors=factors, attention_factor=_number(parameters, "attention_factor", 1.0))
     factor = _number(parameters, "factor")
     if kind == "linear":
         return Rope(theta, kind, factor)

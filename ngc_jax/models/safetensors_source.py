@@ -23,6 +23,7 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing, parse_json
 from ngc_jax.groups.quantised import QuantisedMatrix
+from ngc_jax.models.fused import fused_rows
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
 from ngc_jax.models.quantised_tensors import PARTS, find_quantised, whole_groups
 from ngc_jax.models.saved_config import SECTION
@@ -88,6 +89,7 @@ class SafetensorsSource(Closing):
         try:
             for path in _weight_files(directory):
                 self._add(path)
+            self._split_fused()
             found = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
             self._quantised = find_quantised(self.config.get(SECTION), found, str(directory))
             parts = {f"{name}_{part}" for name in self._quantised for part in PARTS} & set(found)
@@ -121,6 +123,18 @@ class SafetensorsSource(Closing):
                     "remove the file that is not part of the model"
                 )
             self._entries[name] = entry
+
+    def _split_fused(self) -> None:
+        """Presents the matrices of fused tensors, which are some rows of them, as tensors of their own."""
+        shapes = {name: entry.shape for name, entry in self._entries.items()}
+        for name, parts in fused_rows(shapes, self.config, str(self._directory)).items():
+            whole = self._entries.pop(name)
+            row = whole.n_bytes // whole.shape[0]
+            for part, (first, rows) in parts.items():
+                shape = (rows, *whole.shape[1:])
+                self._entries[part] = dataclasses.replace(
+                    whole, shape=shape, start=whole.start + first * row, n_bytes=rows * row
+                )
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in its stored dtype; a quantised one in float32.

@@ -20,10 +20,12 @@ from ngc_jax.errors import UsageError
 from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.card import model_card
+from ngc_jax.models.families import family_of
+from ngc_jax.models.fused import fused_names
 from ngc_jax.models.keys import hf_name
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.quantised_tensors import describe_quantised, tensors_of
-from ngc_jax.models.saved_config import join_config
+from ngc_jax.models.saved_config import is_plain, join_config
 from ngc_jax.models.sources import Source
 
 SHARD_BYTES = 5 * 10**9
@@ -112,11 +114,17 @@ def _json(data: Mapping[str, Any]) -> str:
 def _save_tensors(model: LanguageModel, directory: Path) -> None:
     shards: list[dict[str, jax.Array]] = [{}]
     size = total = 0
-    for path, leaf in traverse_util.flatten_dict(model.params).items():
+    leaves = {
+        hf_name(".".join(path), model.config): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()
+    }
+    plain = is_plain(model.config, model.plan, quantised=model.quantised)
+    whole = fused_names(leaves, family_of(model.config.architecture)) if plain else {name: (name,) for name in leaves}
+    for name, parts in whole.items():
+        leaf = leaves[name] if len(parts) == 1 else jnp.concatenate([leaves[part] for part in parts])
         if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1] |= tensors_of(hf_name(".".join(path), model.config), leaf)
+        shards[-1] |= tensors_of(name, leaf)
         size += leaf.nbytes
         total += leaf.nbytes
     if len(shards) == 1:

@@ -12,6 +12,7 @@ from typing import Any
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, text_config
+from ngc_jax.models.families import family_of
 from ngc_jax.models.quantised import ENTRIES
 from ngc_jax.models.quantised_tensors import ENTRY
 
@@ -22,13 +23,6 @@ ARCHITECTURE = "NgcForCausalLM"
 # that have some.
 FORMAT_VERSION = 3
 _WITHOUT_QUANTISED = 2
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
 # Entries that described the original files, and do not describe the written ones.
 _STALE = (*ENTRIES, "auto_map", "_name_or_path", "transformers_version")
 
@@ -89,9 +83,9 @@ def join_config(
         quantised: Its quantised matrices, from `describe_quantised`.
     """
     whole = {name: value for name, value in hf_config.items() if name not in _STALE}
-    if not whole.get("architectures") and whole.get("model_type") in _CLASSES:
+    if not whole.get("architectures"):
         # Of a model trained from scratch; some programs choose their code by it.
-        whole["architectures"] = [_CLASSES[whole["model_type"]]]
+        whole["architectures"] = [family_of(config.architecture).model_class]
     version = FORMAT_VERSION if quantised else _WITHOUT_QUANTISED
     section: dict[str, Any] = {"format": version, **(conversion or {})}
     if quantised:

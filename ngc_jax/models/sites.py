@@ -24,7 +24,7 @@ from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 
 SITES = {"attn": ("qkv", "o"), "mlp": ("ug", "d")}
-"""Roles that read one input together, by part of a layer."""
+"""Roles that read one input together, by part of a layer; those that a decoder lacks are left out."""
 
 # A further product in a step costs as much as reading this number of weights does.
 _PRODUCT = 1 << 14

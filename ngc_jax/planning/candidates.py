@@ -13,6 +13,7 @@ from ngc_jax.models.config import ROLES, DecoderConfig
 AUTO = "auto"
 # For every set of roles, the ways in which two successive layers may share; the first shares nothing.
 _WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
+_WITHOUT_GATE = (*_WAYS[:2], ("u", "uu"), _WAYS[3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
     cells = []
     for start in range(0, config.num_layers, 2):
         stop = min(start + 2, config.num_layers)
-        for ways in _WAYS:
+        for ways in _WAYS if config.gated_mlp else _WITHOUT_GATE:
             cell = [tuple(_candidates(config, f"{start}:{stop}={way}")) for way in ways]
             # The last of an odd number of layers has no neighbour: two alternatives may be equal.
             cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
@@ -91,8 +92,9 @@ def all_candidates(cells: Iterable[Cell]) -> tuple[Candidate, ...]:
 
 
 def _candidates(config: DecoderConfig, topology: str) -> list[Candidate]:
+    # Topologies are written for all roles; those that the decoder lacks are left out.
     blocks = {block.name: block for block in config.blocks()}
-    return [
-        Candidate(group.name, tuple(blocks[name] for name in group.members))
-        for group in expand(parse(topology), config.num_layers, roles=ROLES)
-    ]
+    groups = expand(parse(topology), config.num_layers, roles=ROLES)
+    found = [(group.name, [blocks[name] for name in group.members if name in blocks]) for group in groups]
+    missing = {ord(role): None for role in ROLES if role not in config.roles}
+    return [Candidate(name.translate(missing), tuple(members)) for name, members in found if members]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.planning.candidates import Cell, candidate_cells, planned_blocks
 from ngc_jax.planning.ranks import RankRule, least_parameters, too_low
 
@@ -58,7 +58,7 @@ def plan_pruning(
     if rule is None:
         tile = _tiles(config.mlp_dim)[0]
         return _pruned(config, topology, max(round(keep_neurons * config.mlp_dim / tile), 1) * tile, dense)
-    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES}
+    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in config.mlp_roles}
     if not whole <= blocks.keys():
         if not flexible or rule.allocation == "neurons":
             raise UsageError(
@@ -89,7 +89,8 @@ def plan_dense(config: DecoderConfig, topology: str, keep: float, multiple: int 
         UsageError: If the topology leaves MLPs out, the keep ratio is too low for a width, or the multiple is.
     """
     blocks = planned_blocks(config, topology)
-    if not {block_name(layer, role) for layer in range(config.num_layers) for role in MLP_ROLES} <= blocks.keys():
+    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in config.mlp_roles}
+    if not whole <= blocks.keys():
         raise UsageError("form dense prunes hidden neurons; add u, g and d of every layer to the topology")
     multiple = math.gcd(config.mlp_dim, _BLOCK) if multiple is None else multiple
 

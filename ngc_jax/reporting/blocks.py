@@ -77,7 +77,7 @@ def kept_map(config: DecoderConfig, plan: Plan, name: str) -> BlockMap:
         cells=tuple(_cell(place, *cell(place), _HEAD) for place in places),
         links=tuple(_links(places)),
         by_layer=tuple(_mean_kept(p for p in places if p.layer == layer) for layer in range(config.num_layers)),
-        by_role={role: _mean_kept(p for p in places if p.role == role) for role in ROLES},
+        by_role={role: _mean_kept(p for p in places if p.role == role) for role in config.roles},
         margin="kept",
         head=_HEAD,
     )
@@ -113,7 +113,7 @@ def loss_map(config: DecoderConfig, plan: Plan, errors: Mapping[str, float], nam
         cells=tuple(_cell(place, *cell(place), head) for place in places),
         links=(),
         by_layer=tuple(_mean_error(errors, (p for p in places if p.layer == i)) for i in range(config.num_layers)),
-        by_role={role: _mean_error(errors, (p for p in places if p.role == role)) for role in ROLES},
+        by_role={role: _mean_error(errors, (p for p in places if p.role == role)) for role in config.roles},
         margin="error",
         head=head,
     )
@@ -185,7 +185,7 @@ def _places(config: DecoderConfig, plan: Plan) -> list[_Place]:
     """Every block, role by role."""
     dense = {block.name for block in plan.dense}
     found = []
-    for role in ROLES:
+    for role in config.roles:
         for layer in range(config.num_layers):
             name = block_name(layer, role)
             group = plan.group_of.get(name)

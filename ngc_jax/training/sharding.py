@@ -43,7 +43,7 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"attn/[kv]/bias$", ("kv",)),
     (r"mlp/[ug]/bias$", ("mlp",)),
     (r"attn/o/bias$|mlp/d/bias$", ("embed",)),
-    (r"scale$", (None,)),
+    (r"scale$|norm/bias$", (None,)),
     # States are sharded both ways, like kernels. A signal is sharded along the latent space over `tensor` when it is
     # computed and gathered where it is read: the communication between devices has the size of the rank.
     (r"output_states/[^/]*attn\.q$", ("heads", "latent_of_hidden")),

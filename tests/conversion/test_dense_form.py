@@ -31,7 +31,10 @@ def made(family="llama_untied", keep=0.7, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["llama_untied", pytest.param("gemma3", marks=pytest.mark.slow)])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "granite", "cohere2", "glm4")]
+
+
+@pytest.mark.parametrize("family", ["llama_untied", *SLOW])
 def test_a_model_of_the_architecture_that_is_refitted_and_saved(family, tmp_path):
     dense, refitted = tiny_model(family), made(family)
     assert refitted.plan.groups == ()

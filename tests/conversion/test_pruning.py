@@ -133,8 +133,8 @@ def test_neurons_that_others_double_are_no_loss(architecture):
     half = model.config.mlp_dim // 2
     layers = {}
     for number, layer in model.params["layers"].items():
-        mlp = {role: dict(layer["mlp"][role]) for role in "ugd"}
-        for role in "ug":
+        mlp = {role: dict(layer["mlp"][role]) for role in model.config.mlp_roles}
+        for role in model.config.mlp_roles[:-1]:
             mlp[role] = {name: leaf.at[half:].set(leaf[:half]) for name, leaf in mlp[role].items()}
         layers[number] = {**layer, "mlp": mlp}
     model = dataclasses.replace(model, params={**model.params, "layers": layers})

@@ -31,6 +31,8 @@ def block_inputs(model, tokens):
             "mlp.d": values["mlp"]["d_input"],
         }
         for role, (value,) in sites.items():
+            if role[-1] not in model.config.roles:
+                continue
             inputs[f"layers.{layer}.{role}"] = np.asarray(value[0], np.float64)
     return inputs
 

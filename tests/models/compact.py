@@ -37,7 +37,12 @@ def compact_plan(config: DecoderConfig) -> Plan:
     """Four groups, one planned block that stays dense, and blocks that are not planned."""
     return Plan(
         groups=tuple(
-            GroupPlan(name, tuple(config.block(*member) for member in members), RANKS[name], KERNELS[name])
+            GroupPlan(
+                name,
+                tuple(config.block(*member) for member in members if member[1] in config.roles),
+                RANKS[name],
+                KERNELS[name],
+            )
             for name, members in GROUPS.items()
         ),
         dense=(config.block(0, "o"),),

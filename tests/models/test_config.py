@@ -151,7 +151,7 @@ def test_what_silence_means() -> None:
     gemma = DecoderConfig.from_hf(PUBLISHED["Gemma 3 4B, text"][0])
     assert (gemma.num_heads, gemma.num_kv_heads, gemma.head_dim, gemma.vocab_size) == (8, 4, 256, 262_208)
     assert gemma.tied_embeddings
-    assert (gemma.unit_offset_norm, gemma.post_norms, gemma.qk_norm) == (True, True, True)
+    assert (gemma.unit_offset_norm, gemma.post_norms, gemma.qk_norm) == (True, True, "head")
 
 
 def test_text_part_of_a_multimodal_config() -> None:
@@ -164,7 +164,11 @@ def test_text_part_of_a_multimodal_config() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2' (model_type in config.json) is not supported; expected one of "),
+        ({"model_type": "gpt1"}, "architecture 'gpt1' (model_type in config.json) is not supported; expected one of "),
+        (
+            {"model_type": "mixtral"},
+            "architecture 'mixtral' (model_type in config.json) is not supported; its nearest ",
+        ),
         ({"model_type": None}, "architecture None (model_type in config.json) is not supported; expected one of "),
         ({"model_type": "gemma3"}, "architecture 'gemma3' (model_type in config.json) is not supported"),
         ({"vocab_size": None}, "vocab_size in config.json is None; expected a positive whole number"),

@@ -16,6 +16,9 @@ from ngc_jax.models.config import DecoderConfig  # noqa: E402
 from ngc_jax.models.load import load_model  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 
+# The families that transformers had when it wrote such files.
+OLD = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
 
 def old_style(config: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers 4 wrote: rope_theta and rope_scaling at the top, torch_dtype, no layer_types."""
@@ -44,7 +47,7 @@ def older_style(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("style", [old_style, older_style])
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", [case for case, (family, _) in tiny.CASES.items() if family in OLD])
 def test_old_configs(case: str, style: Callable[[Mapping[str, Any]], dict[str, Any]], tmp_path: Path) -> None:
     tiny.torch_config(case, dtype="float32").save_pretrained(tmp_path)
     new = tiny.read_config(tmp_path)

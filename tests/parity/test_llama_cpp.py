@@ -12,8 +12,22 @@ from ngc_jax.exporting import export_gguf  # noqa: E402
 from ngc_jax.models.save import save_model  # noqa: E402
 from ngc_jax.models.sources import open_source  # noqa: E402
 from tests.exporting.test_export import TEXT, bpe_tokenizer, model_of  # noqa: E402
+from tests.exporting.test_gguf_families import MODELS  # noqa: E402
 from tests.models.compact import dense_model  # noqa: E402
 from tests.parity import tiny  # noqa: E402
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_of_families(family, tmp_path):
+    ours = MODELS[family](hidden_size=64, head_dim=16)
+    with open_source(str(save_model(ours, tmp_path / "model"))) as source:
+        export_gguf(source, tmp_path / "model.gguf", type="f32")
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    tokens = tiny.some_tokens()[:1]
+    theirs.eval(tokens[0].tolist())
+    logits, expected = np.asarray(theirs.scores)[: tokens.shape[1]], tiny.our_logits(ours, tokens)[0]
+    # Norms of keys enlarge what its float16 cache rounds away.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-2 * expected.std())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ TOLERANCE = 1e-4
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 # One case of every architecture, with as much in it as it can have.
 RICH = ("llama biases", "mistral", "qwen2 sliding", "qwen3 sliding", "gemma3 soft cap")
+# And of every feature that these have not.
+NEWER = ("gemma2", "granite", "smollm3", "olmo3", "glm4", "cohere2", "nemotron")
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -66,6 +68,25 @@ def test_greedy_continuation(case: str, tmp_path: Path) -> None:
         ("gemma3", {"layer_types": None, "sliding_window_pattern": 3}),
         ("gemma3 linear", {"rope_parameters": tiny.CASES["gemma3"][1]["rope_parameters"]}),
         ("gemma3 soft cap", {"final_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 10}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+        ("phi3", {"sliding_window": 12}),
+        ("phi3 long", {"max_position_embeddings": 64}),
+        ("granite", {"residual_multiplier": 0.61}),
+        ("granite", {"embedding_multiplier": 3.1}),
+        ("granite", {"attention_multiplier": 0.31}),
+        ("granite", {"logits_scaling": 0.71}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 0]}),
+        ("smollm3", {"sliding_window": 10}),
+        ("olmo3", {"rope_parameters": DEFAULT_ROPE | {"rope_theta": 300.0}}),
+        ("ministral", {"sliding_window": 10}),
+        ("ministral3", {"rope_parameters": DEFAULT_ROPE | {"rope_theta": 300.0}}),
+        ("exaone4", {"layer_types": ["sliding_attention"] * 5}),
+        ("glm", {"rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 1.0}}),
+        ("cohere", {"layer_norm_eps": 3e-2}),
+        ("cohere2", {"layer_types": ["sliding_attention"] * 5}),
+        ("cohere2", {"logit_scale": 0.81}),
     ],
 )
 def test_settings_are_seen_in_the_logits(case: str, without: dict, tmp_path: Path) -> None:
@@ -91,7 +112,7 @@ def test_half_precision_shards(case: str, dtype: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(tiny.our_logits(ours, tokens), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", RICH)
+@pytest.mark.parametrize("case", [*RICH, *NEWER])
 def test_bfloat16_arithmetic_loses_no_more_than_theirs(case: str, tmp_path: Path) -> None:
     tiny.torch_model(case).to(torch.bfloat16).save_pretrained(tmp_path)
     ours = load_model(str(tmp_path), dtype="bfloat16")
@@ -103,7 +124,7 @@ def test_bfloat16_arithmetic_loses_no_more_than_theirs(case: str, tmp_path: Path
     assert our_error.std() < 1.1 * their_error.std() < 0.1 * exact.std()
 
 
-@pytest.mark.parametrize("case", RICH)
+@pytest.mark.parametrize("case", [*RICH, *NEWER])
 def test_every_block_reads_what_theirs_reads(case: str, tmp_path: Path) -> None:
     """Layer by layer: the inputs of all blocks, which is also what calibration measures."""
     theirs = tiny.torch_model(case)
@@ -121,13 +142,16 @@ def test_every_block_reads_what_theirs_reads(case: str, tmp_path: Path) -> None:
     }
     for layer, block in enumerate(theirs.model.layers):
         for role, path in modules.items():
-            block.get_submodule(path).register_forward_pre_hook(
+            if role not in ours.config.roles:
+                continue
+            fused = role in "ug" and not hasattr(block.mlp, "up_proj")
+            block.get_submodule("mlp.gate_up_proj" if fused else path).register_forward_pre_hook(
                 lambda module, inputs, at=(layer, role): seen.__setitem__(at, inputs[0].detach().numpy())
             )
     tokens = tiny.some_tokens()
     tiny.torch_logits(theirs, tokens)
     _, state = ours.decoder.apply({"params": ours.params}, jnp.asarray(tokens), mutable=[BLOCK_INPUTS])
-    assert len(seen) == 7 * ours.config.num_layers
+    assert len(seen) == len(ours.config.roles) * ours.config.num_layers
     for (layer, role), expected in seen.items():
         node = state[BLOCK_INPUTS]["layers"][str(layer)]
         for name in INPUT_SITE[role].split("."):
@@ -173,7 +197,7 @@ def test_attention_soft_cap() -> None:
 
 def test_vocabulary_of_cases_is_that_of_transformers_models() -> None:
     """Every supported architecture has a case, by the name that transformers knows it by."""
-    from ngc_jax.models.config import ARCHITECTURES
+    from ngc_jax.models.families import FAMILIES
 
-    assert {architecture for architecture, _ in tiny.CASES.values()} == set(ARCHITECTURES)
-    assert all(name in transformers.CONFIG_MAPPING for name in ARCHITECTURES)
+    assert {architecture for architecture, _ in tiny.CASES.values()} == set(FAMILIES)
+    assert all(name in transformers.CONFIG_MAPPING for name in FAMILIES)

@@ -117,6 +117,123 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
+_KINDS = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+_WINDOWS = {"num_hidden_layers": 5, "sliding_window": 9, "layer_types": _KINDS}
+# The cases of families beside the first five; at least one each, with as much in it as the family can have.
+CASES = {
+    **CASES,
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 10,
+            "num_hidden_layers": 4,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 17,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "hidden_size": 48,
+            "sliding_window": 11,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3 long": (
+        "phi3",
+        {
+            "hidden_size": 48,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 300.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0, 1.7, 2.5],
+                "long_factor": [2.0, 5.0, 9.0],
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.7,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.3,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "olmo3": (
+        "olmo3",
+        {
+            **_WINDOWS,
+            "hidden_size": 96,
+            "rope_parameters": {
+                "full_attention": _YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "ministral": ("ministral", {**_WINDOWS, "head_dim": 10}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": _YARN_ROPE | {"original_max_position_embeddings": 60, "llama_4_scaling_beta": 0.4},
+        },
+    ),
+    "exaone4": ("exaone4", {**_WINDOWS, "sliding_window_pattern": 2}),
+    "exaone4 full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "stablelm": (
+        "stablelm",
+        {
+            "hidden_size": 96,
+            "layer_norm_eps": 3e-4,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "stablelm parallel": (
+        "stablelm",
+        {"hidden_size": 96, "layer_norm_eps": 3e-4, "use_parallel_residual": True, "tie_word_embeddings": True},
+    ),
+    "starcoder2": ("starcoder2", {"norm_epsilon": 3e-4, "sliding_window": 11, "tie_word_embeddings": False}),
+    "nemotron": ("nemotron", {"head_dim": 12, "norm_eps": 3e-4, "attention_bias": True, "mlp_bias": True}),
+    "glm": ("glm", {"head_dim": 12, "attention_bias": True}),
+    "glm4": ("glm4", {"head_dim": 12, "attention_bias": True}),
+    "cohere": ("cohere", {"layer_norm_eps": 3e-4, "logit_scale": 0.8, "tie_word_embeddings": False}),
+    "cohere2": (
+        "cohere2",
+        {
+            **_WINDOWS,
+            "layer_norm_eps": 3e-4,
+            "logit_scale": 0.8,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 
 
 def torch_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:
@@ -149,7 +266,7 @@ def randomise(model: transformers.PreTrainedModel, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter += 0.4 * noise
+                parameter += (0.1 if name.endswith("bias") else 0.4) * noise
             elif parameter.ndim < 2:
                 parameter.copy_(0.4 * noise)
             elif "embed_tokens" in name:

@@ -113,6 +113,18 @@ class GroupedLinear(nn.Module):
         return self.read(self._encoder[0](x, self.readers))
 
 
+class Joined(nn.Module):
+    """The parts of a fused matrix, each by itself: their outputs one after the other."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def forward(self, x):
+        """The outputs of all parts."""
+        return torch.cat([getattr(self, name)(x) for name in self.names], dim=-1)
+
+
 class NgcForCausalLM(BaseModel):
     """The architecture's causal language model; grouped matrices are products of factors."""
 
@@ -120,10 +132,18 @@ class NgcForCausalLM(BaseModel):
 
     def __init__(self, config):
         super().__init__(config)
+        self._places = PLACES | {role: tuple(at.split(".")) for role, at in config.ngc.get("places", {}).items()}
+        self._fused = {}
+        for whole, parts in config.ngc.get("fused", {}).items():
+            names = [part.rpartition(".")[2] for part in parts]
+            self._fused |= dict.fromkeys(names, whole.rpartition(".")[2])
+            for layer in self.model.layers:
+                parent, name = whole.split(".")
+                setattr(getattr(layer, parent), name, Joined(names))
         for block in config.ngc["dense"]:
             d_out, d_in = block["shape"]
             parent, name = self._place(block["name"])
-            if getattr(parent, name).weight.shape != (d_out, d_in):
+            if not hasattr(parent, name) or getattr(parent, name).weight.shape != (d_out, d_in):
                 setattr(parent, name, nn.Linear(d_in, d_out, bias=block["bias"]))
         for group in config.ngc["groups"]:
             members, kernel = group["members"], group["kernel"]
@@ -131,10 +151,12 @@ class NgcForCausalLM(BaseModel):
             encoder = Encoder(inputs, group["rank"], kernel, group["pivots"])
             places = [self._place(member["name"]) for member in members]
             for number, (member, (parent, name)) in enumerate(zip(members, places, strict=True)):
-                readers = sum(INPUTS[name] == INPUTS[other] and parent is at for at, other in places)
+                read = INPUTS.get(name, name)
+                readers = sum(read == INPUTS.get(other, other) and parent is at for at, other in places)
                 setattr(parent, name, GroupedLinear(encoder, member, kernel, number == 0, readers))
 
     def _place(self, block):
         _, layer, module, role = block.split(".")
-        part, name = PLACES[f"{module}.{role}"]
-        return getattr(self.model.layers[int(layer)], part), name
+        part, name = self._places[f"{module}.{role}"]
+        parent = getattr(self.model.layers[int(layer)], part)
+        return getattr(parent, self._fused[name]) if name in self._fused else parent, name

@@ -8,26 +8,16 @@ from typing import Any
 import numpy as np
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.families import family_of, gguf_families
 from ngc_jax.models.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-# GGUF architecture -> (model_type, class) of Hugging Face
-_FAMILIES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-}
 # Blocks that may have biases, by GGUF's names.
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP = ("ffn_gate", "ffn_up", "ffn_down")
 # The id that files store for an absent token: -1, possibly as an unsigned number.
 NO_TOKEN = (-1, 2**32 - 1)
-# Gemma 3's published constants, which its GGUF files omit.
-_GEMMA3_SLIDING_PATTERN = 6
-_GEMMA3_LOCAL_ROPE_THETA = 10_000.0
-_GEMMA3_27B_LAYERS = 62
 
 
 def config_from_gguf(file: GgufFile) -> dict[str, Any]:
@@ -41,14 +31,15 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         UsageError: the architecture is not supported, or metadata is missing or invalid.
     """
     keys = _Keys(file)
-    model_type, class_name = _FAMILIES[keys.arch]
+    family = gguf_families()[keys.arch]
+    assert family.gguf is not None
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // n_heads)
     _refuse_unsupported(keys, head_dim)
     vocab_size, hidden_size = keys.tensor_shape("token_embd.weight", 2)
     config: dict[str, Any] = {
-        "architectures": [class_name],
-        "model_type": model_type,
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": keys.integer("feed_forward_length"),
@@ -57,7 +48,7 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": keys.integer("attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.integer("context_length"),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        family.eps: keys.real(family.gguf.eps),
         "rope_theta": keys.real("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": keys.token_id("bos", vocab_size),
@@ -65,31 +56,13 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "dtype": "float32",
     }
     config["rope_scaling"] = _rope_scaling(keys, head_dim, config["rope_theta"])
-    if keys.arch == "gemma3":
-        return config | _gemma3(keys, config) | {"attention_bias": bool(_biased(file) & set(ATTENTION))}
-    return config | {"hidden_act": "silu"} | _biases(keys)
+    return config | dict(family.gguf.settings(keys, config, _biased(file) & {*ATTENTION, *MLP}))
 
 
 def biased_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
     """GGUF's names of the blocks that have biases in every layer of the model of a synthesised config."""
-    attention = ATTENTION[:3] if config["model_type"] == "qwen2" else ATTENTION if config["attention_bias"] else ()
-    return (*attention, *(MLP if config.get("mlp_bias") else ()))
-
-
-def _biases(keys: "_Keys") -> dict[str, Any]:
-    """Settings of the Hugging Face class that has a place for every bias of the file.
-
-    Llama's class has biases on all four attention blocks or on none, and on all three of the MLP or on none; qwen2's
-    has them on q, k and v alone.
-    """
-    biased = _biased(keys.file) & {*ATTENTION, *MLP}
-    attention, mlp = bool(biased & set(ATTENTION)), bool(biased & set(MLP))
-    if keys.arch == "qwen3":
-        return {"attention_bias": attention}
-    if biased <= set(ATTENTION[:3]) and (attention or keys.arch == "qwen2"):
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
-    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    return llama | {"attention_bias": attention, "mlp_bias": mlp}
+    qkv, o, mlp = family_of(config["model_type"]).biases(config)
+    return (*(ATTENTION[:3] if qkv else ()), *(ATTENTION[3:] if o else ()), *(MLP if mlp else ()))
 
 
 def _biased(file: GgufFile) -> set[str]:
@@ -147,12 +120,12 @@ class _Keys:
         if kind != "model":
             raise UsageError(f"{file.path}: holds {_brief(kind)} instead of a model; give the file of the model itself")
         self.arch = str(file.metadata.get("general.architecture"))
-        if self.arch not in _FAMILIES:
-            near = difflib.get_close_matches(self.arch, _FAMILIES, n=1)
+        if self.arch not in gguf_families():
+            near = difflib.get_close_matches(self.arch, gguf_families(), n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UsageError(
                 f"{file.path}: architecture {self.arch!r} is not supported{hint}; "
-                f"choose a model of one of {', '.join(_FAMILIES)}"
+                f"choose a model of one of {', '.join(gguf_families())}"
             )
 
     def error(self, key: str, problem: str) -> UsageError:
@@ -263,34 +236,3 @@ def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
         if keys.real(f"rope.scaling.{key}", 1.0) != 1.0:
             raise keys.error(f"rope.scaling.{key}", "is not 1, which is not supported")
     return scaling
-
-
-def _gemma3(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
-    n_layers = config["num_hidden_layers"]
-    # Every model size scales queries by the head size except the largest, which uses hidden size per head.
-    largest = n_layers == _GEMMA3_27B_LAYERS
-    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    caps = ("final_logit_softcapping", "attn_logit_softcapping")
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "sliding_window": keys.integer("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in _sliding(keys, n_layers)],
-        "rope_local_base_freq": keys.real("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_THETA),
-        "query_pre_attn_scalar": scalar,
-        **{cap: None if keys.get(cap) is None else keys.real(cap) for cap in caps},
-    }
-
-
-def _sliding(keys: _Keys, n_layers: int) -> list[bool]:
-    """Which layers use a sliding window: a list in the file, or all but every n-th."""
-    key = "attention.sliding_window_pattern"
-    pattern = keys.get(key)
-    if isinstance(pattern, list):
-        if len(pattern) != n_layers:
-            raise keys.error(key, f"has {len(pattern)} entries, expected one for each of {n_layers} layers")
-        if not all(isinstance(slides, int) for slides in pattern):
-            raise keys.error(key, f"is {_brief(pattern)}, expected true or false for each layer")
-        return [bool(slides) for slides in pattern]
-    period = keys.integer(key, _GEMMA3_SLIDING_PATTERN)
-    return [(layer + 1) % period != 0 for layer in range(n_layers)]

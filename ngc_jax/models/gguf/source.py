@@ -1,6 +1,6 @@
 """Presents a GGUF file as a Hugging Face model: config, tensor names, row orders and norm conventions.
 
-Supported architectures: llama (Mistral's files use the same one), qwen2, qwen3, gemma3.
+Supported are the architectures of the families whose records have an entry for GGUF.
 """
 
 import re
@@ -12,35 +12,12 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
+from ngc_jax.models.families import gguf_families
 from ngc_jax.models.gguf.config import ROPE_FACTORS, biased_parts, config_from_gguf
 from ngc_jax.models.gguf.file import GgufFile
+from ngc_jax.models.gguf.names import IN_LAYER, TOP
 from ngc_jax.models.gguf.tokenizer import is_utf8, tokenizer_from_gguf
 from ngc_jax.models.tokenizer import Tokenizer
-
-_OUTSIDE_LAYERS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TWO_NORMS = {"ffn_norm": "post_attention_layernorm"}
-_FOUR_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
 
 # Rotary factors are read with the config; old files repeat them in every layer.
 _UNUSED = re.compile(rf"^{re.escape(ROPE_FACTORS)}$|\.(attn_rot_embd|rope_freqs)(\.weight)?$")
@@ -66,6 +43,9 @@ class GgufSource(Closing):
             self._file.close()
             raise
         self._arch = self._file.metadata["general.architecture"]
+        described = gguf_families()[self._arch].gguf
+        assert described is not None
+        self._described = described
         self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if not _UNUSED.search(name)}
         stored = {name: self._file.tensors[gguf_name] for name, gguf_name in self._gguf_names.items()}
         self._zeros = self._missing_biases()
@@ -103,11 +83,11 @@ class GgufSource(Closing):
             raise UsageError(f"{self._file.path}: has no tensor {name!r}; ask for one of the names in shapes")
         gguf_name = self._gguf_names[name]
         tensor = self._file.read(gguf_name)
-        if self._arch == "gemma3" and gguf_name.endswith("norm.weight"):
+        if self._described.offset_norms and gguf_name.endswith("norm.weight"):
             # GGUF stores the factor 1 + w, Hugging Face stores w.
             return tensor - np.float32(1)
         part = gguf_name.rpartition(".")[0].rpartition(".")[2]
-        if self._arch == "llama" and part in ("attn_q", "attn_k"):
+        if self._described.paired_rotary and part in ("attn_q", "attn_k"):
             heads = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
             n_heads = self.config[heads]
             if tensor.shape[0] != n_heads * self.config["head_dim"]:
@@ -147,12 +127,12 @@ def hf_name(arch: str, gguf_name: str) -> str:
     'model.layers.3.self_attn.q_proj.weight'
     """
     stem, _, kind = gguf_name.rpartition(".")
-    if stem in _OUTSIDE_LAYERS:
-        return f"{_OUTSIDE_LAYERS[stem]}.{kind}"
-    in_layer = _IN_LAYER | (_FOUR_NORMS if arch == "gemma3" else _TWO_NORMS)
+    if stem in TOP:
+        return f"{TOP[stem]}.{kind}"
+    modules = gguf_families()[arch].modules
     match stem.split("."):
-        case ["blk", layer, part] if part in in_layer:
-            return f"model.layers.{layer}.{in_layer[part]}.{kind}"
+        case ["blk", layer, part] if IN_LAYER.get(part) in modules:
+            return f"model.layers.{layer}.{modules[IN_LAYER[part]]}.{kind}"
     return gguf_name
 
 

@@ -1,0 +1,101 @@
+"""Fused tensors: several of our matrices, one below the other, in one tensor of a family's own files.
+
+Everywhere else each matrix has its own name, also in files of compact models. A plain model is written with the
+family's own tensors, so that transformers loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ngc_jax.errors import UsageError
+from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.families import FAMILIES, Family
+from ngc_jax.models.saved_config import split_config
+
+
+def fused_rows(
+    shapes: Mapping[str, tuple[int, ...]], hf_config: Mapping[str, Any], source: str
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Where the matrices are in the fused tensors of a file.
+
+    Args:
+        shapes: Of all tensors, by name.
+        hf_config: The whole config.json.
+        source: The model, for messages.
+
+    Returns:
+        By the name of a fused tensor, the names of its parts with their first row and their number of rows; empty if
+        the file has none.
+
+    Raises:
+        UsageError: If a fused tensor has another number of rows than its parts together.
+    """
+    modules = {module for family in FAMILIES.values() for module in family.fused}
+    candidates = {name: module for name in shapes for module in modules if f".{module}." in name}
+    if not candidates:
+        return {}
+    dense, _ = split_config(hf_config, source)
+    family = FAMILIES.get(str(dense.get("model_type")))
+    if family is None or not family.fused:
+        return {}
+    config = DecoderConfig.from_hf(dense)
+    blocks = {block_name(0, role).removeprefix("layers.0."): config.block(0, role) for role in config.roles}
+    sizes = {family.modules[module]: block.d_out for module, block in blocks.items()}
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, module in candidates.items():
+        if module not in family.fused or not name.endswith((".weight", ".bias")):
+            continue
+        parts: dict[str, tuple[int, int]] = {}
+        first = 0
+        for part in family.fused[module]:
+            parts[name.replace(module, part)] = (first, sizes[part])
+            first += sizes[part]
+        if shapes[name][:1] != (first,):
+            raise UsageError(
+                f"tensor {name!r} of {source} is {tuple(shapes[name])}, expected {first} rows by its config.json; "
+                "download the whole model again"
+            )
+        found[name] = parts
+    return found
+
+
+def fused_names(names: Iterable[str], family: Family) -> dict[str, tuple[str, ...]]:
+    """The tensors of the family's own files, and of which named tensors each consists, in the order of the names.
+
+    Args:
+        names: Of tensors of the plain model, each matrix by itself.
+        family: Of the model.
+    """
+    own = {part: fused for fused, parts in family.fused.items() for part in parts}
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        module = next((part for part in own if f".{part}." in name), None)
+        if module is None:
+            found[name] = (name,)
+        else:
+            whole = name.replace(module, own[module])
+            found[whole] = tuple(name.replace(module, part) for part in family.fused[own[module]])
+    return found
+
+
+class FusedTensors:
+    """The tensors of a plain model as the family's own files have them; see `exporting.huggingface.Tensors`."""
+
+    def __init__(self, tensors: Any, family: Family) -> None:
+        """Wrap named tensors, each matrix by itself."""
+        self._tensors, self._parts = tensors, fused_names(tensors.shapes, family)
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: (sum(tensors.shapes[part][0] for part in parts), *tensors.shapes[parts[0]][1:])
+            for name, parts in self._parts.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        parts = [self._tensors.read(part) for part in self._parts[name]]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.astype(np.float32) for part in parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
