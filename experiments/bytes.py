@@ -55,6 +55,8 @@ STORAGE: dict[str, Quantise | str] = {
     "int3, embeddings 4": Quantise(3, symmetric=False, embedding_bits=4),
     "int2": Quantise(2, group_size=32, symmetric=False, embedding_bits=4),
 }
+# Excesses below this, in nats, are drawn there: 8,192 tokens do not show them.
+_LEAST = 0.01
 DENSE = tuple(STORAGE)
 # Forms of a conversion, and the options that give them.
 FORMS: dict[str, dict[str, str]] = {"ngc": {}, "ngc, form dense": {"form": "dense"}}
@@ -214,17 +216,21 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[Mapping[str, Any]], model: str) -> Lines:
-    """Excess over megabytes: one line for each form and keep ratio."""
+    """Excess over megabytes: one line for each form and keep ratio, through the best of its rows at each size."""
     mine = [row for row in rows if row["model"] == model and row["storage"] not in ("float32", "int4 nearest")]
     base = next(row["perplexity"] for row in rows if row["model"] == model and row["storage"] == "float32")
     series = []
     for form, keep in dict.fromkeys((row["form"], row["keep"]) for row in mine):
-        line = sorted((row for row in mine if (row["form"], row["keep"]) == (form, keep)), key=lambda r: r["bytes"])
+        line: list[Mapping[str, Any]] = []
+        for row in sorted(mine, key=lambda row: (row["bytes"], row["perplexity"])):
+            better = not line or row["perplexity"] < line[-1]["perplexity"]
+            if (row["form"], row["keep"]) == (form, keep) and better:
+                line.append(row)
         series.append(
             Series(
                 form if form in ("dense", "source") else f"{form} {keep:g}",
                 tuple(row["bytes"] / 1e6 for row in line),
-                tuple(max(math.log(row["perplexity"] / base), 1e-4) for row in line),
+                tuple(max(math.log(row["perplexity"] / base), _LEAST) for row in line),
                 style=("dense", *FORMS, "source").index(form),
                 markers=True,
                 strength=1.0 if form in ("dense", "source") else 0.4 + 0.6 * keep,
@@ -232,7 +238,7 @@ def picture(rows: Sequence[Mapping[str, Any]], model: str) -> Lines:
         )
     return Lines(
         title=f"{model}: what bytes buy",
-        description="Excess log-perplexity over the dense model in float32, by size on disk.",
+        description=f"Excess log-perplexity over the dense model in float32, {_LEAST:g} at least, by size on disk.",
         x_label="MB of tensors",
         y_label="excess log-perplexity, nats per token",
         series=tuple(series),
