@@ -160,7 +160,7 @@ def check_make_arguments(target: str, given: list[str]) -> None:
         if target == "demo":
             cli.parse_arguments(["demo", "--config", "configs/demo.yaml", *arguments])
             continue
-        assert target == "test"
+        assert target in ("test", "parity")
         tests = [Path(word) for word in arguments if word.startswith("tests/")]
         assert tests
         assert all(path.exists() for path in tests)
