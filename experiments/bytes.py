@@ -58,7 +58,7 @@ STORAGE: dict[str, Quantise | str] = {
 DENSE = tuple(STORAGE)
 # Forms of a conversion, and the options that give them.
 FORMS: dict[str, dict[str, str]] = {"ngc": {}, "ngc, form dense": {"form": "dense"}}
-GROUPED = ("bfloat16", "int4", "int4 nearest", "int8", "int3, embeddings 4")
+GROUPED = ("bfloat16", "int4", "int4 nearest", "int8", "int4, embeddings too", "int3, embeddings 4")
 
 
 @dataclasses.dataclass(frozen=True)

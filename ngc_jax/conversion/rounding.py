@@ -165,22 +165,46 @@ def _round_both(
     return codes_BxJ, errors_JxB.T
 
 
+def conditional_variances(second_moment: Float[np.ndarray, "I I"]) -> Float[np.ndarray, I]:
+    """What an error of each input costs once those rounded after it have compensated it.
+
+    The variance of the input given the inputs rounded after it: the diagonal of the LDL decomposition of the damped C
+    that rounding with feedback uses.
+
+    Args:
+        second_moment: C of the inputs, symmetric and positive semidefinite.
+
+    Returns:
+        In the order of rounding, inputs of most energy first.
+
+    Example:
+        >>> conditional_variances(np.diag([1.0, 3.0])).round(2).tolist()
+        [3.02, 1.02]
+    """
+    order = np.argsort(-np.diag(second_moment), kind="stable")
+    return np.square(np.diag(_upper_triangle(second_moment[np.ix_(order, order)])))
+
+
 def _feedback(second_moment_IxI: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
     """U with a unit diagonal, upper triangular: what the error of input i changes in the inputs after it.
 
     C = M M^T with M upper triangular; the rows of M^-1, divided by their diagonals.
     """
-    size = len(second_moment_IxI)
-    damped = second_moment_IxI + _DAMPING * mean_diagonal(second_moment_IxI) * np.eye(size)
+    upper = _upper_triangle(second_moment_IxI)
+    inverse = scipy.linalg.solve_triangular(upper, np.eye(len(upper)), check_finite=False)
+    return np.asarray(inverse / np.diag(inverse)[:, None])
+
+
+def _upper_triangle(second_moment_IxI: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """M, upper triangular, of the damped C = M M^T."""
+    floor = _DAMPING * mean_diagonal(second_moment_IxI)
+    damped = second_moment_IxI + floor * np.eye(len(second_moment_IxI))
     try:
-        upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        return np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError:
         values, vectors = scipy.linalg.eigh(damped)
-        floor = _DAMPING * mean_diagonal(second_moment_IxI)
         clipped = (vectors * np.maximum(values, floor)) @ vectors.T
-        upper = np.linalg.cholesky(clipped[::-1, ::-1])[::-1, ::-1]
-    inverse = scipy.linalg.solve_triangular(upper, np.eye(size), check_finite=False)
-    return np.asarray(inverse / np.diag(inverse)[:, None])
+        return np.linalg.cholesky(clipped[::-1, ::-1])[::-1, ::-1]
 
 
 def _fit_grids(

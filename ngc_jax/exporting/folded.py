@@ -17,6 +17,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import GroupPlan
+from ngc_jax.groups.quantised import QuantisedMatrix
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
@@ -110,8 +111,10 @@ class FoldedSource(Closing):
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.asarray(weights(group.kernel, self._states(group), block, d_in, pivots=group.pivots))
 
-    def read_quantised(self, name: str) -> None:
-        """None: dense tensors are in floating point."""
+    def read_quantised(self, name: str) -> QuantisedMatrix | None:
+        """The codes and scales of a matrix that a conversion quantised; None for any other tensor."""
+        stored = self._stored.get(self._parameters[name])
+        return None if stored is None else self._source.read_quantised(stored)
 
     def _states(self, group: GroupPlan) -> dict[str, Any]:
         """The states of one group in float32; those of the last group are cached for its next member."""

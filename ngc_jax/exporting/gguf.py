@@ -7,9 +7,10 @@ of its dense architecture. A model with pruned hidden neurons and no other chang
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -19,6 +20,7 @@ from gguf.quants import quantize
 
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting.folded import FoldedSource
+from ngc_jax.exporting.gguf_codes import gguf_blocks
 from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
@@ -46,25 +48,26 @@ def export_gguf(
     source: Source,
     file: str | Path,
     *,
-    type: str = "q8_0",
+    type: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a model, dense or compact, as one GGUF file.
 
     Vectors are stored in float32, matrices in the requested type; a matrix whose rows are not a whole number of that
-    type's blocks is stored in float16. One tensor is in memory at a time.
+    type's blocks is stored in float16. Without a requested type, matrices that a conversion quantised keep their codes
+    and scales, as q4_0, q4_1 or q8_0, and all others are stored as q8_0. One tensor is in memory at a time.
 
     Args:
         source: The model, from `models.sources.open_source`.
         file: Where to write it, atomically.
-        type: One of `GGUF_TYPES`.
+        type: One of `GGUF_TYPES`; None for quantised matrices as they are.
         overwrite: Replace an existing file.
         progress: Called with (tensors written, total).
 
     Returns:
-        A summary: file, type, parameters, bytes, whether groups were folded, and the number of matrices that are stored
-        in float16 because their rows do not fit the type.
+        A summary: file, type (that of most parameters), parameters, bytes, whether groups were folded, the number of
+        matrices that are stored in float16 because their rows do not fit the type, and of those that keep their codes.
 
     Raises:
         UsageError: If GGUF cannot represent the type or a part of the model, or the file cannot be written.
@@ -76,26 +79,29 @@ def export_gguf(
         ...     export_gguf(source, "compact.gguf", type="f16")["folded"]
         True
     """
-    if type not in GGUF_TYPES:
+    if type is not None and type not in GGUF_TYPES:
         raise UsageError(f"GGUF type {type!r} is not supported; expected one of {', '.join(GGUF_TYPES)}")
     file = Path(file)
     _check_file(file, overwrite)
     folded = FoldedSource(source)
-    kind, file_type = GGUF_TYPES[type]
     described = _described(folded.decoder_config)
     described.metadata(folded.decoder_config)  # refuses what cannot be written before anything is
+    kinds = _kinds(folded, type)
+    most = _most_common(folded, kinds)
     with atomic_file(file) as temporary:
         writer = GGUFWriter(temporary, described.name)
-        _add_metadata(writer, folded, file_type)
-        fallbacks = _add_tensors(writer, folded, kind, progress)
+        _add_metadata(writer, folded, GGUF_TYPES[most][1])
+        _add_tensors(writer, folded, kinds, progress)
         writer.close()
+    matrices = [name for name, shape in folded.shapes.items() if len(shape) > 1]
     return {
         "out": str(file),
-        "type": type,
+        "type": most,
         "folded": folded.compact,
         "parameters": sum(int(np.prod(shape)) for shape in folded.shapes.values()),
         "bytes": file.stat().st_size,
-        "float16_matrices": fallbacks,
+        "float16_matrices": 0 if type == "f16" else sum(kinds[n].kind == GGMLQuantizationType.F16 for n in matrices),
+        "matrices_with_their_codes": sum(kinds[name].codes for name in matrices),
     }
 
 
@@ -216,36 +222,68 @@ def _add_windows(writer: GGUFWriter, config: DecoderConfig) -> None:
         )
 
 
+class _Kind(NamedTuple):
+    """How a tensor is stored, and whether by the codes that it has."""
+
+    kind: GGMLQuantizationType
+    codes: bool = False
+
+
+def _kinds(folded: FoldedSource, type: str | None) -> dict[str, _Kind]:
+    """The type of every tensor."""
+    kinds = {}
+    for name, shape in folded.shapes.items():
+        if len(shape) == 1:
+            kinds[name] = _Kind(GGMLQuantizationType.F32)
+            continue
+        matrix = folded.read_quantised(name) if type is None else None
+        blocks = None if matrix is None else gguf_blocks(matrix)
+        kind = GGUF_TYPES[type or "q8_0"][0] if blocks is None else blocks[0]
+        fits = shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        kinds[name] = _Kind(kind if fits else GGMLQuantizationType.F16, blocks is not None)
+    return kinds
+
+
+def _most_common(folded: FoldedSource, kinds: Mapping[str, _Kind]) -> str:
+    """The type of most parameters."""
+    sizes = {
+        name: sum(math.prod(folded.shapes[n]) for n, k in kinds.items() if k.kind == kind)
+        for name, (kind, _) in GGUF_TYPES.items()
+    }
+    return max(sizes, key=sizes.__getitem__)
+
+
 def _add_tensors(
     writer: GGUFWriter,
     folded: FoldedSource,
-    kind: GGMLQuantizationType,
+    kinds: Mapping[str, _Kind],
     progress: Callable[[int, int], None] | None,
-) -> int:
-    """Write header and tensors; returns the number of matrices stored in float16 because of their width."""
-    config, fallbacks = folded.decoder_config, 0
+) -> None:
+    """Write header and tensors."""
+    config = folded.decoder_config
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    kinds: dict[str, GGMLQuantizationType] = {}
     for name, shape in folded.shapes.items():
-        kinds[name] = kind if len(shape) > 1 else GGMLQuantizationType.F32
-        if shape[-1] % GGML_QUANT_SIZES[kinds[name]][0]:
-            kinds[name], fallbacks = GGMLQuantizationType.F16, fallbacks + 1
-        n_bytes = _stored_bytes(shape, kinds[name])
+        kind = kinds[name].kind
         own = gguf_name(folded.parameter(name))
-        writer.add_tensor_info(own, shape, np.dtype(np.float32), n_bytes, raw_dtype=kinds[name])
+        writer.add_tensor_info(own, shape, np.dtype(np.float32), _stored_bytes(shape, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
     for done, name in enumerate(folded.shapes, start=1):
-        tensor = _in_gguf_order(folded.read(name).astype(np.float32), folded.parameter(name), config)
-        writer.write_tensor_data(quantize(tensor, kinds[name]))
+        matrix = folded.read_quantised(name) if kinds[name].codes else None
+        blocks = None if matrix is None else gguf_blocks(matrix)
+        if blocks is not None:
+            tensor = _in_gguf_order(blocks[1], folded.parameter(name), config)
+        else:
+            tensor = _in_gguf_order(folded.read(name).astype(np.float32), folded.parameter(name), config)
+            tensor = quantize(tensor, kinds[name].kind)
+        writer.write_tensor_data(tensor)
         if progress is not None:
             progress(done, len(folded.shapes))
-    return fallbacks
 
 
 def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

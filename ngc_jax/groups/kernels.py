@@ -289,4 +289,4 @@ def _floating(matrix: Any) -> Array:
 
 
 def _accurate(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(np.promote_types(array.dtype, np.float32))

@@ -116,7 +116,7 @@ def contract(x: Float[Array, "*batch i"], matrix: Any, axis: int = 1) -> Float[A
     Returns:
         (..., J), in the type in which products accumulate: float32 at least.
     """
-    kind = jnp.promote_types(x.dtype, jnp.float32)
+    kind = np.promote_types(x.dtype, np.float32)
     if not isinstance(matrix, QuantisedMatrix):
         spec = "...i,ji->...j" if axis else "...i,ij->...j"
         return jnp.einsum(spec, x, matrix.astype(x.dtype), preferred_element_type=kind)

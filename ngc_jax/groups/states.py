@@ -192,12 +192,12 @@ def fixed_lift(rank: int, lift: int, seed: int) -> NDArray[np.float64]:
 
 def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float, dtype: Any) -> Array:
     # Drawn in float32 at least, so that a bfloat16 model starts from the same numbers, rounded.
-    return (std * jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))).astype(dtype)
+    return (std * jax.random.normal(key, shape, np.promote_types(dtype, np.float32))).astype(dtype)
 
 
 def _root_mean_square(arrays: list[Array]) -> Array:
     """Over all entries of all arrays, in float32 at least; tiny instead of 0 for states that are all 0."""
-    squares = [jnp.sum(jnp.square(a.astype(jnp.promote_types(a.dtype, jnp.float32)))) for a in arrays]
+    squares = [jnp.sum(jnp.square(a.astype(np.promote_types(a.dtype, np.float32)))) for a in arrays]
     return jnp.sqrt(jnp.maximum(sum(squares) / sum(a.size for a in arrays), 1e-30))
 
 

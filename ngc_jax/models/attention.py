@@ -297,7 +297,8 @@ def attend(
         if own_kv:
             weights_GxLxS = weights.reshape(-1, *own_LxS.shape)
             to_own_GxL = jnp.take_along_axis(weights_GxLxS, slot_L[None, :, None], axis=2)[..., 0]
-            out += (to_own_GxL[:, :, None] * (own_kv[1] - v_SxH[slot_L])).reshape(out.shape)
+            live_GxLxH = to_own_GxL[:, :, None] * (own_kv[1] - v_SxH[slot_L])
+            out += live_GxLxH.astype(jnp.float32).reshape(out.shape)
         return out.reshape(q_GxLxH.shape).astype(q_GxLxH.dtype)
 
     def one_row(q_KxGxLxH: Array, kv: tuple[Array, ...], where: tuple[Array, ...]) -> Array:

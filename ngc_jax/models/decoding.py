@@ -141,7 +141,7 @@ def decode(
         logits_Bx1xV, cache = _apply(
             decoder, params, "__call__", state.tokens[:, None], read_at_B[:, None], state.cache
         )
-        positions_B = state.positions + active_B
+        positions_B = jnp.where(active_B, state.positions + 1, state.positions)
         chosen_B = _choose(state.keys, positions_B, logits_Bx1xV[:, 0], sampling)
         tokens_B = jnp.where(active_B, chosen_B, state.tokens)
         remaining_B = jnp.where(active_B & ~jnp.isin(tokens_B, stop_Z), state.remaining - 1, 0)

@@ -8,11 +8,13 @@ Legend: N numbers in a state, M in another one, T steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
@@ -150,7 +152,7 @@ def ravel_trajectory(trajectory: State) -> Float[Array, "t n"]:
 
 def working_type(*types: Any) -> Any:
     """The type in which frames and singular values are computed: at least float32."""
-    return jnp.promote_types(jnp.result_type(*types), jnp.float32)
+    return functools.reduce(np.promote_types, map(jnp.result_type, types), np.dtype(np.float32))
 
 
 def vary_like(array: Array, reference: Array) -> Array:

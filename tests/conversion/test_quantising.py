@@ -106,6 +106,42 @@ def group_of(d_in=50, rank=12, pivots=tuple(range(0, 36, 3))):
     return GroupPlan("g", (Block("layers.0.attn.q", 20, d_in), Block("layers.0.attn.k", 9, d_in)), rank, pivots=pivots)
 
 
+def final_hidden_states(model):
+    """As the unembedding reads them, from windows of 60 tokens as in calibration."""
+    h, _ = model.decoder.apply({"params": model.params}, TOKENS.reshape(-1, 60), method="hidden")
+    return np.asarray(h, np.float64).reshape(len(TOKENS), -1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_untied"])
+def test_the_unembedding_is_rounded_in_the_geometry_of_what_it_reads(architecture):
+    model = tiny_model(architecture)
+    h = final_hidden_states(model)
+    moment, grid = h.T @ h / len(h), Grid(3, 64, True)
+    tables = {name: np.asarray(table) for name, table in tables_of(model).items()}
+    small = tables_of(made(quantise(8, embedding_bits=3), architecture=architecture))
+    if model.config.tied_embeddings:
+        moment += 0.1 * np.trace(moment) / len(moment) * np.eye(len(moment))
+        expected = {"embed": round_with_feedback(tables["embed"], moment, grid)}
+    else:
+        expected = {
+            "embed": round_to_nearest(tables["embed"], grid, search=True),
+            "unembed": round_with_feedback(tables["unembed"], moment, grid),
+        }
+    assert small.keys() == expected.keys()
+    for name, matrix in expected.items():
+        # A rounding error of the moment may move a number that lies between two codes.
+        assert np.mean(np.asarray(matrix.codes) == np.asarray(small[name].codes)) > 0.98
+    last = list(expected)[-1]
+    nearest = np.asarray(round_to_nearest(tables[last], grid, search=True).dequantise()) - tables[last]
+    error = np.asarray(small[last].dequantise()) - tables[last]
+    assert np.square(h @ error.T).sum() < np.square(h @ nearest.T).sum()
+
+
+def tables_of(model):
+    leaves = {"embed": "embedding", "unembed": "kernel"}
+    return {name: model.params[name][leaf] for name, leaf in leaves.items() if name in model.params}
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_output_states_are_fitted_to_the_rounded_signal(fixed):
     generator, moment, grid = np.random.default_rng(0), correlated(50), Grid(3, 32, True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.conversion import rounding
-from ngc_jax.conversion.rounding import Grid, round_to_nearest, round_with_feedback
+from ngc_jax.conversion.rounding import Grid, conditional_variances, round_to_nearest, round_with_feedback
 from ngc_jax.groups.quantised import unpack
 
 
@@ -142,3 +142,13 @@ def test_what_both_sides_are_worth():
     # Rows that do not matter to each other are rounded each for itself.
     apart = round_with_feedback(weight, moment, grid, metric=np.diag(np.linspace(1, 2, 48)))
     assert (codes_of(apart) == codes_of(inputs)).mean() > 0.99
+
+
+def test_the_loss_of_rounding_is_what_its_theory_says():
+    """Each error costs its input's conditional variance, and a step's uniform error has a twelfth of its square."""
+    weight, moment, grid = np.random.default_rng(9).standard_normal((2000, 64)), correlated(64), Grid(8, 64, True)
+    small = round_with_feedback(weight, moment, grid)
+    step = np.sqrt(np.square(np.asarray(small.scales, np.float64)).mean())
+    expected = len(weight) * conditional_variances(moment).sum() * step**2 / 12
+    damped = moment + rounding._DAMPING * np.diag(moment).mean() * np.eye(64)
+    assert 0.95 < loss(small, weight, damped) / expected < 1.05

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ngc_jax.conversion import chain, convert, quantise
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting import GGUF_TYPES, export, export_gguf, export_huggingface
 from ngc_jax.models.load import load_model
@@ -124,6 +125,40 @@ def test_every_type_is_what_the_gguf_package_makes_of_the_weights(kind, tmp_path
         assert tensors[name].tensor_type == stored
         expected = dequantize(quantize(np.asarray(node), stored), stored)
         np.testing.assert_array_equal(dequantize(tensors[name].data, stored).reshape(node.shape), expected)
+
+
+QUANTISED = {
+    "symmetric": (quantise(4, feedback=False), Type.Q4_0, Type.Q8_0),
+    "offsets": (quantise(4, 32, symmetric=False, feedback=False, embedding_bits=3), Type.Q4_1, Type.Q4_1),
+    "3 bits": (quantise(3, feedback=False, embedding_bits=4), Type.Q4_0, Type.Q4_0),
+    "8 bits": (quantise(8, 128, feedback=False), Type.Q8_0, Type.Q8_0),
+    "no such blocks": (quantise(8, symmetric=False, feedback=False), Type.Q8_0, Type.Q8_0),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_matrices_keep_their_codes(name, tmp_path):
+    how, kind, embedding = QUANTISED[name]
+    dense = dense_model("llama", vocab_size=300, hidden_size=64, intermediate_size=96)
+    model = dataclasses.replace(convert(dense, chain(how)), load_tokenizer=bpe_tokenizer)
+    with open_source(str(save_model(model, tmp_path / "model"))) as source:
+        summary = export_gguf(source, tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (tensors["blk.0.ffn_up.weight"], tensors["token_embd.weight"]) == (kind, embedding)
+    # All but o, whose rows of 40 numbers are no whole blocks.
+    assert summary["matrices_with_their_codes"] == (0 if name == "no such blocks" else 2 * 6 + 1)
+    again = load_model(str(tmp_path / "model.gguf"))
+    for path in (("embed", "embedding"), *(("layers", "1", *block) for block in BLOCKS)):
+        exact, found = model.params, again.params
+        for part in path:
+            exact, found = exact[part], found[part]
+        exact, step = np.asarray(exact.dequantise()), np.abs(np.asarray(exact.scales, np.float32)).max()
+        # m is rounded to float16, whose last place is 2^-11 of 16 steps at most; q8_0 rounds once more.
+        least = {"offsets": step / 64, "no such blocks": 2 * step}.get(name, 0)
+        np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=0, atol=least)
+
+
+BLOCKS = (("attn", "q", "kernel"), ("attn", "k", "kernel"), ("mlp", "d", "kernel"))
 
 
 def test_numbers_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path):

@@ -1,5 +1,6 @@
 """lm-eval's own `hf` backend and ours, on the same tiny random models: the same numbers, texts and prompts."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -30,7 +31,10 @@ from ngc_jax.evaluation.documents import read_documents  # noqa: E402
 from ngc_jax.evaluation.harness import HarnessModel, HarnessOptions  # noqa: E402
 from ngc_jax.evaluation.run_tasks import RunOptions, run_task  # noqa: E402
 from ngc_jax.evaluation.tasks import read_task  # noqa: E402
+from ngc_jax.exporting import export  # noqa: E402
+from ngc_jax.models.save import save_model  # noqa: E402
 from ngc_jax.models.tokenizer import Tokenizer, wrap  # noqa: E402
+from tests.models.compact import fixed_gauge_model  # noqa: E402
 from tests.pages import DOCS, run_examples  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 from tests.tiny import random_tokens  # noqa: E402
@@ -215,6 +219,23 @@ def test_conversations(name: str, request: pytest.FixtureRequest) -> None:
     assert ours.chat_template(False) is None
     assert ours.tokenizer_name
     assert "/" not in ours.tokenizer_name
+
+
+def test_a_model_of_groups_in_their_backend(tmp_path: Path) -> None:
+    """What `export --to hf-grouped` writes, in lm-eval's `hf` backend, and what it was made from, in ours."""
+    compact = dataclasses.replace(
+        fixed_gauge_model("qwen2", vocab_size=SIZES["vocab_size"]), load_tokenizer=lambda: tokenizer(bos=False)
+    )
+    save_model(compact, tmp_path / "compact")
+    export(tmp_path / "compact", tmp_path / "grouped", to="hf-grouped")
+    theirs = HFLM(pretrained=str(tmp_path / "grouped"), trust_remote_code=True, batch_size=3, **CPU)
+    ours = HarnessModel(str(tmp_path / "compact"), batch_size=3)
+    asked = [pair for pair in pairs() if len(pair[1]) <= ours.max_length]
+    expected = theirs.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True)
+    found = ours.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    compare_texts(theirs, ours, [text(count, count) for count in (1, 5, 14)])
 
 
 def write_tasks(place: Path) -> None:

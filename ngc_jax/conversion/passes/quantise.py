@@ -27,7 +27,8 @@ class Quantise(Pass):
         symmetric: Whether the grid of each group contains 0; otherwise an offset is stored with every scale.
         feedback: Compensate each number's rounding error by those not yet rounded, in the geometry of the inputs
             (GPTQ), and of the signal of a group; otherwise round to nearest, which reads no text.
-        embedding_bits: Of the embeddings and the unembedding, which are rounded to nearest: 2, 3, 4 or 8.
+        embedding_bits: Of the embeddings and the unembedding: 2, 3, 4 or 8. Below 8 the unembedding, or both if they
+            are tied, is rounded with feedback too; an embedding of its own to nearest.
 
     Raises:
         UsageError: If a value is not one of these.
