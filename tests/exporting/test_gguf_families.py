@@ -17,6 +17,7 @@ GEMMA2 = {"model_type": "gemma2", "attn_logit_softcapping": 8.0, "query_pre_attn
 FOUR = {"num_hidden_layers": 4, "sliding_window_pattern": 4}
 # Type -> a model that llama.cpp computes.
 MODELS = {
+    "gemma": lambda **sizes: model_of("gemma3", model_type="gemma", **sizes),
     "gemma2": lambda **sizes: model_of("gemma3", **{**GEMMA2, **sizes}),
     "granite": lambda **sizes: model_of("granite", **sizes),
     "smollm3": lambda **sizes: model_of("llama", model_type="smollm3", num_hidden_layers=4, **sizes),
