@@ -25,8 +25,9 @@ from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.families import FAMILIES, Gguf, family_of, gguf_families
+from ngc_jax.models.fused import fused_names
 from ngc_jax.models.gguf.config import ROPE_FACTORS
-from ngc_jax.models.gguf.names import gguf_name
+from ngc_jax.models.gguf.names import gguf_fused_name, gguf_name
 from ngc_jax.models.rope import Rope
 from ngc_jax.models.sources import Source
 
@@ -151,7 +152,7 @@ def _add_metadata(writer: GGUFWriter, folded: FoldedSource, file_type: LlamaFile
     described = _described(config)
     for key, value in {described.eps: config.norm_eps, **described.metadata(config)}.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{described.name}.{key}", value)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(_full_rope(config).rotated(config.head_dim))
     _add_rope(writer, config)
     _add_windows(writer, config)
     if config.logit_soft_cap is not None:
@@ -241,6 +242,9 @@ def _kinds(folded: FoldedSource, type: str | None) -> dict[str, _Kind]:
         kind = GGUF_TYPES[type or "q8_0"][0] if blocks is None else blocks[0]
         fits = shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
         kinds[name] = _Kind(kind if fits else GGMLQuantizationType.F16, blocks is not None)
+    for parts in fused_names(folded.shapes, family_of(folded.decoder_config.architecture)).values():
+        if len({kinds[part].kind for part in parts}) > 1:  # one tensor has one type
+            kinds |= dict.fromkeys(parts, _Kind(GGUF_TYPES["f16"][0]))
     return kinds
 
 
@@ -264,26 +268,32 @@ def _add_tensors(
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for name, shape in folded.shapes.items():
-        kind = kinds[name].kind
-        own = gguf_name(folded.parameter(name))
+    whole = fused_names(folded.shapes, family_of(config.architecture))
+    for name, parts in whole.items():
+        kind, first = kinds[parts[0]].kind, folded.shapes[parts[0]]
+        shape = (sum(folded.shapes[part][0] for part in parts), *first[1:])
+        own = gguf_name(folded.parameter(name)) if len(parts) == 1 else gguf_fused_name(name)
         writer.add_tensor_info(own, shape, np.dtype(np.float32), _stored_bytes(shape, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for done, name in enumerate(folded.shapes, start=1):
-        matrix = folded.read_quantised(name) if kinds[name].codes else None
-        blocks = None if matrix is None else gguf_blocks(matrix)
-        if blocks is not None:
-            tensor = _in_gguf_order(blocks[1], folded.parameter(name), config)
-        else:
-            tensor = _in_gguf_order(folded.read(name).astype(np.float32), folded.parameter(name), config)
-            tensor = quantize(tensor, kinds[name].kind)
-        writer.write_tensor_data(tensor)
+    for done, parts in enumerate(whole.values(), start=1):
+        tensors = [_stored(folded, part, kinds[part]) for part in parts]
+        writer.write_tensor_data(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
         if progress is not None:
-            progress(done, len(folded.shapes))
+            progress(done, len(whole))
+
+
+def _stored(folded: FoldedSource, name: str, how: _Kind) -> np.ndarray:
+    """A tensor as the file has it, by its codes or quantised here."""
+    parameter, config = folded.parameter(name), folded.decoder_config
+    matrix = folded.read_quantised(name) if how.codes else None
+    blocks = None if matrix is None else gguf_blocks(matrix)
+    if blocks is not None:
+        return _in_gguf_order(blocks[1], parameter, config)
+    return quantize(_in_gguf_order(folded.read(name).astype(np.float32), parameter, config), how.kind)
 
 
 def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

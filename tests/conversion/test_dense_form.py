@@ -31,7 +31,9 @@ def made(family="llama_untied", keep=0.7, **options):
     )
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "granite", "cohere2", "glm4")]
+SLOW = [
+    pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "granite", "cohere2", "glm4", "starcoder2")
+]
 
 
 @pytest.mark.parametrize("family", ["llama_untied", *SLOW])

@@ -14,14 +14,18 @@ from tests.exporting.test_export import model_of
 from tests.tiny import forward, random_tokens
 
 GEMMA2 = {"model_type": "gemma2", "attn_logit_softcapping": 8.0, "query_pre_attn_scalar": 16, "head_dim": 16}
+PHI3 = {"head_dim": 12}
 FOUR = {"num_hidden_layers": 4, "sliding_window_pattern": 4}
 # Type -> a model that llama.cpp computes.
 MODELS = {
+    "gemma": lambda **sizes: model_of("gemma3", model_type="gemma", **sizes),
     "gemma2": lambda **sizes: model_of("gemma3", **{**GEMMA2, **sizes}),
     "granite": lambda **sizes: model_of("granite", **sizes),
     "smollm3": lambda **sizes: model_of("llama", model_type="smollm3", num_hidden_layers=4, **sizes),
     "olmo2": lambda **sizes: model_of("qwen3", model_type="olmo2", **sizes),
     "exaone4": lambda **sizes: model_of("qwen3", model_type="exaone4", sliding_window=None, **sizes),
+    "phi3": lambda **sizes: model_of("llama_untied", model_type="phi3", partial_rotary_factor=0.5, **{**PHI3, **sizes}),
+    "glm4": lambda **sizes: model_of("glm4", **sizes),
     "cohere": lambda **sizes: model_of("cohere2", model_type="cohere", **sizes),
     "cohere2": lambda **sizes: model_of("cohere2", **FOUR, **sizes),
 }

@@ -57,6 +57,23 @@ def test_old_configs(case: str, style: Callable[[Mapping[str, Any]], dict[str, A
     assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case, (family, _) in tiny.CASES.items() if family not in (*OLD, "olmo3", "ministral3")]
+)
+def test_old_configs_of_later_families(case: str, tmp_path: Path) -> None:
+    """With the rotary settings where transformers 4 had them: base, share and scaling at the top."""
+    tiny.torch_config(case, dtype="float32").save_pretrained(tmp_path)
+    new = tiny.read_config(tmp_path)
+    old = dict(new)
+    rope = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
+
+
 def test_old_config_of_a_model(tmp_path: Path) -> None:
     """Once with weights, and transformers agrees that the old file means the same."""
     theirs = tiny.torch_model("gemma3 linear")

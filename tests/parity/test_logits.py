@@ -156,7 +156,7 @@ def test_every_block_reads_what_theirs_reads(case: str, tmp_path: Path) -> None:
         node = state[BLOCK_INPUTS]["layers"][str(layer)]
         for name in INPUT_SITE[role].split("."):
             node = node[name]
-        np.testing.assert_allclose(node[0], expected, rtol=0, atol=TOLERANCE, err_msg=f"layer {layer} {role}")
+        np.testing.assert_allclose(node[0], expected, rtol=2e-5, atol=TOLERANCE, err_msg=f"layer {layer} {role}")
 
 
 def test_a_prompt_gets_the_same_in_a_padded_batch(tmp_path: Path) -> None:

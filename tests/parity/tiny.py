@@ -122,6 +122,7 @@ _WINDOWS = {"num_hidden_layers": 5, "sliding_window": 9, "layer_types": _KINDS}
 # The cases of families beside the first five; at least one each, with as much in it as the family can have.
 CASES = {
     **CASES,
+    "gemma": ("gemma", {"head_dim": 10, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}),
     "gemma2": (
         "gemma2",
         {

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, as text models."""
+"""Gemma 1, 2 and 3, as text models."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ def gemma_features(hf: Mapping[str, Any], pattern: int) -> dict[str, Any]:
         hf: config.json.
         pattern: Every `pattern`-th layer attends to all tokens, unless config.json says otherwise.
     """
-    if hf.get("use_bidirectional_attention"):
-        raise UsageError("bidirectional attention is not supported; expected a causal language model")
+    _refuse_bidirectional(hf)
     layers = hf["num_hidden_layers"]
     sliding = layer_types(hf, layers)
     if sliding is None:
@@ -62,6 +61,18 @@ def gemma_features(hf: Mapping[str, Any], pattern: int) -> dict[str, Any]:
         "attention_soft_cap": optional(hf, "attn_logit_softcapping"),
         "logit_soft_cap": optional(hf, "final_logit_softcapping"),
     }
+
+
+def _gemma1(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_bidirectional(hf)
+    # A legacy value of the published files, which means the approximation.
+    activation = "gelu_pytorch_tanh" if hf.get("hidden_act") == "gelu" else str(hf.get("hidden_act"))
+    return {"activation": activation, "unit_offset_norm": True, "embed_scale": hf["hidden_size"] ** 0.5}
+
+
+def _refuse_bidirectional(hf: Mapping[str, Any]) -> None:
+    if hf.get("use_bidirectional_attention"):
+        raise UsageError("bidirectional attention is not supported; expected a causal language model")
 
 
 def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +135,33 @@ def _gguf_sliding(keys: GgufKeys, layers: int) -> tuple[bool, ...]:
     return all_but_every(keys.integer(key, _PATTERN), layers)
 
 
+def _gguf1(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh", "attention_bias": bool(biased & GGUF_ATTENTION)}
+
+
+def _metadata1(config: DecoderConfig) -> dict[str, Any]:
+    biases = config.qkv_bias or config.o_bias
+    only_in_hf(config, biases=biases, a_head_of_its_own=not config.tied_embeddings)
+    return {}
+
+
+GEMMA = Family(
+    "gemma",
+    "GemmaConfig",
+    "GemmaForCausalLM",
+    features=_gemma1,
+    defaults={
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    },
+    biases=attention_bias,
+    gguf=Gguf("gemma", _gguf1, _metadata1, offset_norms=True),
+    differs="norms with offsets of one; scaled embeddings",
+)
 GEMMA2 = Family(
     "gemma2",
     "Gemma2Config",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from ngc_jax.models.families.phi import FUSED_MLP
 from ngc_jax.models.families.reading import rope
-from ngc_jax.models.families.record import PRE_NORMS, PROJECTIONS, Family
+from ngc_jax.models.families.record import PRE_NORMS, PROJECTIONS, Family, Gguf, GgufKeys
 
 _DEFAULTS = {
     "max_position_embeddings": 131_072,
@@ -25,6 +25,10 @@ def _ropes(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _biases(hf: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     return bool(hf.get("attention_bias")), False, False
+
+
+def _settings(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    return {"hidden_act": "silu", "attention_bias": bool(biased)}
 
 
 GLM = Family(
@@ -48,5 +52,6 @@ GLM4 = Family(
     | PRE_NORMS
     | {"attn_post_norm": "post_self_attn_layernorm", "mlp_post_norm": "post_mlp_layernorm"},
     fused=FUSED_MLP,
+    gguf=Gguf("glm4", _settings, partial_rotary=True),
     differs="as GLM, with norms after attention and MLP",
 )

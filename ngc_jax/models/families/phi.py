@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.families.reading import number, rope, windows
-from ngc_jax.models.families.record import Family
+from ngc_jax.models.families.record import Family, Gguf, GgufKeys, only_in_hf
+
+if TYPE_CHECKING:
+    from ngc_jax.models.config import DecoderConfig
 
 FUSED_QKV: dict[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -48,6 +51,17 @@ def _short_rope(hf: Mapping[str, Any], scaling: Mapping[str, Any], longest: int)
     return {**kept, "rope_type": "explicit", "factors": factors, "attention_factor": attention}, min(longest, original)
 
 
+def _settings(keys: GgufKeys, config: Mapping[str, Any], biased: Set[str]) -> dict[str, Any]:
+    if keys.get("rope.scaling.attn_factor") is not None:
+        raise keys.error("rope.scaling.attn_factor", "is set, but LongRoPE is not read from GGUF files")
+    return {"hidden_act": "silu", "sliding_window": keys.get("attention.sliding_window") or None}
+
+
+def _metadata(config: DecoderConfig) -> dict[str, Any]:
+    only_in_hf(config, LongRoPE=any(rope is not None and rope.rope_type == "explicit" for rope in config.ropes))
+    return {}
+
+
 PHI3 = Family(
     "phi3",
     "Phi3Config",
@@ -55,5 +69,6 @@ PHI3 = Family(
     features=_phi3,
     defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     fused=FUSED_QKV | FUSED_MLP,
+    gguf=Gguf("phi3", _settings, _metadata, partial_rotary=True),
     differs="fused q, k and v, gate and up; partly rotated heads; of LongRoPE, texts up to the original length",
 )

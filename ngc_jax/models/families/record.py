@@ -58,6 +58,7 @@ class Gguf:
             the keys. Raises UsageError for what llama.cpp does not compute.
         eps: The key of the norms' epsilon.
         paired_rotary: Rows of q and k take turns between the two rotary halves of a head.
+        partial_rotary: Heads may be rotated in part.
         offset_norms: Norm scales include the one that Hugging Face's leave out.
         windows: llama.cpp knows the family's sliding windows.
         wide_heads: The architecture to write where the heads together are not as wide as the residual stream, which
@@ -69,6 +70,7 @@ class Gguf:
     metadata: Callable[[DecoderConfig], Mapping[str, Any]] = lambda config: {}
     eps: str = "attention.layer_norm_rms_epsilon"
     paired_rotary: bool = False
+    partial_rotary: bool = False
     offset_norms: bool = False
     windows: bool = False
     wide_heads: str | None = None

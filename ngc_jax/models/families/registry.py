@@ -7,7 +7,7 @@ from typing import Any
 from ngc_jax.errors import UsageError
 from ngc_jax.models.families.cohere import COHERE, COHERE2
 from ngc_jax.models.families.exaone import EXAONE4
-from ngc_jax.models.families.gemma import GEMMA2, GEMMA3
+from ngc_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from ngc_jax.models.families.glm import GLM, GLM4
 from ngc_jax.models.families.granite import GRANITE
 from ngc_jax.models.families.llama import LLAMA
@@ -31,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         MINISTRAL3,
         QWEN2,
         QWEN3,
+        GEMMA,
         GEMMA2,
         GEMMA3,
         PHI3,

@@ -15,7 +15,6 @@ RELATIVES: dict[str, tuple[str, str]] = {
     "deepseek_v3": ("llama", _LATENT),
     "exaone_moe": ("exaone4", _EXPERTS),
     "falcon": ("starcoder2", "q, k and v are fused head by head, and attention and MLP are in parallel"),
-    "gemma": ("gemma2", "it has no norms after attention and MLP, and no soft caps"),
     "gemma3n": ("gemma3_text", "its layers have embeddings of their own"),
     "gemma3n_text": ("gemma3_text", "its layers have embeddings of their own"),
     "glm4_moe": ("glm4", _EXPERTS),

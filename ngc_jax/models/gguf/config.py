@@ -35,7 +35,7 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
     assert family.gguf is not None
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // n_heads)
-    _refuse_unsupported(keys, head_dim)
+    _refuse_unsupported(keys, head_dim, partial=family.gguf.partial_rotary)
     vocab_size, hidden_size = keys.tensor_shape("token_embd.weight", 2)
     config: dict[str, Any] = {
         "architectures": [family.model_class],
@@ -55,6 +55,8 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         "eos_token_id": keys.token_id("eos", vocab_size),
         "dtype": "float32",
     }
+    if family.gguf.partial_rotary:
+        config["partial_rotary_factor"] = keys.integer("rope.dimension_count", head_dim) / head_dim
     config["rope_scaling"] = _rope_scaling(keys, head_dim, config["rope_theta"])
     return config | dict(family.gguf.settings(keys, config, _biased(file) & {*ATTENTION, *MLP}))
 
@@ -182,17 +184,17 @@ def _brief(value: Any) -> str:
 
 def _layers(keys: _Keys) -> int:
     n_layers = keys.integer("block_count")
-    if f"blk.{n_layers - 1}.attn_q.weight" not in keys.file.tensors:
+    if not {f"blk.{n_layers - 1}.{part}.weight" for part in ("attn_q", "attn_qkv")} & keys.file.tensors.keys():
         raise keys.error("block_count", f"is {n_layers}, but the last layer's attn_q.weight is not in the file")
     return n_layers
 
 
-def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
+def _refuse_unsupported(keys: _Keys, head_dim: int, *, partial: bool) -> None:
     if keys.get("expert_count"):
         raise keys.error("expert_count", "is set, but mixtures of experts are not supported")
     if head_dim < 2 or head_dim % 2:
         raise keys.error("attention.key_length", f"makes the head size {head_dim}, expected an even number")
-    for key in ("rope.dimension_count", "attention.value_length"):
+    for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"differs from the head size {head_dim}, which is not supported")
 

@@ -20,6 +20,8 @@ IN_LAYER = {
     "ffn_down": "mlp.d",
     "post_ffw_norm": "mlp_post_norm",
 }
+# GGUF's names of tensors of several matrices -> Hugging Face's, in families that have them.
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _OUTSIDE = {"embed.embedding": "token_embd", "norm.scale": "output_norm", "unembed.kernel": "output"}
 _PARTS = {module: part for part, module in IN_LAYER.items()}
 
@@ -35,3 +37,14 @@ def gguf_name(parameter: str) -> str:
     _, layer, rest = parameter.split(".", 2)
     module, leaf = rest.rsplit(".", 1)
     return f"blk.{layer}.{_PARTS[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def gguf_fused_name(hf_name: str) -> str:
+    """GGUF's name of a tensor of several matrices, by Hugging Face's.
+
+    >>> gguf_fused_name("model.layers.3.mlp.gate_up_proj.weight")
+    'blk.3.ffn_up.weight'
+    """
+    _, _, layer, part, module, leaf = hf_name.split(".")
+    own = next(own for own, theirs in FUSED.items() if theirs == f"{part}.{module}")
+    return f"blk.{layer}.{own}.{leaf}"

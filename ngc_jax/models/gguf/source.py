@@ -13,9 +13,10 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
 from ngc_jax.models.families import gguf_families
+from ngc_jax.models.fused import fused_rows
 from ngc_jax.models.gguf.config import ROPE_FACTORS, biased_parts, config_from_gguf
 from ngc_jax.models.gguf.file import GgufFile
-from ngc_jax.models.gguf.names import IN_LAYER, TOP
+from ngc_jax.models.gguf.names import FUSED, IN_LAYER, TOP
 from ngc_jax.models.gguf.tokenizer import is_utf8, tokenizer_from_gguf
 from ngc_jax.models.tokenizer import Tokenizer
 
@@ -49,8 +50,19 @@ class GgufSource(Closing):
         self._gguf_names = {hf_name(self._arch, name): name for name in self._file.tensors if not _UNUSED.search(name)}
         stored = {name: self._file.tensors[gguf_name] for name, gguf_name in self._gguf_names.items()}
         self._zeros = self._missing_biases()
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in stored.items()} | self._zeros
-        self.sizes: Mapping[str, int] = {name: info.n_bytes for name, info in stored.items()}
+        shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in stored.items()}
+        sizes = {name: info.n_bytes for name, info in stored.items()}
+        # By the name of a matrix in a fused tensor: that tensor, the matrix's first row and its number of rows.
+        self._rows: dict[str, tuple[str, int, int]] = {}
+        for whole, parts in fused_rows(shapes, self.config, str(path)).items():
+            columns, n_bytes = shapes.pop(whole)[1:], sizes.pop(whole)
+            total = sum(rows for _, rows in parts.values())
+            for part, (first, rows) in parts.items():
+                self._rows[part] = (whole, first, rows)
+                shapes[part], sizes[part] = (rows, *columns), n_bytes * rows // total
+        self._last: tuple[str, np.ndarray] | None = None
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes | self._zeros
+        self.sizes: Mapping[str, int] = sizes
         self.sizes |= dict.fromkeys(self._zeros, 0)
         self.nbytes = sum(self.sizes.values())
         self.files = self._file.paths
@@ -79,6 +91,11 @@ class GgufSource(Closing):
         """
         if name in self._zeros:
             return np.zeros(self._zeros[name], np.float32)
+        if name in self._rows:
+            whole, first, rows = self._rows[name]
+            if self._last is None or self._last[0] != whole:
+                self._last = (whole, self._file.read(self._gguf_names[whole]))
+            return self._last[1][first : first + rows]
         if name not in self._gguf_names:
             raise UsageError(f"{self._file.path}: has no tensor {name!r}; ask for one of the names in shapes")
         gguf_name = self._gguf_names[name]
@@ -129,8 +146,11 @@ def hf_name(arch: str, gguf_name: str) -> str:
     stem, _, kind = gguf_name.rpartition(".")
     if stem in TOP:
         return f"{TOP[stem]}.{kind}"
-    modules = gguf_families()[arch].modules
+    family = gguf_families()[arch]
+    modules = family.modules
     match stem.split("."):
+        case ["blk", layer, part] if FUSED.get(part) in family.fused:
+            return f"model.layers.{layer}.{FUSED[part]}.{kind}"
         case ["blk", layer, part] if IN_LAYER.get(part) in modules:
             return f"model.layers.{layer}.{modules[IN_LAYER[part]]}.{kind}"
     return gguf_name
