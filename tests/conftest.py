@@ -18,6 +18,10 @@ from jaxtyping import install_import_hook
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Each worker of pytest-xdist has a processor of its own, and the matrices are small: a second thread of BLAS would only
+# wait, busily. Read when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Tests are about numbers that must be the same everywhere: the developer's GPU or TPU is not used.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
