@@ -18,17 +18,23 @@ from jaxtyping import install_import_hook
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Each worker of pytest-xdist has a processor of its own, and the matrices are small: a second thread of BLAS would only
+# wait, busily. Read when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Tests are about numbers that must be the same everywhere: the developer's GPU or TPU is not used.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 # Several devices, so that shardings and pmap are really exercised. On a busy machine of few cores one may wait for the
 # others longer than the 40 seconds after which XLA ends the process. Most of a test is compiling, which takes a quarter
-# less time without LLVM's optimisations, and four tenths less again without the emitters that write fusions by way of
-# MLIR; jaxlib 0.11 ends with an error at that flag. Other flags of the caller's are kept.
+# less time without LLVM's optimisations, three tenths less where a program is not split into modules for threads to
+# compile, and four tenths less again without the emitters that write fusions by way of MLIR; jaxlib 0.11 ends with an
+# error at that last flag. Other flags of the caller's are kept.
 _XLA_FLAGS: dict[str, object] = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "--xla_backend_optimization_level": 0,
+    "--xla_cpu_parallel_codegen_split_count": 1,
 }
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"

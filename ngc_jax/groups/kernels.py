@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -174,10 +175,9 @@ def input_features(
     """
     q_IxR = _floating(states["input_states"])
     if pivots is not None:
-        row_of_I = stored_rows(pivots, _inputs(kernel, states, pivots))
-        q_IxR = jnp.concatenate([jnp.eye(len(pivots), dtype=q_IxR.dtype), q_IxR])[row_of_I]
+        q_IxR = _with_pivots(q_IxR, stored_rows(pivots, _inputs(kernel, states, pivots)))
     _check_width(d_in, q_IxR.shape[0])
-    return _features(kernel, states, q_IxR[:d_in])
+    return _features(kernel, states, q_IxR if d_in in (None, q_IxR.shape[0]) else q_IxR[:d_in])
 
 
 def output_features(kernel: Kernel, states: States, member: str) -> Float[Array, "j s"]:
@@ -281,6 +281,14 @@ def _encoder(kernel: Kernel, states: States, width: int) -> Any:
         _check_width(width, stored.shape[0])
         return stored
     return input_features(kernel, states, width)
+
+
+# One program for a shape, instead of one for every step.
+@partial(jax.jit, inline=True)
+def _with_pivots(q_OxR: Array, row_of_I: Any) -> Array:
+    """The states of all inputs: of unit vectors, then of the others, by their rows."""
+    q_IxR = jnp.concatenate([jnp.eye(q_OxR.shape[1], dtype=q_OxR.dtype), q_OxR])
+    return q_IxR.at[row_of_I].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _floating(matrix: Any) -> Array:

@@ -86,8 +86,7 @@ class QuantisedMatrix:
 
     def dequantise(self, dtype: Any = jnp.float32) -> Array:
         """The matrix in floating point, of its own shape; computed in float32."""
-        matrix = self._as_inputs_by_outputs(dtype)
-        return matrix.T if self.axis else matrix
+        return _dequantised(self, dtype)
 
     def _as_inputs_by_outputs(self, dtype: Any) -> Float[Array, "i j"]:
         groups, rows = self.scales.shape
@@ -102,6 +101,13 @@ class QuantisedMatrix:
         parts = jax.tree.map(lambda part: jnp.take(part, rows.reshape(-1), axis=1), self)
         some = dataclasses.replace(parts, shape=(rows.size, self.shape[1]))
         return some.dequantise(dtype).reshape(*rows.shape, self.shape[1])
+
+
+# One program for a shape, instead of one for every step of the arithmetic.
+@partial(jax.jit, static_argnums=1, inline=True)
+def _dequantised(quantised: QuantisedMatrix, dtype: Any) -> Array:
+    matrix = quantised._as_inputs_by_outputs(dtype)
+    return matrix.T if quantised.axis else matrix
 
 
 def contract(x: Float[Array, "*batch i"], matrix: Any, axis: int = 1) -> Float[Array, "*batch j"]:

@@ -44,7 +44,7 @@ def tensors_of(name: str, leaf: Any) -> dict[str, Any]:
         return {name: leaf}
     found = {f"{name}_{part}": array for part in PARTS if (array := getattr(leaf, part)) is not None}
     stored = packed_length(leaf.shape[leaf.axis], leaf.bits)
-    return found | {f"{name}_codes": leaf.codes[:stored]}
+    return found | {f"{name}_codes": leaf.codes if len(leaf.codes) == stored else leaf.codes[:stored]}
 
 
 def whole_groups(matrix: QuantisedMatrix) -> QuantisedMatrix:

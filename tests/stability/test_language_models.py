@@ -22,6 +22,9 @@ from tests.tiny import random_tokens, tiny_model
 KEY = jax.random.key(5)
 LENGTH = 14
 
+# One program instead of one for every step of a layer.
+recorded = jax.jit(record, static_argnames="decoder")
+
 
 def prompt(length=LENGTH, seed=0):
     return jnp.asarray(random_tokens(length, seed))
@@ -29,8 +32,8 @@ def prompt(length=LENGTH, seed=0):
 
 def padded(*prompts):
     width = max(map(len, prompts)) + 2
-    rows = [jnp.pad(one, (0, width - len(one)), constant_values=7) for one in prompts]
-    return jnp.stack(rows), jnp.asarray([len(one) for one in prompts], jnp.int32)
+    rows = [np.pad(one, (0, width - len(one)), constant_values=7) for one in prompts]
+    return jnp.asarray(np.stack(rows)), jnp.asarray(np.array([len(one) for one in prompts], np.int32))
 
 
 def depth(model, tokens, lengths=None, **options):
@@ -46,7 +49,7 @@ def test_depth_agrees_with_the_jacobians_of_one_token(make):
     """With as many directions as dimensions nothing is random: the metric is that of the Frobenius norm."""
     model = make()
     tokens, embed_dim = prompt(), model.config.embed_dim
-    recording = record(model.decoder, model.params, tokens)
+    recording = recorded(model.decoder, model.params, tokens)
     found = depth(model, tokens[None], directions=embed_dim)
     n = model.config.num_layers
 
@@ -84,23 +87,26 @@ def test_a_groups_part_is_the_growth_into_its_signal():
     group = next(group for group in model.plan.groups if group.name == "0-vv")
     scale = model.params["layers"]["0"]["attn_norm"]["scale"]
     states = model.params["groups"]["0-vv"]
-    stream = record(model.decoder, model.params, tokens).streams[:, 4]
+    recording = recorded(model.decoder, model.params, tokens)
+    stream = recording.streams[:, 4]
 
     def signal(x, scale=scale):
         normed = x / jnp.sqrt(jnp.mean(x**2) + model.config.norm_eps) * scale
         return encode(group.kernel, states, normed)
 
     # The group is heard in both layers; in the second the perturbation has come through the first.
-    recording = record(model.decoder, model.params, tokens)
     first_map = token_maps(model.decoder, model.params, recording, jnp.int32(4))[0]
     second = partial(signal, scale=model.params["layers"]["1"]["attn_norm"]["scale"])
 
     def gain(f, x, before):
         return np.log(
-            np.linalg.norm(jax.jacfwd(f)(x) @ before) / np.linalg.norm(f(x)) / np.sqrt(embed_dim) * np.linalg.norm(x)
+            np.linalg.norm(np.asarray(jax.jit(jax.jacfwd(f))(x)) @ before)
+            / np.linalg.norm(jax.jit(f)(x))
+            / np.sqrt(embed_dim)
+            * np.linalg.norm(x)
         )
 
-    first_jacobian = jax.jit(jax.jacfwd(first_map))(stream[0])
+    first_jacobian = np.asarray(jax.jit(jax.jacfwd(first_map))(stream[0]))
     grown = np.log(np.linalg.norm(first_jacobian) / np.sqrt(embed_dim))
     expected = [gain(signal, stream[0], np.eye(embed_dim)), gain(second, stream[1], first_jacobian) - grown]
     np.testing.assert_allclose(found.signals["0-vv"][0, 4], np.mean(expected), atol=1e-3)
@@ -151,7 +157,7 @@ def test_the_sequence_agrees_with_the_jacobian_of_the_remembered_cache(architect
     size = config.num_layers * 2 * memory * config.num_kv_heads * config.head_dim
     found = sequence(model, tokens[None], memory=memory, directions=size)
 
-    recording = record(model.decoder, model.params, tokens)
+    recording = recorded(model.decoder, model.params, tokens)
     kept = [(np.asarray(layer.keys)[0], np.asarray(layer.values)[0].swapaxes(1, 2)) for layer in recording.cache]
     units = np.array([[np.sqrt(np.mean(part**2)) for part in layer] for layer in kept])
     actual = np.array(kept) / units[:, :, None, None, None]  # (n, 2, heads, H, tokens)
@@ -209,7 +215,7 @@ def test_responses_are_causal_and_those_of_finite_differences():
     # One more road: the same direction added to one row of the embeddings of a text in which that token occurs once.
     tokens = jnp.asarray(np.random.default_rng(0).permutation(200)[:LENGTH], jnp.int32)
     found = np.asarray(responses(model.decoder, model.params, tokens, sources[1:], key=KEY))[0]
-    before = np.asarray(record(model.decoder, model.params, tokens).streams)
+    before = np.asarray(recorded(model.decoder, model.params, tokens).streams)
     table = model.params["embed"]["embedding"]
     (key,) = jax.random.split(KEY, 1)
     direction = jax.random.normal(key, (24,))
@@ -217,7 +223,7 @@ def test_responses_are_causal_and_those_of_finite_differences():
     runs = []
     for sign in (1, -1):
         moved = {**model.params, "embed": {"embedding": table.at[tokens[4]].add(sign * direction)}}
-        runs.append(np.asarray(record(model.decoder, moved, tokens).streams, np.float64))
+        runs.append(np.asarray(recorded(model.decoder, moved, tokens).streams, np.float64))
     difference = np.linalg.norm(runs[0] - runs[1], axis=-1) / 2e-3 / np.linalg.norm(before, axis=-1)
     np.testing.assert_allclose(found, difference, rtol=0.02, atol=2e-3)
 
@@ -229,18 +235,20 @@ def test_potentials_and_undriven_motions_add_up_to_the_motion():
     motion = mean_motion(model.decoder, model.params, tokens, lengths)
     over_mean = potential_over_mean(model.decoder, model.params, motion, tokens, lengths)
     for row, count in enumerate(lengths.tolist()):
-        streams = record(model.decoder, model.params, tokens[row], count).streams
+        streams = recorded(model.decoder, model.params, tokens[row], count).streams
         expected = np.diff(np.asarray(streams), axis=0).swapaxes(0, 1)[:count]
         for drive in (over_alone, over_mean):
-            np.testing.assert_allclose((drive.potential + drive.undriven)[row, :count], expected, atol=1e-4)
+            motion_LxnxD = np.asarray(drive.potential)[row] + np.asarray(drive.undriven)[row]
+            np.testing.assert_allclose(motion_LxnxD[:count], expected, atol=1e-4)
             assert np.all(np.asarray(drive.potential)[row, count:] == 0)
     # Nothing drives the first token, and on average nothing drives the mean field.
-    assert np.abs(over_alone.potential[:, 0]).max() < 1e-5 < np.abs(over_alone.potential[:, 1]).max()
-    assert np.abs(over_mean.potential.sum(axis=(0, 1))).max() < 1e-3
+    driven = np.asarray(over_alone.potential)
+    assert np.abs(driven[:, 0]).max() < 1e-5 < np.abs(driven[:, 1]).max()
+    assert np.abs(np.asarray(over_mean.potential).sum(axis=(0, 1))).max() < 1e-3
 
     # What a token does alone it does alone in a prompt of its own.
-    single = record(model.decoder, model.params, tokens[0, :1]).streams[:, 0]
-    np.testing.assert_allclose(over_alone.undriven[0, 0], np.diff(single, axis=0), atol=1e-5)
+    single = recorded(model.decoder, model.params, tokens[0, :1]).streams[:, 0]
+    np.testing.assert_allclose(np.asarray(over_alone.undriven)[0, 0], np.diff(single, axis=0), atol=1e-5)
     frames = depth(model, tokens, lengths, directions=24, keep_frames=True).frames
     share = np.asarray(alignment(over_alone, frames))[0, 1:LENGTH]
     np.testing.assert_allclose(share[..., -1], 1, atol=1e-3)
