@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting import export_gguf
@@ -37,7 +38,7 @@ def test_a_record_is_whole(name):
     family = FAMILIES[name]
     assert hasattr(transformers, family.config_class)
     assert getattr(transformers, family.config_class).model_type == name
-    assert family.model_class in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert family.model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     config = DecoderConfig.from_hf({"model_type": name, **WIDE, "rms_norm_eps": 1e-5})
     names = {family.hf_name(f"{block_name(0, role)}.kernel") for role in config.roles}
     assert len(names) == len(config.roles)
