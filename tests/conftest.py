@@ -28,8 +28,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Several devices, so that shardings and pmap are really exercised. On a busy machine of few cores one may wait for the
 # others longer than the 40 seconds after which XLA ends the process. Most of a test is compiling, which takes a quarter
 # less time without LLVM's optimisations, and four tenths less again without the emitters that write fusions by way of
-# MLIR; jaxlib 0.11 ends with an error at that last flag. A program is one module: splitting it for threads to compile is
-# of no use where other workers take the processors. Other flags of the caller's are kept.
+# MLIR; jaxlib 0.11 ends with an error at that last flag. A program is one module: splitting it for threads to compile
+# is of no use where other workers take the processors. Other flags of the caller's are kept.
 _XLA_FLAGS: dict[str, object] = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
