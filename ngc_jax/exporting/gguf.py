@@ -20,7 +20,7 @@ from gguf.quants import quantize
 
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting.folded import FoldedSource
-from ngc_jax.exporting.gguf_codes import gguf_blocks
+from ngc_jax.exporting.gguf_codes import gguf_blocks, gguf_type
 from ngc_jax.exporting.gguf_vocabulary import vocabulary_metadata
 from ngc_jax.files import atomic_file, check_target
 from ngc_jax.models.config import DecoderConfig
@@ -238,10 +238,10 @@ def _kinds(folded: FoldedSource, type: str | None) -> dict[str, _Kind]:
             kinds[name] = _Kind(GGMLQuantizationType.F32)
             continue
         matrix = folded.read_quantised(name) if type is None else None
-        blocks = None if matrix is None else gguf_blocks(matrix)
-        kind = GGUF_TYPES[type or "q8_0"][0] if blocks is None else blocks[0]
+        own = None if matrix is None else gguf_type(matrix)
+        kind = GGUF_TYPES[type or "q8_0"][0] if own is None else own
         fits = shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
-        kinds[name] = _Kind(kind if fits else GGMLQuantizationType.F16, blocks is not None)
+        kinds[name] = _Kind(kind if fits else GGMLQuantizationType.F16, own is not None)
     for parts in fused_names(folded.shapes, family_of(folded.decoder_config.architecture)).values():
         if len({kinds[part].kind for part in parts}) > 1:  # one tensor has one type
             kinds |= dict.fromkeys(parts, _Kind(GGUF_TYPES["f16"][0]))
@@ -290,9 +290,8 @@ def _stored(folded: FoldedSource, name: str, how: _Kind) -> np.ndarray:
     """A tensor as the file has it, by its codes or quantised here."""
     parameter, config = folded.parameter(name), folded.decoder_config
     matrix = folded.read_quantised(name) if how.codes else None
-    blocks = None if matrix is None else gguf_blocks(matrix)
-    if blocks is not None:
-        return _in_gguf_order(blocks[1], parameter, config)
+    if matrix is not None:
+        return _in_gguf_order(gguf_blocks(matrix), parameter, config)
     return quantize(_in_gguf_order(folded.read(name).astype(np.float32), parameter, config), how.kind)
 
 

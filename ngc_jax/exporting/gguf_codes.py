@@ -22,52 +22,56 @@ from ngc_jax.groups.quantised import QuantisedMatrix, unpack
 _BLOCK = 32
 
 
-def gguf_blocks(matrix: QuantisedMatrix) -> tuple[GGMLQuantizationType, UInt8[np.ndarray, "J B"]] | None:
-    """A matrix in GGUF's blocks.
+def gguf_type(matrix: QuantisedMatrix) -> GGMLQuantizationType | None:
+    """The type whose blocks hold a matrix (J, I) with groups along I, by its codes and scales.
 
-    Args:
-        matrix: (J, I), with groups along I.
-
-    Returns:
-        The type, and the bytes of every row. Symmetric matrices are exact; the offset m of an affine one is rounded to
-        float16. None where GGUF has no such blocks: groups or rows that are no whole number of blocks, 8 bits with
-        offsets, scales beyond float16.
+    None where GGUF has no such blocks: groups or rows that are no whole number of blocks, 8 bits with offsets, scales
+    beyond float16.
 
     Example:
         >>> from ngc_jax.conversion.rounding import Grid, round_to_nearest
-        >>> kind, rows = gguf_blocks(round_to_nearest(np.ones((3, 64)), Grid(4, 64, symmetric=True)))
-        >>> kind.name, rows.shape  # two blocks of 18 bytes a row
-        ('Q4_0', (3, 36))
+        >>> gguf_type(round_to_nearest(np.ones((3, 64)), Grid(4, 64, symmetric=True))).name
+        'Q4_0'
     """
-    width = matrix.shape[1]
-    if (
-        matrix.axis != 1
-        or width % _BLOCK
-        or matrix.group_size % _BLOCK
-        or (matrix.bits == 8 and matrix.offsets is not None)
-    ):
+    if matrix.axis != 1 or matrix.shape[1] % _BLOCK or matrix.group_size % _BLOCK:
         return None
-    per_group = matrix.group_size // _BLOCK
-    scales_KxJ = np.repeat(np.asarray(matrix.scales, np.float32), per_group, axis=0)[: width // _BLOCK]
+    if matrix.bits == 8 and matrix.offsets is not None:
+        return None
+    heads = _heads(matrix)
+    if not all(np.isfinite(part).all() for part in heads) or not np.array_equal(heads[0], matrix.scales):
+        return None
+    if matrix.offsets is not None:
+        return GGMLQuantizationType.Q4_1
+    return GGMLQuantizationType.Q8_0 if matrix.bits == 8 else GGMLQuantizationType.Q4_0
+
+
+def gguf_blocks(matrix: QuantisedMatrix) -> UInt8[np.ndarray, "J B"]:
+    """The bytes of every row of a matrix that has a `gguf_type`.
+
+    Symmetric matrices are exact; the offset m of an affine one is rounded to float16.
+
+    Example:
+        >>> from ngc_jax.conversion.rounding import Grid, round_to_nearest
+        >>> gguf_blocks(round_to_nearest(np.ones((3, 64)), Grid(4, 64, symmetric=True))).shape  # two blocks of 18
+        (3, 36)
+    """
     codes_JxKxS = _codes(matrix).T.reshape(matrix.shape[0], -1, _BLOCK)
-    if matrix.offsets is None:
-        head = [scales_KxJ]
-        kind = GGMLQuantizationType.Q8_0 if matrix.bits == 8 else GGMLQuantizationType.Q4_0
-    else:
-        offsets_KxJ = np.repeat(np.asarray(matrix.offsets, np.float32), per_group, axis=0)[: width // _BLOCK]
-        head = [scales_KxJ, offsets_KxJ - 8 * scales_KxJ]
-        kind = GGMLQuantizationType.Q4_1
-    with np.errstate(over="ignore"):
-        halves = [part.T.astype(np.float16) for part in head]
-    if not all(np.isfinite(part).all() for part in halves) or not np.array_equal(halves[0], scales_KxJ.T):
-        return None
-    if kind == GGMLQuantizationType.Q8_0:
+    if matrix.bits == 8:
         numbers: np.ndarray = codes_JxKxS.astype(np.int8).view(np.uint8)
     else:
         shifted = (codes_JxKxS + 8).astype(np.uint8)
         numbers = shifted[..., : _BLOCK // 2] | (shifted[..., _BLOCK // 2 :] << 4)
-    parts = [np.ascontiguousarray(part)[..., None].view(np.uint8) for part in halves]
-    return kind, np.concatenate([*parts, numbers], axis=2).reshape(matrix.shape[0], -1)
+    blocks, per_group = matrix.shape[1] // _BLOCK, matrix.group_size // _BLOCK
+    heads = [np.repeat(part.T, per_group, axis=1)[:, :blocks, None].view(np.uint8) for part in _heads(matrix)]
+    return np.concatenate([*heads, numbers], axis=2).reshape(matrix.shape[0], -1)
+
+
+def _heads(matrix: QuantisedMatrix) -> list[np.ndarray]:
+    """What precedes the codes of a block, in float16 by group (G, J): d, and m if there are offsets."""
+    scales = np.asarray(matrix.scales, np.float32)
+    found = [scales] if matrix.offsets is None else [scales, np.asarray(matrix.offsets, np.float32) - 8 * scales]
+    with np.errstate(over="ignore"):
+        return [part.astype(np.float16) for part in found]
 
 
 def _codes(matrix: QuantisedMatrix) -> np.ndarray:
