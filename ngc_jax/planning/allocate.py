@@ -27,8 +27,8 @@ class Curve:
 
 
 DENSE = 0
-# Relative to the largest energy: the rounding error of an energy of zero. No energy counts as less, so that remaining
-# budget is spent on directions that calibration never reached, and a full budget leaves everything dense.
+# Relative to the largest: the rounding error of an energy of zero, or of a price. No energy counts as less, so that
+# remaining budget is spent on directions that calibration never reached, and a full budget leaves everything dense.
 _ROUNDING = 1e-12
 # Alternative groupings of the same blocks, each with a curve for every group; one is chosen.
 CurveCell = Sequence[Sequence[Curve]]
@@ -118,7 +118,9 @@ def _best_way(cell: CurveCell, multiplier: float) -> Choice:
     for way in cell:
         prices = [curve.losses + multiplier * curve.parameters for curve in way]
         ways.append((sum(float(price.min()) for price in prices), tuple(int(price.argmin()) for price in prices)))
-    best = min(range(len(ways)), key=lambda index: ways[index][0])
+    least = min(price for price, _ in ways)
+    # Alternatives of the same loss and size are often there: rounding must not choose between them.
+    best = next(index for index, (price, _) in enumerate(ways) if price <= least + _ROUNDING * abs(least))
     return best, ways[best][1]
 
 
