@@ -115,7 +115,8 @@ def layer_module(decoder: Decoder, number: int, *, hold_others: bool = False) ->
     config, plan = decoder.config, decoder.plan or Plan()
     layer = number % config.num_layers
     if not plan.groups:
-        kinds = list(zip(config.windows, config.ropes, strict=True))
+        sparse = [config.is_sparse(layer) for layer in range(config.num_layers)]
+        kinds = list(zip(config.windows, config.ropes, sparse, strict=True))
         layer = kinds.index(kinds[layer])
     return DecoderLayer(config, plan, layer, decoder.param_dtype, hold_others)
 
