@@ -72,6 +72,7 @@ def convert(
 
     own = {name: options.pop(name) for name in set(options) & set(option_types())}
     passes, keep = resolve(how, keep, own)
+    passes = for_experts(passes, model.config)
     check_dense(model)
     check_conversion(model.config, passes, keep)
     if not isinstance(calibration, Calibration):
@@ -126,6 +127,36 @@ def resolve(
     if not isinstance(how, Chain):
         raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, a pass, or chain(...)")
     return how, keep
+
+
+# The default topology of models with experts, where ranks are allocated by the expected loss.
+EXPERTS_TOPOLOGY = "q-k-v-o-u?-g?-d"
+
+
+def for_experts(passes: Chain, config: DecoderConfig) -> Chain:
+    """The passes for a model with mixtures of experts; all others as they are.
+
+    Where the expected loss allocates ranks and the topology is the default one, it also chooses between groups of each
+    expert's own and groups that all experts of a layer share.
+
+    Raises:
+        UsageError: If a pass cannot convert mixtures of experts.
+    """
+    if config.experts is None:
+        return passes
+    factorise = passes.find(Factorise)
+    for one in passes:
+        if one.name == "quantise":
+            raise UsageError(f"{config.architecture} models cannot be quantised: their MLPs are mixtures of experts")
+        if one.name == "propagate_errors" and factorise is not None and factorise.is_dense:
+            raise UsageError(
+                f"in form dense no errors are propagated in {config.architecture} models, whose MLPs are mixtures of "
+                "experts; set propagation to 0"
+            )
+    if factorise is None or factorise.topology != Factorise.topology or factorise.allocation != "loss":
+        return passes
+    chosen = dataclasses.replace(factorise, topology=EXPERTS_TOPOLOGY)
+    return Chain(tuple(chosen if one is factorise else one for one in passes), passes.method)
 
 
 def reads_text(config: DecoderConfig, passes: Chain, keep: float) -> bool:

@@ -158,10 +158,25 @@ class FusedTensors:
             name: (sum(tensors.shapes[part][0] for part in parts), *tensors.shapes[parts[0]][1:])
             for name, parts in self._parts.items()
         }
+        # Of experts: one dimension for their number, which the file's own names do not say.
+        inner = {
+            name: len(parts)
+            for module, parts in family.stacked.items()
+            for name in self.shapes
+            if name.endswith(f".{module}")
+        }
+        self.shapes = {
+            name: shape if name not in inner else _apart(shape, len(self._parts[name]) // inner[name])
+            for name, shape in self.shapes.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         parts = [self._tensors.read(part) for part in self._parts[name]]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.astype(np.float32) for part in parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts).reshape(self.shapes[name])
+
+
+def _apart(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    return experts, shape[0] // experts, *shape[1:]
