@@ -30,8 +30,10 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "mlp": "tensor",
     "latent": "tensor",
     "latent_of_hidden": "fsdp",
+    "experts": "tensor",
 }
-# Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies.
+# Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies, or the first with
+# the parameter's number of dimensions: matrices of experts are stacked.
 RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"(embed/embedding|unembed/kernel)$", ("vocab", "embed")),
     (r"attn/q/kernel$", ("heads", "embed")),
@@ -39,6 +41,9 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"attn/o/kernel$", ("embed", "heads")),
     (r"mlp/[ug]/kernel$", ("mlp", "embed")),
     (r"mlp/d/kernel$", ("embed", "mlp")),
+    (r"mlp/[ug]/kernel$", ("experts", None, "embed")),
+    (r"mlp/d/kernel$", ("experts", "embed", None)),
+    (r"mlp/router/kernel$", (None, "embed")),
     (r"attn/q/bias$", ("heads",)),
     (r"attn/[kv]/bias$", ("kv",)),
     (r"mlp/[ug]/bias$", ("mlp",)),
@@ -48,8 +53,8 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     # computed and gathered where it is read: the communication between devices has the size of the rank.
     (r"output_states/[^/]*attn\.q$", ("heads", "latent_of_hidden")),
     (r"output_states/[^/]*attn\.[kv]$", ("kv", "latent_of_hidden")),
-    (r"output_states/[^/]*mlp\.[ug]$", ("mlp", "latent_of_hidden")),
-    (r"output_states/[^/]*(attn\.o|mlp\.d)$", ("embed", "latent")),
+    (r"output_states/[^/]*mlp\.[ug](\.\d+)?$", ("mlp", "latent_of_hidden")),
+    (r"output_states/[^/]*(attn\.o|mlp\.d(\.\d+)?)$", ("embed", "latent")),
     (r"input_states$", ("embed", "latent")),
     (r"metric/log_diagonal$", (None,)),
     (r"metric/factor$", (None, None)),
@@ -101,7 +106,8 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.Ab
     Raises:
         UsageError: If no rule matches, the rule has another number of dimensions, or a dimension cannot be sharded.
     """
-    axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
+    matching = [axes for pattern, axes in RULES if re.search(pattern, path)]
+    axes = next((axes for axes in matching if len(axes) == len(shape)), matching[0] if matching else None)
     if axes is None:
         raise UsageError(f"no sharding rule matches {path}; add one to RULES")
     if len(axes) != len(shape):

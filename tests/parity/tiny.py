@@ -280,7 +280,7 @@ def torch_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:
     return transformers.AutoConfig.for_model(architecture, **settings)
 
 
-def _loops(architecture: str) -> dict[str, str]:
+def loops(architecture: str) -> dict[str, str]:
     """transformers' plain loop over experts: its grouped products need sizes that are multiples of four."""
     mixture = architecture in ("qwen3_moe", "mixtral", "olmoe", "granitemoe")
     return {"experts_implementation": "eager"} if mixture else {}
@@ -292,7 +292,7 @@ def torch_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTra
         torch_config(case, **changes),
         dtype=torch.float32,
         attn_implementation="eager",
-        **_loops(CASES[case][0]),
+        **loops(CASES[case][0]),
     )
     randomise(model, seed)
     return model
@@ -301,7 +301,7 @@ def torch_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTra
 def torch_load(directory: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A saved model, by transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager", **_loops(read_config(directory)["model_type"])
+        directory, dtype=dtype, attn_implementation="eager", **loops(read_config(directory)["model_type"])
     )
     return model.eval()
 
