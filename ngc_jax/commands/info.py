@@ -38,8 +38,8 @@ class InfoConfig:
         )
         if (experts := c.experts) is not None:
             console.print(
-                f"mixtures of experts in {sum(experts.layers)} layers: {experts.count} experts of width {experts.width}, "
-                f"of which each token is routed to {experts.per_token}"
+                f"mixtures of experts in {sum(experts.layers)} layers: {experts.count} experts of width "
+                f"{experts.width}, of which each token is routed to {experts.per_token}"
             )
         unused = summary["unused_bytes"]
         beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""

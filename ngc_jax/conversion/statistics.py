@@ -291,7 +291,9 @@ def measure_inputs(
             if isinstance(sums, ExpertSums):
                 means = input_means(sums, count, hidden=site == INPUT_SITE["d"])
                 by_site |= {
-                    f"{site}.{expert}": Statistics(mean.rows, mean.second_moment, mean.absolute_mean, site=f"{name}.{expert}")
+                    f"{site}.{expert}": Statistics(
+                        mean.rows, mean.second_moment, mean.absolute_mean, site=f"{name}.{expert}"
+                    )
                     for expert, mean in enumerate(means)
                 }
             else:

@@ -33,8 +33,8 @@ from ngc_jax.groups.topology_text import (
 )
 
 __all__ = [
-    "FAMILIES",
     "ALL_EXPERTS",
+    "FAMILIES",
     "ROLES",
     "Bound",
     "Section",

@@ -1,7 +1,7 @@
 """Mixtures of experts: an MLP whose router chooses a few experts for each token.
 
 Every token is repeated for each of its experts, the rows are sorted by expert, and each role's weights, stacked over
-the experts, multiply them by one `jax.lax.ragged_dot`; all shapes are static. Of fewer rows than experts (a token or a
+the experts, multiply them by one `jax.lax.ragged_dot` (on a CPU by a loop over blocks of rows); all shapes are static. Of fewer rows than experts (a token or a
 few, when generating) each row's own weights are gathered instead, so that no others are read.
 
 An expert's weights may be dense, or formed by its group's states. The experts' signals differ where each has a group
@@ -94,9 +94,39 @@ def multiply(rows: Rows, x_RxI: Float[Array, "R I"], stacked_ExOxI: Float[Array,
     stacked = stacked_ExOxI.astype(x_RxI.dtype)
     if rows.sizes is None:
         y = jnp.einsum("ri,roi->ro", x_RxI, stacked[rows.experts], preferred_element_type=jnp.float32)
+    elif jax.default_backend() == "cpu":
+        # XLA's CPU compiler multiplies every row by the weights of every expert, and masks the results.
+        y = multiply_in_blocks(rows, x_RxI, stacked)
     else:
         y = jax.lax.ragged_dot(x_RxI, stacked.swapaxes(1, 2), rows.sizes, preferred_element_type=jnp.float32)
     return y.astype(x_RxI.dtype)
+
+
+def multiply_in_blocks(
+    rows: Rows, x_RxI: Float[Array, "R I"], stacked_ExOxI: Float[Array, "E O I"]
+) -> Float[Array, "R O"]:
+    """As `ragged_dot` of sorted rows, by one product for each block of rows of one expert, in float32.
+
+    An expert's last block is filled up with rows that are not used: at most one block for each expert.
+    """
+    assert rows.sizes is not None
+    count, experts = len(x_RxI), len(rows.sizes)
+    size = min(max(1 << (count // experts).bit_length() - 1, 8), 256)
+    ends = jnp.cumsum(rows.sizes)
+    starts, last_blocks = ends - rows.sizes, jnp.cumsum(-(-rows.sizes // size))
+    first_blocks = jnp.concatenate([jnp.zeros(1, last_blocks.dtype), last_blocks[:-1]])
+    blocks = jnp.arange(count // size + experts)
+    expert_of = jnp.minimum(jnp.searchsorted(last_blocks, blocks, side="right"), experts - 1)
+    first_rows = starts[expert_of] + (blocks - first_blocks[expert_of]) * size
+    taken = jnp.clip(first_rows[:, None] + jnp.arange(size), 0, count - 1)
+
+    def product(block: tuple[Array, Array]) -> Array:
+        expert, rows_of_block = block
+        return jnp.dot(x_RxI[rows_of_block], stacked_ExOxI[expert].T, preferred_element_type=jnp.float32)
+
+    y = jax.lax.map(product, (expert_of, taken)).reshape(-1, stacked_ExOxI.shape[1])
+    within = jnp.arange(count) - starts[rows.experts]
+    return y[first_blocks[rows.experts] * size + within]
 
 
 Kind = Literal["dense", "own", "shared"]
@@ -266,7 +296,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x_TxD: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        """x times the transposed kernel (E, D)."""
+        """X times the transposed kernel (E, D)."""
         kernel: Array = self.param("kernel", _router_init, (self.count, x_TxD.shape[-1]), self.param_dtype)
         return jnp.einsum("td,ed->te", x_TxD, kernel.astype(x_TxD.dtype), preferred_element_type=jnp.float32)
 

@@ -65,7 +65,7 @@ def separate_experts(
     """Shapes of parameters with each expert's matrix by itself; `parts` from `matrices_of_experts`."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        found |= {part: shape[1:] for part in parts[name]} if name in parts else {name: shape}
+        found |= dict.fromkeys(parts[name], shape[1:]) if name in parts else {name: shape}
     return found
 
 

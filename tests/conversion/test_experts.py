@@ -169,7 +169,9 @@ def test_the_default_method_shares_where_experts_read_the_same_few_directions() 
     assert 3 <= shared.rank <= 5
 
 
-@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd_llm_v2", "nystrom", "ngc_paper", "ngc", "ngc_one_sided"])
+@pytest.mark.parametrize(
+    "method", ["svd", "fwsvd", "asvd", "svd_llm_v2", "nystrom", "ngc_paper", "ngc", "ngc_one_sided"]
+)
 def test_every_method_meets_its_keep_ratio(method, tmp_path) -> None:
     model = sparse_model()
     compact = convert(model, method, TOKENS, keep=0.7, **SETTINGS)

@@ -56,8 +56,10 @@ def test_rows_are_sorted_and_lead_back_to_their_tokens() -> None:
     np.testing.assert_array_equal(rows.experts[rows.places].sum(-1), 6 - weights.argmin(-1))
 
 
-@pytest.mark.parametrize("tokens", [1, 17], ids=["gathered", "sorted"])
-def test_products_and_their_gradients(tokens) -> None:
+@pytest.mark.parametrize("tokens", [1, 17, 300], ids=["gathered", "sorted", "many"])
+@pytest.mark.parametrize("backend", ["cpu", "tpu"], ids=["blocks", "ragged"])
+def test_products_and_their_gradients(tokens, backend, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rows = some_rows(tokens)
     assert (rows.sizes is None) == (tokens == 1)
     rng = np.random.default_rng(1)
@@ -68,8 +70,8 @@ def test_products_and_their_gradients(tokens) -> None:
     found = jax.grad(lambda x, w: (multiply(rows, x, w) ** 2).sum() / 2, argnums=(0, 1))(*inputs)
     by_row = np.einsum("ro,ri->roi", expected, x)
     by_weight = np.stack([by_row[np.asarray(rows.experts) == expert].sum(0) for expert in range(4)])
-    np.testing.assert_allclose(found[0], np.einsum("ro,roi->ri", expected, w[np.asarray(rows.experts)]), rtol=1e-4)
-    np.testing.assert_allclose(found[1], by_weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[0], np.einsum("ro,roi->ri", expected, w[np.asarray(rows.experts)]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[1], by_weight, rtol=1e-4, atol=1e-3)
 
 
 def test_one_expert_is_a_dense_mlp() -> None:

@@ -38,9 +38,7 @@ QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
     features=lambda hf: {
         **QWEN3.features({**hf, "layer_types": None, "max_window_layers": 0}),
-        "experts": experts(
-            hf, 128, "moe_intermediate_size", bool(hf.get("norm_topk_prob")), _qwen3_sparse(hf)
-        ),
+        "experts": experts(hf, 128, "moe_intermediate_size", bool(hf.get("norm_topk_prob")), _qwen3_sparse(hf)),
     },
     defaults={
         "max_position_embeddings": 32_768,
