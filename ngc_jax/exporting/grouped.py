@@ -37,6 +37,7 @@ class GroupedSource:
     Attributes:
         name: The other source's name.
         config: config.json, with the two classes of our modelling file.
+        decoder_config: The architecture.
         shapes: Tensor name -> shape.
 
     Raises:
@@ -59,7 +60,7 @@ class GroupedSource:
                 "of experts; export it to hf, which folds them, or use it with ngc-jax"
             )
         self.name, self.license, self.conversion = source.name, source.license, inspection.conversion
-        self.architecture = config.architecture
+        self.decoder_config = config
         self._source = source
         parameters = parameter_shapes(Decoder(config, plan))
         stored = match_tensors(parameters, source.shapes, config, source.name)
@@ -93,9 +94,13 @@ class GroupedSource:
         places = {module: at for module, at in family.modules.items() if module in PROJECTIONS}
         if other := {module: at for module, at in places.items() if at != PROJECTIONS[module]}:
             section |= {"places": other}
+        if family.layers != "model.layers":
+            section |= {"layers": family.layers}
         if family.fused:
             blocks = {block.name: block for block in (*config.blocks(), *plan.blocks())}
             section |= {"fused": {whole: list(parts) for whole, parts in family.fused.items()}}
+            if family.by_head:
+                section |= {"by_head": config.head_dim}
             section |= {"dense": [_block_entry(block) for block in blocks.values() if block.name not in plan.group_of]}
         classes = {"AutoConfig": "configuration_ngc.NgcConfig", "AutoModelForCausalLM": "modeling_ngc.NgcForCausalLM"}
         self.config: dict[str, Any] = {**whole, "model_type": MODEL_TYPE, "auto_map": classes, SECTION: section}
@@ -207,12 +212,12 @@ def export_grouped(
     grouped = GroupedSource(source)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype is not None else grouped.read("model.embed_tokens.weight").dtype
+    kind = DTYPES[dtype] if dtype is not None else grouped.read(hf_name("embed.embedding", grouped.decoder_config)).dtype
     config = {**grouped.config, "dtype": str(kind), "torch_dtype": str(kind)}
     with atomic_directory(directory, overwrite) as temporary, os_errors(Path(directory)):
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for file in FILES:
-            (temporary / file).write_text(remote_file(file, grouped.architecture), encoding="utf-8")
+            (temporary / file).write_text(remote_file(file, grouped.decoder_config.architecture), encoding="utf-8")
         grouped.tokenizer().save(temporary)
         sizes = write_shards(grouped, temporary, kind, SHARD_BYTES, progress)
         (temporary / "README.md").write_text(_card(Path(directory).absolute().name, grouped), encoding="utf-8")

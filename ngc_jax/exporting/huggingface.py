@@ -14,8 +14,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.exporting.folded import DTYPES, FoldedSource, cast
 from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.models.card import front_matter, hub_id, render_card
-from ngc_jax.models.families import family_of
 from ngc_jax.models.fused import FusedTensors
+from ngc_jax.models.keys import hf_name
 from ngc_jax.models.save import SHARD_BYTES
 from ngc_jax.models.sources import Source
 
@@ -58,8 +58,8 @@ def export_huggingface(
     folded = FoldedSource(source)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
-    own = FusedTensors(folded, family_of(folded.decoder_config.architecture))
-    embedding = folded.read("model.embed_tokens.weight")
+    own = FusedTensors(folded, folded.decoder_config)
+    embedding = folded.read(hf_name("embed.embedding", folded.decoder_config))
     kind = DTYPES[dtype] if dtype is not None else embedding.dtype
     del embedding
     config = {**folded.config, "dtype": str(kind), "torch_dtype": str(kind)}

@@ -21,6 +21,7 @@ __all__ = [
     "Experts",
     "block_name",
     "brief",
+    "check_length",
     "text_config",
     "without_experts",
 ]
@@ -93,7 +94,9 @@ class DecoderConfig:
         unit_offset_norm: Norm scales are stored as their difference from one.
         pre_norms: Norms before attention and before the MLP.
         post_norms: Norms after attention and after the MLP.
-        parallel: Attention and the MLP read the same norm of the stream, and are added to it together.
+        parallel: Attention and the MLP read the same stream, and are added to it together.
+        parallel_norms: In parallel, the MLP reads a norm of its own; otherwise that of attention.
+        learned_positions: A vector for each position up to `max_length` is added to embeddings.
         residual_scale: Multiplies what attention and the MLP add to the stream.
         embed_scale: Multiplies embeddings.
         attention_scale: Multiplies the attention logits.
@@ -134,6 +137,8 @@ class DecoderConfig:
     pre_norms: bool = True
     post_norms: bool = False
     parallel: bool = False
+    parallel_norms: bool = False
+    learned_positions: bool = False
     residual_scale: float = 1.0
     embed_scale: float = 1.0
     attention_scale: float = 1.0
@@ -158,13 +163,13 @@ class DecoderConfig:
                 raise UsageError(f"{field} is {getattr(self, field)}; expected a positive whole number")
         if self.num_heads % self.num_kv_heads:
             raise UsageError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} key-value heads")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and any(self.ropes):
             raise UsageError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         for share in {one.share for one in self.ropes if one is not None}:
             if (rotated := int(self.head_dim * share)) < 2 or rotated % 2:
                 raise UsageError(f"{rotated} dimensions of a head are rotated; expected a positive even number")
         if self.parallel and (self.post_norms or not self.pre_norms):
-            raise UsageError("parallel attention and MLP read one norm, and have none after them")
+            raise UsageError("parallel attention and MLP have a norm before them, and none after them")
         if self.activation not in ACTIVATIONS:
             raise UsageError(
                 f"activation {self.activation!r} is not supported; expected one of {', '.join(ACTIVATIONS)}"
@@ -184,7 +189,7 @@ class DecoderConfig:
         """
         hf = text_config(hf)
         family = family_of(hf.get("model_type"))
-        hf = {**family.defaults, **hf}
+        hf = family.standard({**family.defaults, **hf})
         # As numbers, for what the family reads after them.
         hf |= {name: number(hf, name, int) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
         layers = hf["num_hidden_layers"]
@@ -277,6 +282,23 @@ def block_name(layer: int, role: str, expert: int | None = None) -> str:
     """Name of the block that plays `role` in a layer, such as `layers.3.attn.q`; of expert 5, `layers.3.mlp.u.5`."""
     name = f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
     return name if expert is None else f"{name}.{expert}"
+
+
+def check_length(config: DecoderConfig, length: int) -> None:
+    """Refuse texts that are longer than the table of a decoder with learned positions.
+
+    Args:
+        config: The decoder.
+        length: Of the longest text, in tokens.
+
+    Raises:
+        UsageError: If the decoder has such a table, and it is shorter.
+    """
+    if config.learned_positions and length > config.max_length:
+        raise UsageError(
+            f"{length:,} tokens in a row, but the model has learned positions for {config.max_length:,}; give shorter "
+            "texts, windows or sequences"
+        )
 
 
 def without_experts(config: DecoderConfig, what: str) -> None:

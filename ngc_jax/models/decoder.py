@@ -24,7 +24,7 @@ from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.groups.quantised import contract
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
-from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.config import DecoderConfig, check_length
 from ngc_jax.models.experts import BLOCK_INPUTS, SparseMlp
 from ngc_jax.models.latent_attention import AttentionRules, Readers, attend_in_latent_space
 from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, cache_layout
@@ -264,8 +264,9 @@ class DecoderLayer(nn.Module):
         y, cache = Attention(*module, self.hold_others, "attn" in self.joined, name="attn")(
             attn_in, positions, cache, groups, starts
         )
-        x = add(x, norm("attn_post_norm", y, c.post_norms))
-        mlp_in = attn_in if c.parallel else norm("mlp_norm", x, c.pre_norms)
+        before, x = x, add(x, norm("attn_post_norm", y, c.post_norms))
+        shares_norm = c.parallel and not c.parallel_norms
+        mlp_in = attn_in if shares_norm else norm("mlp_norm", before if c.parallel else x, c.pre_norms)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
         if c.is_sparse(self.layer):
             mlp: Any = SparseMlp(*module, "mlp" in self.joined, _ACTIVATIONS[c.activation], name="mlp")
@@ -346,6 +347,10 @@ class Decoder(nn.Module):
         c, plan = self.config, self.plan or Plan()
         if not (self.joined and c.tied_embeddings):
             self.embed = Embedding(c.vocab_size, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype)
+        if c.learned_positions:
+            self.position_embed = Embedding(
+                c.max_length, c.embed_dim, param_dtype=self.param_dtype, dtype=self.compute_dtype
+            )
         self.layers = Layers(c, plan, self.param_dtype, self.remat, self.joined_parts())
         self.norm = Norm(c.norm_eps, c.unit_offset_norm, self.param_dtype, c.norm, c.norm_bias)
         if self.joined or not c.tied_embeddings:
@@ -389,6 +394,9 @@ class Decoder(nn.Module):
 
         Returns:
             Logits in float32 and the new cache (None without one).
+
+        Raises:
+            UsageError: If positions are learned, and one document of tokens is longer than their table.
         """
         x, cache = self.hidden(tokens, positions, cache, starts)
         return self.logits(x), cache
@@ -401,24 +409,45 @@ class Decoder(nn.Module):
         starts: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], MixedCache | None]:
         """Final hidden states, normed: the input of `logits`. Arguments as for `__call__`."""
+        x = self.embedded(tokens, positions, starts)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         groups = self.groups() if self._kept else {}
-        x, cache = self.layers(self.embedded(tokens), positions, cache, groups, starts)
+        x, cache = self.layers(x, positions, cache, groups, starts)
         return self.normed(x), cache
 
     def normed(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The last layer's output as `logits` reads it."""
         return self.norm(x)
 
-    def embedded(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """The residual stream before the first layer."""
+    def embedded(
+        self,
+        tokens: Int[Array, "*batch L"],
+        positions: Int[Array, "*batch L"] | None = None,
+        starts: Int[Array, "*batch L"] | None = None,
+    ) -> Float[Array, "*batch L D"]:
+        """The residual stream before the first layer; arguments as for `__call__`.
+
+        Raises:
+            UsageError: As for `__call__`.
+        """
         if self.joined and self.config.tied_embeddings:  # one matrix, stored as the unembedding reads it
             rows = take_columns(self.unembed(self.config.embed_dim), tokens)
         else:
             rows = self.embed(tokens)
         # Hugging Face rounds the scale to the model's dtype; in bfloat16 that is part of the model.
-        return rows * jnp.asarray(self.config.embed_scale, self.compute_dtype)
+        rows = rows * jnp.asarray(self.config.embed_scale, self.compute_dtype)
+        return rows if not self.config.learned_positions else rows + self._position_rows(tokens, positions, starts)
+
+    def _position_rows(self, tokens: Array, positions: Array | None, starts: Array | None) -> Array:
+        """The vectors of positions within documents. One beyond the table, of traced positions, is NaN."""
+        within = jnp.arange(tokens.shape[-1], dtype=jnp.int32) if positions is None else positions
+        within = within if starts is None else within - starts
+        longest = tokens.shape[-1] if positions is None and starts is None else 0
+        if not isinstance(within, jax.core.Tracer):
+            longest = int(within.max(initial=-1)) + 1
+        check_length(self.config, longest)
+        return self.position_embed(jnp.maximum(within, 0))
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32 of normed hidden states."""

@@ -1,25 +1,64 @@
 """Fused tensors: several of our matrices, one below the other, in one tensor of a family's own files.
 
+In some families the rows of the parts take turns, head by head, and in some the tensors are stored transposed.
 Everywhere else each matrix has its own name, also in files of compact models. A plain model is written with the
 family's own tensors, so that transformers loads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig, block_name
-from ngc_jax.models.families import FAMILIES, Family
+from ngc_jax.models.families import FAMILIES, Family, family_of
 from ngc_jax.models.saved_config import split_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of a fused tensor that are one matrix: some at once, or runs that take turns with those of other parts.
+
+    Attributes:
+        first: The first row.
+        count: Rows of the matrix.
+        run: Rows in a row; `count` if None.
+        stride: From a run to the next, if there are several.
+        transposed: Whether the tensor is stored transposed, so that these are columns of the stored one.
+
+    Example:
+        >>> Rows(1, 4, run=2, stride=6).take(np.arange(12))
+        array([1, 2, 7, 8])
+    """
+
+    first: int
+    count: int
+    run: int | None = None
+    stride: int = 0
+    transposed: bool = False
+
+    @property
+    def at_once(self) -> bool:
+        """Whether they are one piece of the stored tensor."""
+        return self.run is None and not self.transposed
+
+    def take(self, stored: np.ndarray) -> np.ndarray:
+        """The matrix, or its bias, from the stored tensor."""
+        tensor = stored.T if self.transposed else stored
+        if self.run is None:
+            return np.ascontiguousarray(tensor[self.first : self.first + self.count])
+        runs = tensor.reshape(-1, self.stride, *tensor.shape[1:])[:, self.first : self.first + self.run]
+        return runs.reshape(self.count, *tensor.shape[1:])
 
 
 def fused_rows(
     shapes: Mapping[str, tuple[int, ...]], hf_config: Mapping[str, Any], source: str
-) -> dict[str, dict[str, tuple[int, int]]]:
+) -> dict[str, dict[str, Rows]]:
     """Where the matrices are in the fused tensors of a file.
 
     Args:
@@ -28,8 +67,7 @@ def fused_rows(
         source: The model, for messages.
 
     Returns:
-        By the name of a fused tensor, the names of its parts with their first row and their number of rows; empty if
-        the file has none.
+        By the name of a fused tensor, the names of its parts with their rows; empty if the file has none.
 
     Raises:
         UsageError: If a fused tensor has another number of rows than its parts together.
@@ -48,27 +86,34 @@ def fused_rows(
     config = DecoderConfig.from_hf(dense)
     blocks = {block_name(0, role).removeprefix("layers.0."): config.block(0, role) for role in config.roles}
     sizes = {family.modules[module]: block.d_out for module, block in blocks.items()}
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    found: dict[str, dict[str, Rows]] = {}
     for name, module in candidates.items():
         if module not in family.fused or not name.endswith((".weight", ".bias")):
             continue
-        parts: dict[str, tuple[int, int]] = {}
+        transposed = family.transposed and len(shapes[name]) == 2
+        parts: dict[str, Rows] = {}
         first = 0
         for part in family.fused[module]:
-            parts[name.replace(module, part)] = (first, sizes[part])
+            parts[name.replace(module, part)] = Rows(first, sizes[part], transposed=transposed)
             first += sizes[part]
-        if shapes[name][:1] != (first,):
+        if shapes[name][::-1][:1] != (first,) if transposed else shapes[name][:1] != (first,):
             raise UsageError(
-                f"tensor {name!r} of {source} is {tuple(shapes[name])}, expected {first} rows by its config.json; "
-                "download the whole model again"
+                f"tensor {name!r} of {source} is {tuple(shapes[name])}, expected {first} "
+                f"{'columns' if transposed else 'rows'} by its config.json; download the whole model again"
             )
+        if family.by_head and len(parts) > 1:
+            run = config.head_dim
+            parts = {
+                part: Rows(number * run, rows.count, run, len(parts) * run, transposed)
+                for number, (part, rows) in enumerate(parts.items())
+            }
         found[name] = parts
     return found
 
 
 def _stacked_rows(
     shapes: Mapping[str, tuple[int, ...]], hf_config: Mapping[str, Any], source: str
-) -> dict[str, dict[str, tuple[int, int]]]:
+) -> dict[str, dict[str, Rows]]:
     """As `fused_rows`, of tensors (E, rows, columns) with matrices of every expert; rows are counted over all."""
     modules = {module for family in FAMILIES.values() for module in family.stacked}
     if not any(name.endswith(module) for name in shapes for module in modules):
@@ -78,7 +123,7 @@ def _stacked_rows(
     if family is None or not family.stacked:
         return {}
     experts = DecoderConfig.from_hf(dense).experts
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    found: dict[str, dict[str, Rows]] = {}
     for name, shape in shapes.items():
         module = next((module for module in family.stacked if name.endswith(f".{module}")), None)
         if module is None or experts is None:
@@ -92,7 +137,7 @@ def _stacked_rows(
         rows = shape[1] // len(inner)
         places = [(expert, part) for expert in range(experts.count) for part in inner]
         found[name] = {
-            f"{name.removesuffix(module)}{part.replace('*', str(expert))}.weight": (number * rows, rows)
+            f"{name.removesuffix(module)}{part.replace('*', str(expert))}.weight": Rows(number * rows, rows)
             for number, (expert, part) in enumerate(places)
         }
     return found
@@ -120,11 +165,35 @@ def _per_expert(family: Family) -> int:
     return sum(module.endswith(".*") for module in family.modules)
 
 
-def with_experts(tensor: Any, name: str, family: Family, config: DecoderConfig) -> Any:
-    """A tensor of the family's own files, from the matrices that it consists of, one below the other."""
-    if config.experts is None or not any(name.endswith(f".{module}") for module in family.stacked):
-        return tensor
-    return tensor.reshape(config.experts.count, -1, tensor.shape[-1])
+def own_tensor(parts: Sequence[Any], name: str, config: DecoderConfig) -> Any:
+    """A tensor of the family's own files, from the matrices that it consists of (arrays of NumPy or of JAX).
+
+    Args:
+        parts: The matrices, or their biases, in the order of `fused_names`.
+        name: Of the tensor.
+        config: The decoder.
+    """
+    family = family_of(config.architecture)
+    if config.experts is not None and any(name.endswith(f".{module}") for module in family.stacked):
+        whole = _below(parts)
+        return whole.reshape(config.experts.count, -1, whole.shape[-1])
+    module = next((module for module in family.fused if f".{module}." in name), None)
+    if module is None:
+        return _below(parts)
+    if family.by_head and len(parts) > 1:
+        heads = [part.reshape(-1, 1, config.head_dim, *part.shape[1:]) for part in parts]
+        kind = np if isinstance(parts[0], np.ndarray) else jnp
+        whole = kind.concatenate(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+    else:
+        whole = _below(parts)
+    return whole.T if family.transposed and whole.ndim == 2 else whole
+
+
+def _below(parts: Sequence[Any]) -> Any:
+    """Arrays one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(list(parts))
 
 
 def fused_names(names: Iterable[str], family: Family) -> dict[str, tuple[str, ...]]:
@@ -151,12 +220,18 @@ def fused_names(names: Iterable[str], family: Family) -> dict[str, tuple[str, ..
 class FusedTensors:
     """The tensors of a plain model as the family's own files have them; see `exporting.huggingface.Tensors`."""
 
-    def __init__(self, tensors: Any, family: Family) -> None:
-        """Wrap named tensors, each matrix by itself."""
-        self._tensors, self._parts = tensors, fused_names(tensors.shapes, family)
+    def __init__(self, tensors: Any, config: DecoderConfig) -> None:
+        """Wrap named tensors of a decoder, each matrix by itself."""
+        family = family_of(config.architecture)
+        self._tensors, self._parts, self._config = tensors, fused_names(tensors.shapes, family), config
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: (sum(tensors.shapes[part][0] for part in parts), *tensors.shapes[parts[0]][1:])
             for name, parts in self._parts.items()
+        }
+        turned = [module for module in family.fused if family.transposed]
+        self.shapes = {
+            name: shape[::-1] if any(f".{module}." in name for module in turned) else shape
+            for name, shape in self.shapes.items()
         }
         # Of experts: one dimension for their number, which the file's own names do not say.
         inner = {
@@ -175,7 +250,7 @@ class FusedTensors:
         parts = [self._tensors.read(part) for part in self._parts[name]]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.astype(np.float32) for part in parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts).reshape(self.shapes[name])
+        return own_tensor(parts, name, self._config)
 
 
 def _apart(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:

@@ -13,17 +13,15 @@ from collections.abc import Iterable, Mapping
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
-from ngc_jax.models.families import OTHER_PARTS, family_of
+from ngc_jax.models.families import OTHER_PARTS, Family, family_of
+from ngc_jax.models.families.llama import LLAMA
 
 # Tensors that a file may contain and a text decoder does not need.
 _IGNORED = re.compile(rf"rotary_emb\.inv_freq$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
 # Parts that torch.compile, FSDP and activation checkpointing insert anywhere into names.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_EMBEDDING = "embed_tokens.weight"
 # Other places of a multimodal model's head.
 _HEADS = ("language_model.lm_head.weight", "model.language_model.lm_head.weight")
-# Names in a decoder without a head.
-_BARE = ("layers.", "embed_tokens.", "norm.")
 
 
 def hf_name(parameter: str, config: DecoderConfig) -> str:
@@ -91,7 +89,7 @@ def match_tensors(
     """
     canonical: dict[str, str] = {}
     twice = []
-    for name, plain in plain_names(tensors).items():
+    for name, plain in plain_names(tensors, family_of(config.architecture)).items():
         if canonical.setdefault(plain, name) != name:
             twice.append(name)
     head, embedding = (hf_name(parameter, config) for parameter in ("unembed.kernel", "embed.embedding"))
@@ -126,31 +124,48 @@ def is_ignored(name: str) -> bool:
     return _IGNORED.search(_WRAPPERS.sub("", name)) is not None
 
 
-def plain_names(tensors: Iterable[str]) -> dict[str, str]:
+def plain_names(tensors: Iterable[str], family: Family = LLAMA) -> dict[str, str]:
     """Every tensor's name as the plain causal language model has it; ignored ones are left out.
 
     A prefix before the decoder's names (peft, DataParallel, multimodal models and many others add one) is found as the
     prefix of the only token embedding. If there are several embeddings, no prefix is removed.
 
+    Args:
+        tensors: The names.
+        family: Whose names they are.
+
     >>> plain_names(["base.model.embed_tokens.weight", "base.lm_head.weight"])["base.lm_head.weight"]
     'lm_head.weight'
     """
+    ignored = None if family.ignored is None else re.compile(family.ignored)
     unwrapped = {name: _WRAPPERS.sub("", name) for name in tensors if not is_ignored(name)}
-    found = {name for name in unwrapped.values() if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")}
-    inner = found.pop().removesuffix(_EMBEDDING) if len(found) == 1 else "model."
-    outer = inner.removesuffix("model.") if inner.endswith(".model.") or inner == "model." else inner
-    return {name: _plain(rest, inner, outer) for name, rest in unwrapped.items()}
+    unwrapped = {name: rest for name, rest in unwrapped.items() if ignored is None or not ignored.search(rest)}
+    base, embedding = _split_base(family.hf_name("embed.embedding"))
+    found = {name for name in unwrapped.values() if name == embedding or name.endswith(f".{embedding}")}
+    inner = found.pop().removesuffix(embedding) if len(found) == 1 else base
+    outer = inner.removesuffix(base) if inner.endswith(f".{base}") or inner == base else inner
+    return {name: _plain(rest, inner, outer, family) for name, rest in unwrapped.items()}
 
 
-def _plain(name: str, inner: str, outer: str) -> str:
+def _split_base(name: str) -> tuple[str, str]:
+    """A name's first part with its dot, such as `model.`, and the rest."""
+    first, _, rest = name.partition(".")
+    return f"{first}.", rest
+
+
+def _plain(name: str, inner: str, outer: str, family: Family) -> str:
     """A name without the prefix of the decoder (inner) or of its head (outer)."""
+    head, base = _split_base(family.hf_name("unembed.kernel"))[0], _split_base(family.layers)[0]
     if name in _HEADS:
-        return "lm_head.weight"
+        return family.hf_name("unembed.kernel")
     for prefix in (inner, outer):
         if prefix and name.startswith(prefix):
             name = name.removeprefix(prefix)
-            return name if prefix == outer != inner or name.startswith("lm_head.") else f"model.{name}"
-    return f"model.{name}" if name.startswith(_BARE) else name
+            return name if prefix == outer != inner or name.startswith(head) else f"{base}{name}"
+    # Names in a decoder without a head.
+    inside = (family.hf_name(part).removeprefix(base) for part in ("embed.embedding", "norm.scale", "position_embed.embedding"))
+    bare = [_split_base(part)[0] for part in (*inside, f"{family.layers.removeprefix(base)}.")]
+    return f"{base}{name}" if name.startswith(tuple(bare)) else name
 
 
 def _with_guess(name: str, candidates: Iterable[str]) -> str:

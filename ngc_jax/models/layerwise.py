@@ -134,13 +134,27 @@ def layer_of(decoder: Decoder, params: Params, number: int, *, hold_others: bool
 
 
 @partial(jax.jit, static_argnames="decoder")
-def _embed(params: Params, tokens: Int[Array, "*batch L"], *, decoder: Decoder) -> Float[Array, "*batch L D"]:
-    return cast(Array, decoder.apply({"params": params}, tokens, method="embedded"))
+def _embed(
+    params: Params,
+    tokens: Int[Array, "*batch L"],
+    positions: Int[Array, "*batch L"] | None,
+    starts: Int[Array, "*batch L"] | None,
+    *,
+    decoder: Decoder,
+) -> Float[Array, "*batch L D"]:
+    return cast(Array, decoder.apply({"params": params}, tokens, positions, starts, method="embedded"))
 
 
-def embed(decoder: Decoder, params: Params, tokens: Int[Array, "*batch L"]) -> Float[Array, "*batch L D"]:
-    """The residual streams before the first layer."""
-    return _embed({"embed": params["embed"]}, tokens, decoder=decoder)
+def embed(
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "*batch L"],
+    positions: Int[Array, "*batch L"] | None = None,
+    starts: Int[Array, "*batch L"] | None = None,
+) -> Float[Array, "*batch L D"]:
+    """The residual streams before the first layer; `positions` and `starts` as for `Decoder`."""
+    ends = {name: params[name] for name in ("embed", "position_embed") if name in params}
+    return _embed(ends, tokens, positions, starts, decoder=decoder)
 
 
 @partial(jax.jit, static_argnames=("layer", "mesh"))

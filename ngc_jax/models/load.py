@@ -18,7 +18,8 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.keys import match_tensors, matrices_of_experts, plain_names, separate_experts
+from ngc_jax.models.families import family_of
+from ngc_jax.models.keys import hf_name, match_tensors, matrices_of_experts, plain_names, separate_experts
 from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
@@ -303,7 +304,8 @@ def check_tied_head(source: Source, config: DecoderConfig, embedding: str) -> No
     Raises:
         UsageError: If the two differ.
     """
-    heads = [name for name, plain in plain_names(source.shapes).items() if plain == "lm_head.weight"]
+    names, head = plain_names(source.shapes, family_of(config.architecture)), hf_name("unembed.kernel", config)
+    heads = [name for name, plain in names.items() if plain == head]
     if not config.tied_embeddings or heads in ([], [embedding]):
         return
     first, second = read_tensor(source, embedding), read_tensor(source, heads[0])

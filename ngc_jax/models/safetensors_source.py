@@ -23,7 +23,7 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing, parse_json
 from ngc_jax.groups.quantised import QuantisedMatrix
-from ngc_jax.models.fused import fused_rows
+from ngc_jax.models.fused import Rows, fused_rows
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
 from ngc_jax.models.quantised_tensors import PARTS, find_quantised, whole_groups
 from ngc_jax.models.saved_config import SECTION
@@ -65,6 +65,8 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     n_bytes: int
+    # Of a matrix that is not one piece of a fused tensor: the tensor, and the matrix's rows in it.
+    inside: "tuple[_Entry, Rows] | None" = None
 
 
 class SafetensorsSource(Closing):
@@ -86,6 +88,8 @@ class SafetensorsSource(Closing):
         self._files = ExitStack()
         self._open: dict[Path, BufferedReader] = {}
         self._entries: dict[str, _Entry] = {}
+        # The last tensor of which a part was read, for its other parts.
+        self._last: tuple[_Entry, np.ndarray] | None = None
         try:
             for path in _weight_files(directory):
                 self._add(path)
@@ -132,10 +136,17 @@ class SafetensorsSource(Closing):
             # Of experts there is one matrix below the other, in a tensor with a dimension for them.
             tail = whole.shape[2:] if len(whole.shape) == 3 else whole.shape[1:]
             row = whole.n_bytes // math.prod(whole.shape[: len(whole.shape) - len(tail)])
-            for part, (first, rows) in parts.items():
-                shape = (rows, *tail)
+            for part, rows in parts.items():
+                if not rows.at_once:
+                    shape = (rows.count, *(whole.shape[:-1] if rows.transposed else tail))
+                    n_bytes = math.prod(shape) * (whole.n_bytes // math.prod(whole.shape))
+                    self._entries[part] = dataclasses.replace(
+                        whole, shape=shape, n_bytes=n_bytes, inside=(whole, rows)
+                    )
+                    continue
+                shape = (rows.count, *tail)
                 self._entries[part] = dataclasses.replace(
-                    whole, shape=shape, start=whole.start + first * row, n_bytes=rows * row
+                    whole, shape=shape, start=whole.start + rows.first * row, n_bytes=rows.count * row
                 )
 
     def read(self, name: str) -> np.ndarray:
@@ -168,6 +179,15 @@ class SafetensorsSource(Closing):
         if name not in self._entries:
             raise UsageError(f"{self._directory}: has no tensor {name!r}; expected one of the names in shapes")
         entry = self._entries[name]
+        if entry.inside is None:
+            return self._read_piece(name, entry)
+        whole, rows = entry.inside
+        if self._last is None or self._last[0] != whole:
+            self._last = None  # one is freed before the next is read
+            self._last = (whole, self._read_piece(name, whole))
+        return rows.take(self._last[1])
+
+    def _read_piece(self, name: str, entry: _Entry) -> np.ndarray:
         if entry.dtype not in _DTYPES:
             raise UsageError(
                 f"{entry.path}: tensor {name!r} has dtype {entry.dtype!r}, expected one of {', '.join(_DTYPES)}; "

@@ -21,7 +21,7 @@ from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.card import model_card
 from ngc_jax.models.families import family_of
-from ngc_jax.models.fused import fused_names, with_experts
+from ngc_jax.models.fused import fused_names, own_tensor
 from ngc_jax.models.keys import hf_name, matrices_of_experts
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.quantised_tensors import describe_quantised, tensors_of
@@ -127,8 +127,7 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
     plain = is_plain(model.config, model.plan, quantised=model.quantised)
     whole = fused_names(leaves, family_of(model.config.architecture)) if plain else {name: (name,) for name in leaves}
     for name, parts in whole.items():
-        leaf = leaves[name] if len(parts) == 1 else jnp.concatenate([leaves[part] for part in parts])
-        leaf = with_experts(leaf, name, family_of(model.config.architecture), model.config)
+        leaf = own_tensor([leaves[part] for part in parts], name, model.config) if plain else leaves[name]
         if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0

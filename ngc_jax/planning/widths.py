@@ -45,7 +45,7 @@ def with_width(config: DecoderConfig, width: int) -> DecoderConfig:
     """The architecture with another number of these neurons, as its config.json says it."""
     if config.experts is None:
         return dataclasses.replace(config, mlp_dim=width)
-    same_entry = family_of(config.architecture).expert_width == "intermediate_size"
+    same_entry = family_of(config.architecture).width == "intermediate_size"
     mlp_dim = width if same_entry else config.mlp_dim
     return dataclasses.replace(config, mlp_dim=mlp_dim, experts=dataclasses.replace(config.experts, width=width))
 

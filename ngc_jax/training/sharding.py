@@ -35,6 +35,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
 # Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies, or the first with
 # the parameter's number of dimensions: matrices of experts are stacked.
 RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+    (r"position_embed/embedding$", (None, "embed")),
     (r"(embed/embedding|unembed/kernel)$", ("vocab", "embed")),
     (r"attn/q/kernel$", ("heads", "embed")),
     (r"attn/[kv]/kernel$", ("kv", "embed")),

@@ -143,7 +143,7 @@ def local_rates(
         return jax.vmap(lambda row, index: row[index])(values, index_Bxm)
 
     tokens_Bxm, positions_Bxm, starts_Bxm = (chosen(batch[name]) for name in ("tokens", "positions", "starts"))
-    x_BxmxD = embed(decoder, one.params, tokens_Bxm)
+    x_BxmxD = embed(decoder, one.params, tokens_Bxm, positions_Bxm, starts_Bxm)
     frame = jnp.broadcast_to(frame_mxDxK, (*index_Bxm.shape, *frame_mxDxK.shape[1:]))
     rates = []
     for number in range(depth_of(decoder)):

@@ -6,6 +6,7 @@ Legend: B batch, L tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -235,6 +236,31 @@ CASES = {
         },
     ),
 }
+CASES = {
+    **CASES,
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "hidden_size": 48,
+            "layer_norm_eps": 3e-4,
+            "hidden_act": "gelu",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox sequential": (
+        "gpt_neox",
+        {
+            "hidden_size": 96,
+            "layer_norm_eps": 3e-4,
+            "hidden_act": "gelu_fast",
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt2": ("gpt2", {"n_inner": 34, "layer_norm_epsilon": 3e-4, "tie_word_embeddings": False}),
+    "gpt2 tied": ("gpt2", {"hidden_size": 30, "scale_attn_weights": False, "activation_function": "relu"}),
+}
 _EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3}
 _LOCAL_EXPERTS = {"num_local_experts": 7, "num_experts_per_tok": 3}
 CASES = {
@@ -312,11 +338,11 @@ def randomise(model: transformers.PreTrainedModel, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 parameter += (0.1 if name.endswith("bias") else 0.4) * noise
             elif parameter.ndim < 2:
                 parameter.copy_(0.4 * noise)
-            elif "embed_tokens" in name:
+            elif re.search(r"embed_tokens|embed_in|wte", name):
                 # Tied embeddings that outweigh what the layers write make every token its own successor.
                 parameter.copy_((0.2 if model.config.tie_word_embeddings else 0.7) * noise)
             else:

@@ -114,15 +114,23 @@ class GroupedLinear(nn.Module):
 
 
 class Joined(nn.Module):
-    """The parts of a fused matrix, each by itself: their outputs one after the other."""
+    """The parts of a fused matrix, each by itself: their outputs one after the other, or by turns a head of each."""
 
-    def __init__(self, names):
+    def __init__(self, names, head_dim=None):
         super().__init__()
-        self.names = names
+        self.names, self.head_dim = names, head_dim
+
+    @property
+    def weight(self):
+        """Nothing: for architectures that initialise their layers' matrices by name."""
+        return torch.empty(0)
 
     def forward(self, x):
         """The outputs of all parts."""
-        return torch.cat([getattr(self, name)(x) for name in self.names], dim=-1)
+        outputs = [getattr(self, name)(x) for name in self.names]
+        if self.head_dim is not None and len(outputs) > 1:
+            return torch.stack([y.unflatten(-1, (-1, self.head_dim)) for y in outputs], dim=-2).flatten(-3)
+        return torch.cat(outputs, dim=-1)
 
 
 class NgcForCausalLM(BaseModel):
@@ -133,13 +141,14 @@ class NgcForCausalLM(BaseModel):
     def __init__(self, config):
         super().__init__(config)
         self._places = PLACES | {role: tuple(at.split(".")) for role, at in config.ngc.get("places", {}).items()}
-        self._fused = {}
+        self._layers = self.get_submodule(config.ngc.get("layers", "model.layers"))
+        self._fused, head_dim = {}, config.ngc.get("by_head")
         for whole, parts in config.ngc.get("fused", {}).items():
             names = [part.rpartition(".")[2] for part in parts]
             self._fused |= dict.fromkeys(names, whole.rpartition(".")[2])
-            for layer in self.model.layers:
+            for layer in self._layers:
                 parent, name = whole.split(".")
-                setattr(getattr(layer, parent), name, Joined(names))
+                setattr(getattr(layer, parent), name, Joined(names, head_dim))
         for block in config.ngc["dense"]:
             d_out, d_in = block["shape"]
             parent, name = self._place(block["name"])
@@ -158,5 +167,5 @@ class NgcForCausalLM(BaseModel):
     def _place(self, block):
         _, layer, module, role = block.split(".")
         part, name = self._places[f"{module}.{role}"]
-        parent = getattr(self.model.layers[int(layer)], part)
+        parent = getattr(self._layers[int(layer)], part)
         return getattr(parent, self._fused[name]) if name in self._fused else parent, name

@@ -50,7 +50,7 @@ QWEN3_MOE = Family(
     biases=attention_bias,
     modules=PROJECTIONS | PRE_NORMS | QK_NORMS | EXPERTS,
     stacked=STACKED_EXPERTS,
-    expert_width="moe_intermediate_size",
+    width="moe_intermediate_size",
     differs="mixtures of experts, in every layer or some; otherwise as Qwen 3",
 )
 

@@ -75,6 +75,11 @@ def brief(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def activation(name: Any) -> str:
+    """An activation by its name in `config.ACTIVATIONS`: the approximation of GELU by tanh has several elsewhere."""
+    return "gelu_pytorch_tanh" if name in ("gelu_new", "gelu_fast") else str(name)
+
+
 def layer_types(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
     """Which layers attend to a sliding window only, by `layer_types`; None if config.json has no such entry.
 

@@ -102,10 +102,17 @@ class Family:
         modules: Our modules of a layer -> Hugging Face's.
         fused: Hugging Face's modules of a layer that are several of ours, one below the other -> the parts' names in
             `modules`.
+        by_head: Whether the rows of `fused` take turns between the parts, a head of each after the other.
+        transposed: Whether the matrices of `fused` are stored transposed; one that is nothing else has one part.
+        layers: Hugging Face's module of all layers.
+        top: Names of the tensors outside layers, where they are not Llama's.
+        ignored: A regular expression of tensors that files may have and the decoder does not need.
+        standard: From config.json to the same with the entries of Llama's config.json, where the family's have other
+            names.
         stacked: Tensors of a layer that have some matrices of every expert, expert by expert one below the other -> the
             matrices' names in `modules`. Read, and written where `writes_stacked`.
         writes_stacked: Whether the family's own files have the tensors of `stacked`.
-        expert_width: The entry of config.json with the hidden neurons of an expert.
+        width: The entry of config.json with the hidden neurons of an MLP, or of an expert.
         gguf: How GGUF files describe it; None if we neither read nor write them.
         eps: The entry of the norms' epsilon.
         differs: In what it differs from Llama, for documentation.
@@ -119,9 +126,15 @@ class Family:
     biases: Callable[[Mapping[str, Any]], tuple[bool, bool, bool]] = lambda hf: (False, False, False)
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: PROJECTIONS | PRE_NORMS)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    by_head: bool = False
+    transposed: bool = False
+    layers: str = "model.layers"
+    top: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: str | None = None
+    standard: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: hf
     stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     writes_stacked: bool = False
-    expert_width: str = "intermediate_size"
+    width: str = "intermediate_size"
     gguf: Gguf | None = None
     eps: str = "rms_norm_eps"
     differs: str = ""
@@ -133,18 +146,20 @@ class Family:
             KeyError: If the family has no such parameter.
         """
         if parameter in TOP:
-            return TOP[parameter]
+            return self.top.get(parameter, TOP[parameter])
         _, layer, rest = parameter.split(".", 2)
         module, leaf = rest.rsplit(".", 1)
         base, _, number = module.rpartition(".")
         if number.isdecimal():
             inner = self.modules[f"{base}.*"].replace("*", number)
-            return f"model.layers.{layer}.{inner}.weight"
-        return f"model.layers.{layer}.{self.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+            return f"{self.layers}.{layer}.{inner}.weight"
+        return f"{self.layers}.{layer}.{self.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 TOP = {"embed.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
 TOP |= {"norm.bias": "model.norm.bias", "unembed.kernel": "lm_head.weight"}
+# Llama's module of a table of positions, if it had one.
+TOP |= {"position_embed.embedding": "model.embed_positions.weight"}
 
 
 def only_in_hf(config: DecoderConfig, **others: bool) -> None:

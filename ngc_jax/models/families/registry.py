@@ -9,11 +9,13 @@ from ngc_jax.models.families.cohere import COHERE, COHERE2
 from ngc_jax.models.families.exaone import EXAONE4
 from ngc_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from ngc_jax.models.families.glm import GLM, GLM4
+from ngc_jax.models.families.gpt2 import GPT2
 from ngc_jax.models.families.granite import GRANITE
 from ngc_jax.models.families.llama import LLAMA
 from ngc_jax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ngc_jax.models.families.mixtures import GRANITEMOE, MIXTRAL, OLMOE, QWEN3_MOE
 from ngc_jax.models.families.nemotron import NEMOTRON
+from ngc_jax.models.families.neox import GPT_NEOX
 from ngc_jax.models.families.olmo import OLMO2, OLMO3
 from ngc_jax.models.families.phi import PHI3
 from ngc_jax.models.families.qwen import QWEN2, QWEN3
@@ -48,6 +50,8 @@ FAMILIES: dict[str, Family] = {
         STABLELM,
         STARCODER2,
         NEMOTRON,
+        GPT_NEOX,
+        GPT2,
         QWEN3_MOE,
         MIXTRAL,
         OLMOE,

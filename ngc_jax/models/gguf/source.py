@@ -13,7 +13,7 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing
 from ngc_jax.models.families import gguf_families
-from ngc_jax.models.fused import fused_rows
+from ngc_jax.models.fused import Rows, fused_rows
 from ngc_jax.models.gguf.config import ROPE_FACTORS, biased_parts, config_from_gguf
 from ngc_jax.models.gguf.file import GgufFile
 from ngc_jax.models.gguf.names import FUSED, IN_LAYER, TOP
@@ -52,14 +52,14 @@ class GgufSource(Closing):
         self._zeros = self._missing_biases()
         shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in stored.items()}
         sizes = {name: info.n_bytes for name, info in stored.items()}
-        # By the name of a matrix in a fused tensor: that tensor, the matrix's first row and its number of rows.
-        self._rows: dict[str, tuple[str, int, int]] = {}
+        # By the name of a matrix in a fused tensor: that tensor, and the matrix's rows.
+        self._rows: dict[str, tuple[str, Rows]] = {}
         for whole, parts in fused_rows(shapes, self.config, str(path)).items():
             columns, n_bytes = shapes.pop(whole)[1:], sizes.pop(whole)
-            total = sum(rows for _, rows in parts.values())
-            for part, (first, rows) in parts.items():
-                self._rows[part] = (whole, first, rows)
-                shapes[part], sizes[part] = (rows, *columns), n_bytes * rows // total
+            total = sum(rows.count for rows in parts.values())
+            for part, rows in parts.items():
+                self._rows[part] = (whole, rows)
+                shapes[part], sizes[part] = (rows.count, *columns), n_bytes * rows.count // total
         self._last: tuple[str, np.ndarray] | None = None
         self.shapes: Mapping[str, tuple[int, ...]] = shapes | self._zeros
         self.sizes: Mapping[str, int] = sizes
@@ -92,10 +92,10 @@ class GgufSource(Closing):
         if name in self._zeros:
             return np.zeros(self._zeros[name], np.float32)
         if name in self._rows:
-            whole, first, rows = self._rows[name]
+            whole, rows = self._rows[name]
             if self._last is None or self._last[0] != whole:
                 self._last = (whole, self._file.read(self._gguf_names[whole]))
-            return self._last[1][first : first + rows]
+            return rows.take(self._last[1])
         if name not in self._gguf_names:
             raise UsageError(f"{self._file.path}: has no tensor {name!r}; ask for one of the names in shapes")
         gguf_name = self._gguf_names[name]
