@@ -180,7 +180,7 @@ def assemble(
     return dataclasses.replace(model, plan=plan, params=params)
 
 
-def without_kernels(model: LanguageModel, plan: Plan) -> Params:
+def without_kernels(model: LanguageModel, plan: Plan) -> dict[str, Any]:
     """The parameters without the kernels of grouped blocks; of experts, the stacks of those that have no group."""
     flat = traverse_util.flatten_dict(dict(model.params))
     taken: dict[tuple[str, ...], set[int]] = {}
@@ -196,7 +196,8 @@ def without_kernels(model: LanguageModel, plan: Plan) -> Params:
             flat[name] = flat[name][np.asarray(left)]
         else:
             del flat[name]
-    return traverse_util.unflatten_dict(flat)
+    params: dict[str, Any] = traverse_util.unflatten_dict(flat)
+    return params
 
 
 def _group_params(group: Candidate, states: Factors, dtype: jnp.dtype) -> dict[str, Any]:

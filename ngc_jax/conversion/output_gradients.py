@@ -314,7 +314,8 @@ def measure_output_gradients(
 
 def _layer_sums(config: DecoderConfig, layer: int, what: GradientMeasurement) -> dict[str, dict[str, Any]]:
     """Empty sums of a layer's blocks, by part and role."""
-    found, count = {}, experts_of(config, layer)
+    found: dict[str, dict[str, Any]] = {}
+    count = experts_of(config, layer)
     for role in config.roles:
         full = role in what.full_roles
         if count and role in MLP_ROLES:
@@ -357,7 +358,7 @@ def _means_of_experts(
     config: DecoderConfig, layer: int, role: str, sums: Mapping[str, Any], count: int
 ) -> dict[str, OutputGradients]:
     """As `_means`, of one role of all experts."""
-    found = {}
+    found: dict[str, OutputGradients] = {}
     means = gradient_means(sums, config.block(layer, role, 0), count, hidden=role != "d")
     for expert, fields in enumerate(means):
         name = block_name(layer, role, expert)

@@ -56,8 +56,8 @@ class GroupedSource:
             )
         if config.experts is not None:
             raise UsageError(
-                f"the groups of {config.architecture} models cannot be written for transformers: their MLPs are mixtures "
-                "of experts; export it to hf, which folds them, or use it with ngc-jax"
+                f"the groups of {config.architecture} models cannot be written for transformers: their MLPs are "
+                "mixtures of experts; export it to hf, which folds them, or use it with ngc-jax"
             )
         self.name, self.license, self.conversion = source.name, source.license, inspection.conversion
         self.decoder_config = config

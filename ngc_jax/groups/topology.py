@@ -57,8 +57,8 @@ class TopologyGroup:
     """One group of a model.
 
     Attributes:
-        name: `L<first layer>[_<last layer>]-<role of each member>`, for example `L0-qkv` or `L2_3-qq`; then `.<expert>`,
-            or `*` for all experts.
+        name: `L<first layer>[_<last layer>]-<role of each member>`, for example `L0-qkv` or `L2_3-qq`; then
+            `.<expert>`, or `*` for all experts.
         members: Block names in the order of the text, for example `layers.0.attn.q`.
     """
 

@@ -1,8 +1,9 @@
 """Mixtures of experts: an MLP whose router chooses a few experts for each token.
 
 Every token is repeated for each of its experts, the rows are sorted by expert, and each role's weights, stacked over
-the experts, multiply them by one `jax.lax.ragged_dot` (on a CPU by a loop over blocks of rows); all shapes are static. Of fewer rows than experts (a token or a
-few, when generating) each row's own weights are gathered instead, so that no others are read.
+the experts, multiply them by one `jax.lax.ragged_dot` (on a CPU by a loop over blocks of rows); all shapes are static.
+Of fewer rows than experts (a token or a few, when generating) each row's own weights are gathered instead, so that no
+others are read.
 
 An expert's weights may be dense, or formed by its group's states. The experts' signals differ where each has a group
 of its own: the states are stacked, padded to the largest rank. Where one group has all experts as members, its signal

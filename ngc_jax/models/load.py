@@ -225,7 +225,7 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     apart = matrices_of_experts(shapes, decoder.config, decoder.plan)
     names = match_tensors(separate_experts(shapes, apart), source.shapes, decoder.config, source.name)
     check_tied_head(source, decoder.config, names["embed.embedding"])
-    flat = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for done, path in enumerate(by_path, start=1):
         if (parts := apart.get(".".join(path))) is not None:
             what = f"tensor {names[parts[0]]!r} of {source.name}"

@@ -116,14 +116,11 @@ def _save_tensors(model: LanguageModel, directory: Path) -> None:
     size = total = 0
     by_path = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
     apart = matrices_of_experts(by_path, model.config, model.plan)
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for path, leaf in by_path.items():
-        parts = dict(enumerate(apart[path])) if path in apart else None
-        leaves |= (
-            {hf_name(path, model.config): leaf}
-            if parts is None
-            else {hf_name(part, model.config): leaf[number] for number, part in parts.items()}
-        )
+        of_experts = enumerate(apart.get(path, ()))
+        own = {part: leaf[number] for number, part in of_experts} if path in apart else {path: leaf}
+        leaves |= {hf_name(part, model.config): one for part, one in own.items()}
     plain = is_plain(model.config, model.plan, quantised=model.quantised)
     whole = fused_names(leaves, family_of(model.config.architecture)) if plain else {name: (name,) for name in leaves}
     for name, parts in whole.items():

@@ -15,7 +15,7 @@ AUTO = "auto"
 # For every set of roles, the ways in which two successive layers may share; the first shares nothing.
 _WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
 # Of one layer with experts: blocks of one expert share or not, or those of all experts do.
-_EXPERT_WAYS = (("u-g", "ug", "u*-g*", "ug*"), ("d",))
+_EXPERT_WAYS: tuple[tuple[str, ...], ...] = (("u-g", "ug", "u*-g*", "ug*"), ("d",))
 _WITHOUT_GATE = (*_WAYS[:2], ("u", "uu"), _WAYS[3])
 
 
@@ -82,8 +82,8 @@ def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
             # The last of an odd number of layers has no neighbour: two alternatives may be equal.
             cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
         for layer in range(start, stop) if sparse else ():
-            for ways in _EXPERT_WAYS:
-                cell = [tuple(_candidates(config, f"{layer}:{layer + 1}={way}")) for way in ways]
+            for own_ways in _EXPERT_WAYS:
+                cell = [tuple(_candidates(config, f"{layer}:{layer + 1}={way}")) for way in own_ways]
                 names = [[group.members for group in way] for way in cell]
                 cells.append(tuple(way for index, way in enumerate(cell) if names[index] not in names[:index]))
     return tuple(cells)

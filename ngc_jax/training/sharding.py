@@ -96,8 +96,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """The partition spec of one parameter.
 
-    A dimension of states is whatever rank the budget gave; it is replicated if its mesh axis does not divide it. A
-    dimension of any other parameter must be divisible.
+    A dimension of states is whatever rank the budget gave; it is replicated if its mesh axis does not divide it, and so
+    are stacked experts. A dimension of any other parameter must be divisible.
 
     Args:
         path: Joined with "/".
@@ -117,7 +117,8 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.Ab
     for size, logical in zip(shape, axes, strict=True):
         axis = None if logical is None else LOGICAL_AXES[logical]
         if axis is not None and size % mesh.shape[axis]:
-            if not path.startswith("groups/"):
+            # The experts that have no group are as many as a plan left dense.
+            if not path.startswith("groups/") and logical != "experts":
                 raise UsageError(
                     f"{path} of shape {tuple(shape)} cannot be split: its dimension {size} is not divisible by "
                     f"{mesh.shape[axis]}, the size of mesh axis {axis!r}; choose a smaller one"

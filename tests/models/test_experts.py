@@ -70,7 +70,9 @@ def test_products_and_their_gradients(tokens, backend, monkeypatch) -> None:
     found = jax.grad(lambda x, w: (multiply(rows, x, w) ** 2).sum() / 2, argnums=(0, 1))(*inputs)
     by_row = np.einsum("ro,ri->roi", expected, x)
     by_weight = np.stack([by_row[np.asarray(rows.experts) == expert].sum(0) for expert in range(4)])
-    np.testing.assert_allclose(found[0], np.einsum("ro,roi->ri", expected, w[np.asarray(rows.experts)]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found[0], np.einsum("ro,roi->ri", expected, w[np.asarray(rows.experts)]), rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_allclose(found[1], by_weight, rtol=1e-4, atol=1e-3)
 
 
