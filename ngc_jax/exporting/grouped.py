@@ -20,7 +20,7 @@ from ngc_jax.groups.states import fixed_lift
 from ngc_jax.models.card import front_matter, hub_id, render_card
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.families import Family, family_of
-from ngc_jax.models.families.record import PROJECTIONS
+from ngc_jax.models.families.record import PROJECTIONS, TOP
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.load import check_tied_head, parameter_shapes, read_tensor
@@ -73,6 +73,8 @@ class GroupedSource:
         family = family_of(config.architecture)
 
         def own_name(parameter: str) -> str:
+            if parameter == "unembed.kernel":  # by its name in memory, which may be another than in files
+                return TOP[parameter]
             return inside_fused(hf_name(parameter, config), family)
 
         for parameter, shape in parameters.items():

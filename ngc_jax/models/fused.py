@@ -186,7 +186,10 @@ def own_tensor(parts: Sequence[Any], name: str, config: DecoderConfig) -> Any:
         whole = kind.concatenate(heads, axis=1).reshape(-1, *parts[0].shape[1:])
     else:
         whole = _below(parts)
-    return whole.T if family.transposed and whole.ndim == 2 else whole
+    if not family.transposed or whole.ndim != 2:
+        return whole
+    # Files are written from arrays' memory.
+    return np.ascontiguousarray(whole.T) if isinstance(whole, np.ndarray) else whole.T
 
 
 def _below(parts: Sequence[Any]) -> Any:

@@ -345,8 +345,12 @@ def randomise(model: transformers.PreTrainedModel, seed: int = 0) -> None:
             elif re.search(r"embed_tokens|embed_in|wte", name):
                 # Tied embeddings that outweigh what the layers write make every token its own successor.
                 parameter.copy_((0.2 if model.config.tie_word_embeddings else 0.7) * noise)
+            elif "wpe" in name:
+                parameter.copy_(0.7 * noise)
             else:
-                parameter.copy_(1.5 * parameter.shape[-1] ** -0.5 * noise)
+                # Of GPT-2, which stores matrices transposed, the inputs are the first dimension.
+                inputs = parameter.shape[0 if name.startswith("transformer.h.") else -1]
+                parameter.copy_(1.5 * inputs**-0.5 * noise)
     model.eval()
 
 

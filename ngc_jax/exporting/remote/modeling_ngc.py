@@ -140,6 +140,8 @@ class NgcForCausalLM(BaseModel):
 
     def __init__(self, config):
         super().__init__(config)
+        if not hasattr(self, "lm_head"):
+            raise ImportError("this model needs a later transformers, in which the head of its architecture is lm_head")
         self._places = PLACES | {role: tuple(at.split(".")) for role, at in config.ngc.get("places", {}).items()}
         self._layers = self.get_submodule(config.ngc.get("layers", "model.layers"))
         self._fused, head_dim = {}, config.ngc.get("by_head")

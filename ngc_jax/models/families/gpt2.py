@@ -15,17 +15,16 @@ _ENTRIES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
-    "intermediate_size": "n_inner",
 }
 _REFUSED = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
 
 
 def _standard(hf: Mapping[str, Any]) -> dict[str, Any]:
     found = {**hf, **{name: hf[own] for name, own in _ENTRIES.items() if hf.get(own) is not None}}
-    width = found.get("hidden_size")
-    if found.get("intermediate_size") is None and isinstance(width, int):
-        found["intermediate_size"] = 4 * width
-    return found
+    width = hf.get("n_inner")
+    if width is None and isinstance(found.get("hidden_size"), int):
+        width = 4 * found["hidden_size"]
+    return {**found, "intermediate_size": width}  # which transformers does not read
 
 
 def _gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
