@@ -60,6 +60,17 @@ HF_CONFIGS = {
     },
     # Layer norms with biases, MLPs without a gate.
     "starcoder2": {**_COMMON, "model_type": "starcoder2", "norm_epsilon": 1e-5, "tie_word_embeddings": False},
+    # Attention and MLP in parallel, each with a norm; q, k and v fused by head; half of each of 3 heads rotated.
+    "gpt_neox": {
+        **_COMMON,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 3,
+        "rotary_pct": 0.5,
+        "hidden_act": "gelu_fast",
+    },
+    # Learned positions, and matrices stored transposed.
+    "gpt2": {"vocab_size": 259, "n_embd": 24, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 512}
+    | {"model_type": "gpt2", "tie_word_embeddings": False},
     # Half of each head rotated, norms before and after, fused tensors.
     "glm4": {**_COMMON, "model_type": "glm4", "head_dim": 12},
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import scored_sums
+from ngc_jax.models.config import check_length
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
@@ -65,13 +66,14 @@ def measure_perplexity(
         progress: Called with (batches done, total).
 
     Raises:
-        UsageError: If fewer than two tokens remain, one is not in the model's vocabulary, the window is below 2, or the
-            model's log-likelihoods are not finite.
+        UsageError: If fewer than two tokens remain, one is not in the model's vocabulary, the window is below 2 or has
+            positions that the model lacks, or the model's log-likelihoods are not finite.
     """
     check_window(window)
     tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
     prefix = tokenizer.prefix(bos)
     stream = begin_windows(tokens, window, prefix)
+    check_length(model.config, min(window, len(stream)))
     batches = split_windows(stream, window, batch_size)
     decoder, totals = model.decoder, []
     first = map(jnp.asarray, batches[0])

@@ -24,6 +24,7 @@ from ngc_jax.evaluation.batches import LikelihoodBatch, context_room, cut_contex
 from ngc_jax.evaluation.likelihood import cross_entropy, in_chunks
 from ngc_jax.evaluation.requests import GenerationRequest, LikelihoodRequest, Request, Response
 from ngc_jax.models.attention import Cache, init_cache, to_rings
+from ngc_jax.models.config import check_length
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.generate import bucket, generate
 from ngc_jax.models.load import LanguageModel
@@ -70,11 +71,13 @@ def plan_batches(
         max_length: Most tokens that the model reads at once; None for as many as it was trained on.
 
     Raises:
-        UsageError: If a continuation alone is too long, or two requests have the same id.
+        UsageError: If a continuation alone is too long, two requests have the same id, or the model has no positions
+            for `max_length` tokens.
     """
     if len({request.id for request in requests}) < len(requests):
         raise UsageError("two requests of the task have the same id; give every document one")
     limit = model.config.max_length if max_length is None else max_length
+    check_length(model.config, limit)
     likelihoods = [one for one in requests if isinstance(one, LikelihoodRequest)]
     prompts = [one for one in requests if isinstance(one, GenerationRequest)]
     compiling = _COMPILING.get(jax.default_backend(), _COMPILING_ELSEWHERE) / model.count_parameters()

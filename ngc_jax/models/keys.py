@@ -16,8 +16,8 @@ from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import OTHER_PARTS, Family, family_of
 from ngc_jax.models.families.llama import LLAMA
 
-# Tensors that a file may contain and a text decoder does not need.
-_IGNORED = re.compile(rf"rotary_emb\.inv_freq$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
+# Tensors that a file may contain and a text decoder does not need: of the parts that are computed, frequencies and masks.
+_IGNORED = re.compile(rf"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
 # Parts that torch.compile, FSDP and activation checkpointing insert anywhere into names.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Other places of a multimodal model's head.
@@ -137,9 +137,7 @@ def plain_names(tensors: Iterable[str], family: Family = LLAMA) -> dict[str, str
     >>> plain_names(["base.model.embed_tokens.weight", "base.lm_head.weight"])["base.lm_head.weight"]
     'lm_head.weight'
     """
-    ignored = None if family.ignored is None else re.compile(family.ignored)
     unwrapped = {name: _WRAPPERS.sub("", name) for name in tensors if not is_ignored(name)}
-    unwrapped = {name: rest for name, rest in unwrapped.items() if ignored is None or not ignored.search(rest)}
     base, embedding = _split_base(family.hf_name("embed.embedding"))
     found = {name for name in unwrapped.values() if name == embedding or name.endswith(f".{embedding}")}
     inner = found.pop().removesuffix(embedding) if len(found) == 1 else base

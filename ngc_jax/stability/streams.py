@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
+from ngc_jax.models.config import check_length
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.models.load import LanguageModel
@@ -108,7 +109,8 @@ def check_prompts(
     """Check a batch of prompts and return their lengths.
 
     Raises:
-        UsageError: If the tokens are not a batch of at least one, or there is not one length for each row.
+        UsageError: If the tokens are not a batch of at least one, there is not one length for each row, or the model
+            has no positions for them.
     """
     if jnp.ndim(tokens_BxL) != 2 or not jnp.size(tokens_BxL) or not jnp.issubdtype(tokens_BxL.dtype, jnp.integer):
         raise UsageError(
@@ -117,6 +119,7 @@ def check_prompts(
         )
     if decoder.remat:
         raise UsageError("the decoder recomputes its layers (remat); use LanguageModel.decoder")
+    check_length(decoder.config, tokens_BxL.shape[1])
     if lengths_B is None:
         return jnp.full(tokens_BxL.shape[0], tokens_BxL.shape[1], jnp.int32)
     if jnp.shape(lengths_B) != tokens_BxL.shape[:1]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.config import check_length
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.training import sharding
@@ -143,10 +144,14 @@ def prepare(
         mesh: Of all devices; data parallel over all of them if None.
 
     Raises:
-        UsageError: If nothing would train, or the objective needs a teacher and there is none.
+        UsageError: If nothing would train, the objective needs a teacher and there is none, or a model has no positions
+            for the sequences.
     """
     if model.quantised:
         raise UsageError(f"{model.name} is quantised and cannot be trained; train it before it is quantised")
+    for one in (model, teacher):
+        if one is not None:
+            check_length(one.config, config.sequence_length)
     trained, frozen = split_params(model.params, config.trainable)
     decoder = model.decoder.clone(param_dtype=jnp.dtype("float32"), dtype=config.compute_dtype, remat=config.remat)
     optimizer = config.optimizer or OptimizerConfig(steps=config.steps)

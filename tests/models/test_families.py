@@ -54,7 +54,8 @@ def test_what_silence_means_is_what_transformers_takes_it_for(name):
     if name in ("llama", "mistral", "qwen2", "qwen3"):  # whose every published file has it
         silent |= {"rms_norm_eps": theirs.rms_norm_eps}
     config = DecoderConfig.from_hf(silent)
-    assert config.num_kv_heads == (theirs.num_key_value_heads or 32)
+    assert config.num_kv_heads == (getattr(theirs, "num_key_value_heads", None) or 32)
+    assert config.mlp_dim == (4 * 256 if name == "gpt2" else 34)  # which does not read intermediate_size
     original = 16_384  # of ministral3: above it, queries are scaled
     assert config.max_length == (original if name == "ministral3" else theirs.max_position_embeddings)
     assert config.norm_eps == getattr(theirs, family.eps)
@@ -164,6 +165,10 @@ def test_a_text_decoder_that_is_not_supported_is_refused_by_its_name():
         ({"model_type": "ministral", "layer_types": 3}, r"layer_types in config\.json is 3; expected a list"),
         ({"model_type": "cohere2", "head_dim": 4, "num_attention_heads": 48}, "head_dim is 1"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gpt2", "n_embd": "wide"}, "hidden_size in config"),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.4}, "1 dimensions of a head are rotated"),
         ({"model_type": "mistral3", "text_config": {"model_type": [1]}}, r"architecture \[1\]"),
         (
             {"model_type": "llama", "rms_norm_eps": 1, "rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -190,7 +195,7 @@ def test_topologies_of_a_decoder_without_a_gate(topology):
         config.block(0, "g")
 
 
-@pytest.mark.parametrize("name", ["starcoder2", "olmo3", "cohere2"])
+@pytest.mark.parametrize("name", ["starcoder2", "olmo3", "cohere2", "gpt_neox", "gpt2"])
 def test_every_parameter_has_a_place_on_a_mesh(name):
     params = tiny_model(name).params
     found = sharding.params_shardings(params, sharding.make_mesh(devices=jax.devices()[:1]))

@@ -84,8 +84,6 @@ GPT2 = Family(
         "norm.scale": "transformer.ln_f.weight",
         "norm.bias": "transformer.ln_f.bias",
     },
-    # The causal mask, which files of older versions have.
-    ignored=r"\.attn\.(masked_)?bias$",
     standard=_standard,
     width="n_inner",
     eps="layer_norm_epsilon",

@@ -68,8 +68,6 @@ GPT_NEOX = Family(
         "norm.bias": "gpt_neox.final_layer_norm.bias",
         "unembed.kernel": "embed_out.weight",
     },
-    # The causal mask, which files of older versions have.
-    ignored=r"\.attention\.(masked_)?bias$",
     standard=_standard,
     eps="layer_norm_eps",
     differs="attention and MLP in parallel with norms of their own; fused q, k and v; layer norms and blocks with biases; "

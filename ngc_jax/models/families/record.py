@@ -106,7 +106,6 @@ class Family:
         transposed: Whether the matrices of `fused` are stored transposed; one that is nothing else has one part.
         layers: Hugging Face's module of all layers.
         top: Names of the tensors outside layers, where they are not Llama's.
-        ignored: A regular expression of tensors that files may have and the decoder does not need.
         standard: From config.json to the same with the entries of Llama's config.json, where the family's have other
             names.
         stacked: Tensors of a layer that have some matrices of every expert, expert by expert one below the other -> the
@@ -130,7 +129,6 @@ class Family:
     transposed: bool = False
     layers: str = "model.layers"
     top: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    ignored: str | None = None
     standard: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: hf
     stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     writes_stacked: bool = False
