@@ -336,7 +336,7 @@ def _means(
     config: DecoderConfig, layer: int, sums: dict[str, dict[str, Any]], count: int
 ) -> dict[str, OutputGradients]:
     """The statistics of a layer's blocks by name, from sums that are freed one by one."""
-    found = {}
+    found: dict[str, OutputGradients] = {}
     for role in config.roles:
         if experts_of(config, layer) and role in MLP_ROLES:
             found |= _means_of_experts(config, layer, role, sums.pop(f"mlp.{role}"), count)

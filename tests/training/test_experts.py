@@ -10,7 +10,7 @@ from tests.models.compact import compact_plan
 from tests.models.test_experts import QWEN, sparse_model
 from tests.tiny import forward, random_tokens
 
-FOUR = {**QWEN, "num_experts": 4}
+FOUR = {**QWEN, "num_experts": 4, "vocab_size": 256}
 
 
 def test_experts_are_distributed() -> None:

@@ -9,7 +9,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.models.families.granite import GRANITE
 from ngc_jax.models.families.mistral import MISTRAL
 from ngc_jax.models.families.qwen import QWEN3
-from ngc_jax.models.families.reading import brief, experts, number
+from ngc_jax.models.families.reading import brief, experts, number, rope
 from ngc_jax.models.families.record import (
     EXPERTS,
     PRE_NORMS,
@@ -44,6 +44,7 @@ QWEN3_MOE = Family(
         "max_position_embeddings": 32_768,
         "sliding_window": 4096,
         "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
@@ -56,7 +57,11 @@ QWEN3_MOE = Family(
 
 
 def _mixtral(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {**MISTRAL.features(hf), "experts": experts(hf, 8, "intermediate_size", True)}
+    return {
+        **MISTRAL.features(hf),
+        "ropes": (rope(hf, theta=1e6),) * hf["num_hidden_layers"],
+        "experts": experts(hf, 8, "intermediate_size", True),
+    }
 
 
 _MIXTRAL_EXPERTS = {
