@@ -214,7 +214,9 @@ def export_grouped(
     grouped = GroupedSource(source)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype is not None else grouped.read(hf_name("embed.embedding", grouped.decoder_config)).dtype
+    kind = (
+        DTYPES[dtype] if dtype is not None else grouped.read(hf_name("embed.embedding", grouped.decoder_config)).dtype
+    )
     config = {**grouped.config, "dtype": str(kind), "torch_dtype": str(kind)}
     with atomic_directory(directory, overwrite) as temporary, os_errors(Path(directory)):
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

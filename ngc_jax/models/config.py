@@ -189,7 +189,7 @@ class DecoderConfig:
         """
         hf = text_config(hf)
         family = family_of(hf.get("model_type"))
-        hf = family.standard({**family.defaults, **hf})
+        hf = dict(family.standard({**family.defaults, **hf}))
         # As numbers, for what the family reads after them.
         hf |= {name: number(hf, name, int) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
         layers = hf["num_hidden_layers"]

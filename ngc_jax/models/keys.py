@@ -16,8 +16,10 @@ from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import OTHER_PARTS, Family, family_of
 from ngc_jax.models.families.llama import LLAMA
 
-# Tensors that a file may contain and a text decoder does not need: of the parts that are computed, frequencies and masks.
-_IGNORED = re.compile(rf"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
+# Tensors that a file may contain and a text decoder does not need; frequencies and masks are computed.
+_IGNORED = re.compile(
+    rf"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^(model\.)?({'|'.join(OTHER_PARTS)})\."
+)
 # Parts that torch.compile, FSDP and activation checkpointing insert anywhere into names.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Other places of a multimodal model's head.
@@ -161,7 +163,10 @@ def _plain(name: str, inner: str, outer: str, family: Family) -> str:
             name = name.removeprefix(prefix)
             return name if prefix == outer != inner or name.startswith(head) else f"{base}{name}"
     # Names in a decoder without a head.
-    inside = (family.hf_name(part).removeprefix(base) for part in ("embed.embedding", "norm.scale", "position_embed.embedding"))
+    inside = (
+        family.hf_name(part).removeprefix(base)
+        for part in ("embed.embedding", "norm.scale", "position_embed.embedding")
+    )
     bare = [_split_base(part)[0] for part in (*inside, f"{family.layers.removeprefix(base)}.")]
     return f"{base}{name}" if name.startswith(tuple(bare)) else name
 

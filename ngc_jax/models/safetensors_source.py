@@ -140,9 +140,7 @@ class SafetensorsSource(Closing):
                 if not rows.at_once:
                     shape = (rows.count, *(whole.shape[:-1] if rows.transposed else tail))
                     n_bytes = math.prod(shape) * (whole.n_bytes // math.prod(whole.shape))
-                    self._entries[part] = dataclasses.replace(
-                        whole, shape=shape, n_bytes=n_bytes, inside=(whole, rows)
-                    )
+                    self._entries[part] = dataclasses.replace(whole, shape=shape, n_bytes=n_bytes, inside=(whole, rows))
                     continue
                 shape = (rows.count, *tail)
                 self._entries[part] = dataclasses.replace(

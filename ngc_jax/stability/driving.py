@@ -41,7 +41,8 @@ def potential_over_alone(
     """The potential that the prompt exerts on every token: actual motion minus that of the token alone.
 
     The reference moves from the actual x_l[t], by layer l with attention to itself only: as if the token were alone at
-    position 0 of its own context (rotary embeddings depend on distances only; a learned position is in x_0[t]). Costs one more forward pass.
+    position 0 of its own context (rotary embeddings depend on distances only; a learned position is in x_0[t]). Costs
+    one more forward pass.
 
     Args:
         decoder: The module; or a `LanguageModel`, without `params`, which also reads texts.

@@ -32,7 +32,8 @@ def made(family="llama_untied", keep=0.7, **options):
 
 
 SLOW = [
-    pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "granite", "cohere2", "glm4", "starcoder2")
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in ("gemma3", "granite", "cohere2", "glm4", "starcoder2", "gpt_neox", "gpt2")
 ]
 
 
@@ -41,7 +42,8 @@ def test_a_model_of_the_architecture_that_is_refitted_and_saved(family, tmp_path
     dense, refitted = tiny_model(family), made(family)
     assert refitted.plan.groups == ()
     assert refitted.plan.keep_ratio() <= 0.7
-    assert refitted.hf_config["intermediate_size"] == refitted.config.mlp_dim < dense.config.mlp_dim
+    width = "n_inner" if family == "gpt2" else "intermediate_size"
+    assert refitted.hf_config[width] == refitted.config.mlp_dim < dense.config.mlp_dim
     # The next wider one stores too much.
     wider = dataclasses.replace(dense.config, mlp_dim=refitted.config.mlp_dim + 8)
     stored = sum(block.parameters for block in wider.blocks())

@@ -1,4 +1,4 @@
-"""A decoder with a table of positions: where a document begins in a row, padding and caches, and texts that are too long."""
+"""A decoder with a table of positions: packed documents, padding and caches, and texts that are too long."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_the_stream_before_the_first_layer(model):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_continuations_to_the_end_of_the_table(tied):
-    """With full and latent caches and in the run-time layout, as a pass over everything continues it; then no further."""
+    """With full and latent caches and in the run-time layout, as a pass over everything; then no further."""
     dense = dense_model("gpt2", n_layer=2, n_positions=LIMIT, tie_word_embeddings=tied)
     groups = (GroupPlan("0-kv", (dense.config.block(0, "k"), dense.config.block(0, "v")), 8),)
     params = random_params(Decoder(dense.config, Plan(groups)))
