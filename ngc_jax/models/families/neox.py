@@ -70,6 +70,6 @@ GPT_NEOX = Family(
     },
     standard=_standard,
     eps="layer_norm_eps",
-    differs="attention and MLP in parallel, each with a norm; fused q, k and v; layer norms and blocks with biases; MLPs "
-    "without a gate; quarter-rotated heads",
+    differs="attention and MLP in parallel, each with a norm; fused q, k and v; layer norms and blocks with biases; "
+    "MLPs without a gate; quarter-rotated heads",
 )
