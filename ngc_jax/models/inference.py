@@ -73,7 +73,10 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
 def inference_model(model: LanguageModel) -> LanguageModel:
     """A loaded model in the run-time layout, for generation and evaluation; see `for_inference`."""
     decoder, params = for_inference(model.decoder, model.params)
-    return dataclasses.replace(model, params=params, joined=decoder.joined)
+    drafter = model.drafter
+    if drafter is not None:
+        drafter = dataclasses.replace(drafter, model=inference_model(drafter.model))
+    return dataclasses.replace(model, params=params, joined=decoder.joined, drafter=drafter)
 
 
 def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, blocks: dict[str, Any]) -> dict[str, Array]:

@@ -43,6 +43,7 @@ class LanguageModel:
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
         cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
             (latent), or auto; see `latent_cache`.
+        drafter: A smaller model that helps it generate; see `speculation.with_drafter`.
 
     Example:
         >>> model.config.num_layers, model.count_parameters()
@@ -61,6 +62,7 @@ class LanguageModel:
     compute_dtype: jnp.dtype | None = None
     joined: bool = False
     cache: CacheKind = "full"
+    drafter: Drafter | None = None
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -96,6 +98,14 @@ class LanguageModel:
     def quantised(self) -> bool:
         """Whether matrices are stored as codes of a few bits."""
         return any(map(is_quantised, self.leaves()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """A model that drafts `tokens` tokens at a time for another one; see `speculation`."""
+
+    model: LanguageModel
+    tokens: int
 
 
 def kernel_of(params: Params, block: str) -> jax.Array:
