@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ngc_jax
 from ngc_jax.errors import UsageError
 from ngc_jax.models.decoding import NO_TOKEN, begin
 from ngc_jax.models.generate import generate, stream
@@ -14,6 +15,7 @@ from ngc_jax.models.inference import inference_model
 from ngc_jax.models.sampling import Sampling
 from ngc_jax.models.speculation import begin_drafting, speculate, with_drafter
 from tests.models.compact import compact_model, dense_model
+from tests.pages import run_examples
 
 WARM = Sampling(0.7, top_k=50)
 KEY = jax.random.key(3)
@@ -100,3 +102,13 @@ def test_drafters_that_do_not_fit_are_refused(model):
     short = dense_model("llama_untied", max_position_embeddings=16)
     with pytest.raises(UsageError, match="more than the model's 16"):
         generate(with_drafter(model, short), PROMPTS[:1], max_new_tokens=NEW)
+
+
+def test_the_page_about_it(model, monkeypatch):
+    """With tiny models in place of the real ones."""
+    tiny = dataclasses.replace(model, name="tiny")
+    monkeypatch.setattr(ngc_jax, "load_model", lambda name: tiny, raising=False)
+    session = run_examples("howto/speculation.md", least=1)
+    np.testing.assert_array_equal(
+        session["continuation"], generate(model, "The capital of France is", max_new_tokens=32)[0]
+    )
