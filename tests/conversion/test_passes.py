@@ -154,7 +154,7 @@ def test_conversions_that_are_none_are_refused(how, options, message):
 
 
 def test_a_text_that_is_missing_is_asked_for():
-    with pytest.raises(UsageError, match="method ngc measures a text; give one"):
+    with pytest.raises(UsageError, match="method ngc reads a text; give one"):
         convert(tiny_model(), "ngc")
     assert convert(tiny_model(), "svd", keep=0.5).plan.keep_ratio() <= 0.5
 
