@@ -77,7 +77,7 @@ def convert(
     if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
-            raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
+            raise UsageError(f"method {passes.method} reads a text; give one, or its token ids")
         calibration = calibration if reads else None
     calibration = Calibration.given(model, calibration, options)
     if calibration.mesh is not None:
@@ -93,7 +93,7 @@ def convert(
             calibration,
             statistics=source.stream(needs),
             held=needs.held,
-            donate=donate,
+            donate=donate and not any(one.keeps_dense for one in passes),
             fits=source.fits,
             progress=progress,
         )
@@ -129,8 +129,9 @@ def resolve(
 
 
 def reads_text(config: DecoderConfig, passes: Chain, keep: float) -> bool:
-    """Whether a chain measures anything on a calibration text."""
-    return passes.needs(config, keep, Calibration(np.zeros(0, np.int32))).anything
+    """Whether a chain reads a calibration text."""
+    measures = passes.needs(config, keep, Calibration(np.zeros(0, np.int32))).anything
+    return measures or any(one.reads_text and not one.is_off for one in passes)
 
 
 def check_conversion(config: DecoderConfig, passes: Chain, keep: float) -> None:
