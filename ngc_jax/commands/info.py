@@ -36,6 +36,11 @@ class InfoConfig:
             f"{self.model}: {c.architecture}, {c.num_layers} layers of width {c.embed_dim}, {c.num_heads} heads "
             f"({c.num_kv_heads} key-value) of {c.head_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size:,}"
         )
+        if (experts := c.experts) is not None:
+            console.print(
+                f"mixtures of experts in {sum(experts.layers)} layers: {experts.count} experts of width "
+                f"{experts.width}, of which each token is routed to {experts.per_token}"
+            )
         unused = summary["unused_bytes"]
         beside = f", and {unused / 1e6:,.1f} MB that the model does not use" if unused else ""
         console.print(

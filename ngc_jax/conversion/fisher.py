@@ -27,7 +27,9 @@ def _squared_gradients(params: Params, tokens: jax.Array, positions: jax.Array, 
 
     gradients = jax.grad(loss)(params["layers"])
     return jax.tree_util.tree_map_with_path(
-        lambda path, g: jnp.square(g).sum(axis=0) if path[-1].key == "kernel" else jnp.zeros(()), gradients
+        # Outputs are the last axis but one: kernels of experts are stacked.
+        lambda path, g: jnp.square(g).sum(axis=-2) if path[-1].key == "kernel" else jnp.zeros(()),
+        gradients,
     )
 
 
@@ -57,8 +59,9 @@ def measure_fisher(
     for done, (window_tokens, positions) in enumerate(batches, start=1):
         squares = _squared_gradients(model.params, window_tokens, positions, decoder=decoder)
         for block, total in sums.items():
-            _, layer, part, role = block.split(".")
-            total += np.asarray(squares[layer][part][role]["kernel"], np.float64)
+            _, layer, part, role, *expert = block.split(".")
+            found = squares[layer][part][role]["kernel"]
+            total += np.asarray(found[int(expert[0])] if expert else found, np.float64)
         if progress is not None:
             progress(done, len(batches))
     return {name: total / len(batches) for name, total in sums.items()}

@@ -169,16 +169,35 @@ def assemble(
         )
         if donate:
             for member in group.members:
+                if member.name.split(".")[-1].isdecimal():
+                    continue  # of a stack of experts, which is replaced as a whole
                 kernel_of(model.params, member.name).delete()
     dense = [member for group in groups if ranks[group.name] == DENSE for member in group.members]
     plan = Plan(tuple(plans), tuple(dense))
-    flat = traverse_util.flatten_dict(dict(model.params))
-    for block in plan.group_of:
-        del flat[(*block.split("."), "kernel")]
-    params = traverse_util.unflatten_dict(flat)
+    params = without_kernels(model, plan)
     if plans:
         params["groups"] = made
     return dataclasses.replace(model, plan=plan, params=params)
+
+
+def without_kernels(model: LanguageModel, plan: Plan) -> dict[str, Any]:
+    """The parameters without the kernels of grouped blocks; of experts, the stacks of those that have no group."""
+    flat = traverse_util.flatten_dict(dict(model.params))
+    taken: dict[tuple[str, ...], set[int]] = {}
+    for block in plan.group_of:
+        *path, last = block.split(".")
+        if last.isdecimal():
+            taken.setdefault((*path, "kernel"), set()).add(int(last))
+        else:
+            del flat[(*path, last, "kernel")]
+    for name, experts in taken.items():
+        left = [expert for expert in range(len(flat[name])) if expert not in experts]
+        if left:
+            flat[name] = flat[name][np.asarray(left)]
+        else:
+            del flat[name]
+    params: dict[str, Any] = traverse_util.unflatten_dict(flat)
+    return params
 
 
 def _group_params(group: Candidate, states: Factors, dtype: jnp.dtype) -> dict[str, Any]:

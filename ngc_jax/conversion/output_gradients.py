@@ -22,16 +22,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from ngc_jax.conversion.experts import add_gradients, experts_of, gradient_means, no_gradients, row_weights
 from ngc_jax.conversion.state import Calibration
 from ngc_jax.conversion.statistics import InputSums, OutputGradients, add_inputs
 from ngc_jax.conversion.symmetric_sums import gram, whole, zero_bands
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Block
-from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import INPUT_SITE, Decoder, DecoderLayer
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
+    ROWS,
     Layer,
     each_batch,
     embed,
@@ -126,7 +128,12 @@ def _backward(
         params, teacher = both
         x, positions = data["x"], data["positions"]
         nothing: dict[str, Any] = {"attn": {}, "mlp": {}}
+        count = experts_of(config, layer.layer)
         for role in config.roles:
+            if count and config.experts is not None and role in MLP_ROLES:
+                rows = x.shape[0] * x.shape[1] * config.experts.per_token
+                nothing["mlp"][role] = {"output": jnp.zeros((rows, config.block(layer.layer, role, 0).d_out), x.dtype)}
+                continue
             _, _, part, _ = (block := config.block(layer.layer, role)).name.split(".")
             nothing[part][role] = {"output": jnp.zeros((*x.shape[:2], block.d_out), x.dtype)}
 
@@ -139,6 +146,19 @@ def _backward(
         for name, block_sums in sums.items():
             part, role = name.split(".")
             gradient, read = gradients[part][role]["output"], inputs[INPUT_SITE[role]]
+            if count and part == "mlp":
+                of_rows = inputs[ROWS]
+                read = read.reshape(-1, read.shape[-1])
+                kernel = params[part][role]["kernel"]
+                new[name] = add_gradients(
+                    block_sums,
+                    (kernel, kernel if teacher is None else teacher[part][role]["kernel"]),
+                    read if role == "d" else read[of_rows.tokens],
+                    gradient,
+                    row_weights(of_rows, count, (positions >= 0).reshape(-1).astype(jnp.float32)),
+                    role in full_roles,
+                )
+                continue
             new[name] = _add(
                 block_sums,
                 params[part][role]["kernel"],
@@ -294,8 +314,17 @@ def measure_output_gradients(
 
 def _layer_sums(config: DecoderConfig, layer: int, what: GradientMeasurement) -> dict[str, dict[str, Any]]:
     """Empty sums of a layer's blocks, by part and role."""
-    blocks = {role: config.block(layer, role) for role in config.roles}
-    return {_short(block.name): _block_sums(block, what, role in what.full_roles) for role, block in blocks.items()}
+    found: dict[str, dict[str, Any]] = {}
+    count = experts_of(config, layer)
+    for role in config.roles:
+        full = role in what.full_roles
+        if count and role in MLP_ROLES:
+            block, second = config.block(layer, role, 0), what.geometry == "full"
+            found[f"mlp.{role}"] = no_gradients(count, block, full=full, second=second, slopes=what.slopes)
+        else:
+            block = config.block(layer, role)
+            found[_short(block.name)] = _block_sums(block, what, full)
+    return found
 
 
 def _short(block: str) -> str:
@@ -309,6 +338,9 @@ def _means(
     """The statistics of a layer's blocks by name, from sums that are freed one by one."""
     found = {}
     for role in config.roles:
+        if experts_of(config, layer) and role in MLP_ROLES:
+            found |= _means_of_experts(config, layer, role, sums.pop(f"mlp.{role}"), count)
+            continue
         name = block_name(layer, role)
         mean: dict[str, Any] = {
             kind: (whole(map(np.asarray, value)) if kind == "second_moment" else np.asarray(value, np.float64)) / count
@@ -319,4 +351,18 @@ def _means(
         if "slope" in mean:
             mean["slope"] = float(mean["slope"])
         found[name] = OutputGradients(count, **mean)
+    return found
+
+
+def _means_of_experts(
+    config: DecoderConfig, layer: int, role: str, sums: Mapping[str, Any], count: int
+) -> dict[str, OutputGradients]:
+    """As `_means`, of one role of all experts."""
+    found: dict[str, OutputGradients] = {}
+    means = gradient_means(sums, config.block(layer, role, 0), count, hidden=role != "d")
+    for expert, fields in enumerate(means):
+        name = block_name(layer, role, expert)
+        if not all(np.isfinite(value).all() for value in fields.values() if value is not None):
+            raise UsageError(f"the gradients of {name} are not finite; load the model with --dtype float32")
+        found[name] = OutputGradients(count, **fields)
     return found

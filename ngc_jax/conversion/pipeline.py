@@ -72,6 +72,9 @@ def convert(
 
     own = {name: options.pop(name) for name in set(options) & set(option_types())}
     passes, keep = resolve(how, keep, own)
+    chosen = how.options if isinstance(how, Recipe) else tuple(own.items())
+    by_default = not isinstance(how, Chain | Pass) and dict(chosen).get("topology") is None
+    passes = for_experts(passes, model.config, by_default=by_default)
     check_dense(model)
     check_conversion(model.config, passes, keep)
     if not isinstance(calibration, Calibration):
@@ -126,6 +129,42 @@ def resolve(
     if not isinstance(how, Chain):
         raise UsageError(f"{how!r} is not a conversion; expected the name of a method, a Recipe, a pass, or chain(...)")
     return how, keep
+
+
+# The default topology of models with experts, for methods that allocate ranks by the expected loss.
+EXPERTS_TOPOLOGY = "q-k-v-o-u?-g?-d"
+
+
+def for_experts(passes: Chain, config: DecoderConfig, *, by_default: bool = False) -> Chain:
+    """The passes for a model with mixtures of experts; all others as they are.
+
+    Where the expected loss allocates ranks and the topology is a method's own, it also chooses between groups of each
+    expert's own and groups that all experts of a layer share.
+
+    Args:
+        passes: The chain.
+        config: The model's.
+        by_default: Whether the topology is the method's own, not the user's.
+
+    Raises:
+        UsageError: If a pass cannot convert mixtures of experts.
+    """
+    if config.experts is None:
+        return passes
+    factorise = passes.find(Factorise)
+    for one in passes:
+        if one.name == "quantise":
+            raise UsageError(f"{config.architecture} models cannot be quantised: their MLPs are mixtures of experts")
+        if one.name == "propagate_errors" and factorise is not None and factorise.is_dense:
+            raise UsageError(
+                f"in form dense no errors are propagated in {config.architecture} models, whose MLPs are mixtures of "
+                "experts; set propagation to 0"
+            )
+    own = factorise is not None and factorise.topology == Factorise.topology and factorise.allocation == "loss"
+    if factorise is None or not by_default or not own:
+        return passes
+    chosen = dataclasses.replace(factorise, topology=EXPERTS_TOPOLOGY)
+    return Chain(tuple(chosen if one is factorise else one for one in passes), passes.method)
 
 
 def reads_text(config: DecoderConfig, passes: Chain, keep: float) -> bool:

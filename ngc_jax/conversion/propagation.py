@@ -37,8 +37,9 @@ from ngc_jax.conversion.state import ConversionState
 from ngc_jax.conversion.statistics import Statistics, token_rows
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.conversion.thread_map import thread_map
-from ngc_jax.groups.plan import Plan
-from ngc_jax.models.config import block_name
+from ngc_jax.groups.gauge import free_gauge
+from ngc_jax.groups.plan import GroupPlan, Plan
+from ngc_jax.models.config import MLP_ROLES, block_name
 from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     Compensated,
@@ -89,14 +90,18 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
         kept = None if all_kept is None else jnp.asarray(all_kept[layer])
         modules = layer_module(decoders[0], layer), layer_module(decoders[1], layer)
         own = _own_moments(layer, statistics[layer], len(tokens))
-        widths = {INPUT_SITE[role]: config.block(0, role).d_in for role in config.roles}
+        # Experts are left as they are: which tokens they read depends on the routing, which is not propagated.
+        roles = [role for role in config.roles if not (config.is_sparse(layer) and role in MLP_ROLES)]
+        widths = {INPUT_SITE[role]: config.block(layer, role).d_in for role in roles}
         sums = {site: _no_sums(width, site in own) for site, width in widths.items()}
         for index, stack in enumerate(stacks):
             theirs[index], sums = _add_both(
                 (dense, once, kept), (theirs[index], ours[index]), stack, sums, layers=modules, mesh=mesh
             )
         moments = {site: _moments(sums.pop(site), len(tokens), own.get(site)) for site in list(sums)}
-        here = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
+        own_groups = [plan for plan in compact.plan.groups if plan.members[0].name in statistics[layer]]
+        here = [plan for plan in own_groups if all(member.name.split(".")[-1] in roles for member in plan.members)]
+        found |= {plan.name: _as_fitted(compact, plan, statistics[layer]) for plan in own_groups if plan not in here}
         refits = [(chosen[plan.name], plan.rank) for plan in here]
         found |= _refit(model, (factorise, strength), layer, statistics[layer], moments, refits)
         new = _with_states(
@@ -110,6 +115,18 @@ def propagate(state: ConversionState, factorise: Factorise, strength: float) -> 
     made = assemble(model, groups, ranks, found.__getitem__, gauge=factorise.gauge, donate=state.donate and state.last)
     assert made.plan is not None
     return dataclasses.replace(made, plan=Plan(made.plan.groups, compact.plan.dense))
+
+
+def _as_fitted(compact: LanguageModel, plan: GroupPlan, statistics: Mapping[str, Statistics]) -> Fitted:
+    """The states of a group that is not refitted."""
+    states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), compact.params["groups"][plan.name])
+    inputs = states["input_states"]
+    if plan.pivots is not None:
+        inputs = free_gauge(plan.pivots, inputs, plan.d_in)
+    power = np.zeros(plan.d_in)
+    for member in plan.members:
+        power[: member.d_in] += np.maximum(np.diag(statistics[member.name].second_moment), 0.0) / len(plan.members)
+    return Fitted(Factors(inputs, tuple(states["output_states"][m.name] for m in plan.members)), np.sqrt(power))
 
 
 def _refit(
@@ -260,7 +277,7 @@ def _add_both(
         after, at_theirs = Layer(layers[0], dense).read(theirs, data["positions"])
         _, at_ours = Layer(layers[1], compact).read(data["ours"], data["positions"])
         new: dict[str, _Sums] = {}
-        for site in at_theirs:
+        for site in sums:
             x, y = at_theirs[site], at_ours[site]
             x = x if kept is None or site != INPUT_SITE["d"] else x[..., kept]
             x, y = (token_rows(inputs, data["mask"]) for inputs in (x, y))

@@ -34,7 +34,9 @@ from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.families import family_of
 from ngc_jax.models.load import LanguageModel
+from ngc_jax.planning.widths import hidden_width
 from ngc_jax.types import Params
 
 # Blocks whose outputs are hidden neurons: their G must be measured whole.
@@ -81,23 +83,28 @@ def prune_layers(
         donate: Delete the dense kernels that pruned ones replace.
     """
     layers = dict(model.params["layers"])
-    hf_config = {**model.hf_config, "intermediate_size": config.mlp_dim}
+    hf_config = {**model.hf_config, family_of(config.architecture).expert_width: hidden_width(config)}
     smaller = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
     kept: dict[int, np.ndarray] = {}
 
     waiting: dict[int, Mapping[str, Statistics]] = {}
 
     def run(layer: int) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
-        return _prune_layer(layers[str(layer)], layer, dict(waiting.pop(layer)), config, shrinkage)
+        found = dict(waiting.pop(layer))
+        if config.is_sparse(layer):
+            return _prune_experts(layers[str(layer)], layer, found, config, shrinkage)
+        if config.experts is not None:  # the dense MLPs beside experts are left as they are
+            return np.arange(config.mlp_dim), layers[str(layer)], found
+        return _prune_layer(layers[str(layer)], layer, found, config, shrinkage)
 
     def each() -> Iterator[dict[str, Statistics]]:
-        source, size = iter(stream), model.config.mlp_dim
+        source, size = iter(stream), hidden_width(model.config)
         for first in range(0, config.num_layers, at_once):
             some = range(first, min(first + at_once, config.num_layers))
             waiting.update(zip(some, source, strict=False))
             done = thread_map(run, some, costs=[1.0] * len(some), widths=[size] * len(some))
             for layer, (kept[layer], layers[str(layer)], found) in zip(some, done, strict=True):
-                if donate:
+                if donate and (config.experts is None or config.is_sparse(layer)):
                     for role in config.mlp_roles:
                         model.params["layers"][str(layer)]["mlp"][role]["kernel"].delete()
                 yield handed_over(found)
@@ -131,6 +138,26 @@ def _prune_layer(
         statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])
     statistics[names["d"]] = _of_inputs(hidden, kept, small["d"], shrinkage)
     return kept, {**params, "mlp": mlp}, statistics
+
+
+def _prune_experts(
+    params: Params, layer: int, statistics: dict[str, Statistics], config: DecoderConfig, shrinkage: float
+) -> tuple[np.ndarray, Params, dict[str, Statistics]]:
+    """As `_prune_layer`, expert by expert; kept neurons are (E, S)."""
+    assert config.experts is not None
+    stacks = {role: params["mlp"][role]["kernel"] for role in config.mlp_roles}
+    small = dataclasses.replace(config, mlp_dim=config.experts.width)
+    kept, pruned = [], []
+    for expert in range(config.experts.count):
+        # The expert by itself, as the MLP of a layer without others.
+        own = {block_name(layer, role): statistics[block_name(layer, role, expert)] for role in config.mlp_roles}
+        alone: Params = {"mlp": {role: {"kernel": stack[expert]} for role, stack in stacks.items()}}
+        stay, alone, own = _prune_layer(alone, layer, own, small, shrinkage)
+        kept.append(stay)
+        pruned.append({role: np.asarray(alone["mlp"][role]["kernel"]) for role in stacks})
+        statistics |= {block_name(layer, role, expert): own[block_name(layer, role)] for role in config.mlp_roles}
+    mlp = {role: {"kernel": _like(stack, np.stack([one[role] for one in pruned]))} for role, stack in stacks.items()}
+    return np.stack(kept), {**params, "mlp": {**params["mlp"], **mlp}}, statistics
 
 
 def _measured(gradients: OutputGradients | None) -> list[np.ndarray]:

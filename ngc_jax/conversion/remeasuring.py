@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from ngc_jax.conversion.state import ConversionState
 from ngc_jax.conversion.statistics import OutputGradients, Statistics
 from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.gauge import free_gauge
+from ngc_jax.groups.plan import Block, GroupPlan
 from ngc_jax.models.load import LanguageModel, kernel_of
 from ngc_jax.types import Params
 
@@ -166,7 +167,7 @@ def sensitivity_corrections(
     Returns:
         By block name; 1 for all if nothing changed.
     """
-    places = {name: (name.split(".")[1], name.split(".")[-1]) for name in predicted}
+    places = {name: (name.split(".")[1], name.split(".")[3]) for name in predicted}
     prior = _PRIOR / tokens
     factors: list[dict[str, float]] = [
         dict.fromkeys((place[axis] for place in places.values()), 1.0) for axis in (0, 1)
@@ -186,15 +187,27 @@ def dense_layer(model: LanguageModel, compact: LanguageModel, layer: int) -> Par
     """A layer of a compact model with its weights formed, so that it runs as a dense layer."""
     assert compact.plan is not None
     flat = traverse_util.flatten_dict(dict(compact.params["layers"][str(layer)]))
-    for role in model.config.roles:
-        block = model.config.block(layer, role)
+    stacks: dict[tuple[str, ...], list[Any]] = {}
+    for block in model.config.layer_blocks(layer):
+        path, expert = block.name.split(".")[2:4], block.name.split(".")[4:]
         group = compact.plan.group_of.get(block.name)
-        if group is not None:
-            # On the host: every rank is a new shape, which a device would have to compile for.
-            states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
-            inputs = states["input_states"]
-            if group.pivots is not None:
-                inputs = free_gauge(group.pivots, inputs, group.d_in)
-            formed = states["output_states"][block.name] @ inputs[: block.d_in].T
-            flat[(*block.name.split(".")[2:], "kernel")] = jnp.asarray(formed.astype(model.param_dtype))
+        formed = None if group is None else _formed(compact, group, block).astype(model.param_dtype)
+        if expert:
+            stacks.setdefault((*path, "kernel"), []).append(formed)
+        elif formed is not None:
+            flat[(*path, "kernel")] = jnp.asarray(formed)
+    for name, kernels in stacks.items():
+        dense = iter(np.asarray(flat[name]) if name in flat else ())
+        flat[name] = jnp.asarray(np.stack([next(dense) if kernel is None else kernel for kernel in kernels]))
     return traverse_util.unflatten_dict(flat)
+
+
+def _formed(compact: LanguageModel, group: GroupPlan, block: Block) -> np.ndarray:
+    """The weights of a member of a bilinear group, in float32."""
+    # On the host: every rank is a new shape, which a device would have to compile for.
+    states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), compact.params["groups"][group.name])
+    inputs = states["input_states"]
+    if group.pivots is not None:
+        inputs = free_gauge(group.pivots, inputs, group.d_in)
+    weight: np.ndarray = states["output_states"][block.name] @ inputs[: block.d_in].T
+    return weight

@@ -16,14 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ngc_jax.conversion.experts import ExpertSums, experts_of, input_means, no_inputs, row_weights, token_weights
+from ngc_jax.conversion.experts import add_inputs as add_expert_inputs
 from ngc_jax.conversion.state import Calibration, check_dense
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import handed_over
-from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.config import MLP_ROLES, DecoderConfig
 from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
+    ROWS,
     Compensated,
     Layer,
     Stack,
@@ -111,11 +114,21 @@ class InputSums:
 
     def __init__(self, config: DecoderConfig) -> None:
         self.count = 0
-        self.layers = {layer: _init_sites(config) for layer in range(config.num_layers)}
+        self.layers = {layer: _init_sites(config, layer) for layer in range(config.num_layers)}
 
 
-def _init_sites(config: DecoderConfig) -> dict[str, Moments]:
-    return {INPUT_SITE[role]: init_moments(config.block(0, role).d_in) for role in config.roles}
+SiteSums = dict[str, "Moments | ExpertSums"]
+
+
+def _init_sites(config: DecoderConfig, layer: int) -> SiteSums:
+    count = experts_of(config, layer)
+    found: SiteSums = {}
+    for role in config.roles:
+        if count and role in MLP_ROLES:
+            found[INPUT_SITE[role]] = no_inputs(count, config.block(layer, role, 0).d_in)
+        else:
+            found[INPUT_SITE[role]] = init_moments(config.block(layer, role).d_in)
+    return found
 
 
 def add_tokens(moments: Moments, x_BxLxD: Float[Array, "B L D"], mask_BxL: Float[Array, "B L"] | None) -> Moments:
@@ -142,11 +155,11 @@ def add_inputs(
     params: Params,
     x: Float[Array, "K B L D"],
     stack: Stack,
-    moments: dict[str, Moments],
+    moments: SiteSums,
     *,
     layer: DecoderLayer,
     mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Moments]]:
+) -> tuple[Array, SiteSums]:
     """Run one dense layer on a stack of batches and add its blocks' inputs to the sums.
 
     Args:
@@ -161,13 +174,26 @@ def add_inputs(
         The residual streams after it, and the sums.
     """
 
-    def step(
-        params: Params, data: Mapping[str, Any], x: Array, moments: dict[str, Moments]
-    ) -> tuple[Array, dict[str, Moments]]:
+    def step(params: Params, data: Mapping[str, Any], x: Array, moments: SiteSums) -> tuple[Array, SiteSums]:
         y, inputs = Layer(layer, params).read(x, data["positions"])
-        return y, {site: add_tokens(sums, inputs[site], data["mask"]) for site, sums in moments.items()}
+        new: SiteSums = {}
+        for site, sums in moments.items():
+            if isinstance(sums, ExpertSums):
+                new[site] = _add_experts(sums, site, inputs, data["mask"])
+            else:
+                new[site] = add_tokens(sums, inputs[site], data["mask"])
+        return y, new
 
     return each_batch(step, params, {"positions": stack.positions, "mask": stack.mask}, x, moments, mesh=mesh)
+
+
+def _add_experts(
+    sums: ExpertSums, site: str, inputs: Mapping[str, Any], mask_BxL: Float[Array, "B L"] | None
+) -> ExpertSums:
+    """Add the inputs of the experts of a batch, of u and g (tokens) or of d (rows)."""
+    rows, x = inputs[ROWS], inputs[site].reshape(-1, inputs[site].shape[-1])
+    weights = row_weights(rows, len(sums.rows), None if mask_BxL is None else mask_BxL.reshape(-1))
+    return add_expert_inputs(sums, x, weights if site == INPUT_SITE["d"] else token_weights(rows, weights, len(x)))
 
 
 def calibrate(
@@ -243,12 +269,13 @@ def measure_inputs(
     counts = np.cumsum([stack.used() for stack in stacks])
     streams = [embed(decoder, params, stack.tokens) for stack in stacks]
     for layer in range(config.num_layers):
-        moments = _init_sites(config) if begun is None else begun.layers.pop(layer)
+        moments = _init_sites(config, layer) if begun is None else begun.layers.pop(layer)
         first: dict[str, FirstTokens] = {}
         if begun is not None and keep_first:
             first = {
                 site: FirstTokens(begun.count, mean_product(sums.second, begun.count).astype(np.float32))
                 for site, sums in moments.items()
+                if isinstance(sums, Moments)
             }
         module = layer_module(decoder, layer)
         for index, stack in enumerate(stacks):
@@ -258,16 +285,28 @@ def measure_inputs(
             if progress is not None:
                 jax.block_until_ready(moments)
                 progress(layer * int(counts[-1]) + int(counts[index]), config.num_layers * int(counts[-1]))
-        by_site = {
-            site: _statistics(moments.pop(site), count, first.get(site), f"layers.{layer}.{site}")
-            for site in list(moments)
-        }
+        by_site: dict[str, Statistics] = {}
+        for site in list(moments):
+            sums, name = moments.pop(site), f"layers.{layer}.{site}"
+            if isinstance(sums, ExpertSums):
+                means = input_means(sums, count, hidden=site == INPUT_SITE["d"])
+                by_site |= {
+                    f"{site}.{expert}": Statistics(
+                        mean.rows, mean.second_moment, mean.absolute_mean, site=f"{name}.{expert}"
+                    )
+                    for expert, mean in enumerate(means)
+                }
+            else:
+                by_site[site] = _statistics(sums, count, first.get(site), name)
         for site, statistics in by_site.items():
             if not np.isfinite(statistics.second_moment).all():
                 raise UsageError(
                     f"the activations of layer {layer} ({site}) are not finite; load the model with --dtype float32"
                 )
-        by_name = {block_name(layer, role): by_site[INPUT_SITE[role]] for role in config.roles}
+        by_name = {}
+        for block in config.layer_blocks(layer):
+            role, *expert = block.name.split(".")[3:]
+            by_name[block.name] = by_site[".".join([INPUT_SITE[role], *expert])]
         del by_site, statistics
         yield layer, handed_over(by_name)
 

@@ -53,6 +53,11 @@ class GroupedSource:
                 f"{source.name} applies its layers {config.iterations} times, which transformers' model does not; it "
                 "can be used with ngc-jax only"
             )
+        if config.experts is not None:
+            raise UsageError(
+                f"the groups of {config.architecture} models cannot be written for transformers: their MLPs are "
+                "mixtures of experts; export it to hf, which folds them, or use it with ngc-jax"
+            )
         self.name, self.license, self.conversion = source.name, source.license, inspection.conversion
         self.architecture = config.architecture
         self._source = source

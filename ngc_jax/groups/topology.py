@@ -3,6 +3,9 @@
     >>> [group.members for group in expand(parse("qkk-qvv"), num_layers=2)][0]
     ('layers.0.attn.q', 'layers.0.attn.k', 'layers.1.attn.k')
 
+In layers with mixtures of experts, u, g and d stand for every expert's own: `ug` is a group for each expert, `ug*` one
+for all experts of a layer.
+
 A letter that occurs n times in a section of the text has period n: its occurrences, from left to right, are n
 successive layers, and the pattern repeats over the section's layers. Blocks that are not named are left dense.
 Pure Python: nothing here imports an array library.
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.families import FAMILIES
 from ngc_jax.groups.topology_text import (
+    ALL_EXPERTS,
     ROLES,
     Bound,
     Section,
@@ -25,9 +29,11 @@ from ngc_jax.groups.topology_text import (
     format_topology,
     overlap_problem,
     parse,
+    roles_of,
 )
 
 __all__ = [
+    "ALL_EXPERTS",
     "FAMILIES",
     "ROLES",
     "Bound",
@@ -43,12 +49,16 @@ __all__ = [
 ]
 
 
+_MLP = "ugd"
+
+
 @dataclasses.dataclass(frozen=True)
 class TopologyGroup:
     """One group of a model.
 
     Attributes:
-        name: `L<first layer>[_<last layer>]-<role of each member>`, for example `L0-qkv` or `L2_3-qq`.
+        name: `L<first layer>[_<last layer>]-<role of each member>`, for example `L0-qkv` or `L2_3-qq`; then
+            `.<expert>`, or `*` for all experts.
         members: Block names in the order of the text, for example `layers.0.attn.q`.
     """
 
@@ -56,7 +66,9 @@ class TopologyGroup:
     members: tuple[str, ...]
 
 
-def expand(topology: Topology, num_layers: int, roles: str = ROLES) -> tuple[TopologyGroup, ...]:
+def expand(
+    topology: Topology, num_layers: int, roles: str = ROLES, experts: Sequence[int] = ()
+) -> tuple[TopologyGroup, ...]:
     """The groups of a model of `num_layers` layers, ordered by first layer, then as written.
 
     Where a period does not divide a range, the last groups have fewer members, and empty ones are dropped. Blocks in no
@@ -66,14 +78,35 @@ def expand(topology: Topology, num_layers: int, roles: str = ROLES) -> tuple[Top
         topology: The result of `parse`.
         num_layers: Depth of the model.
         roles: The roles that the model has.
+        experts: By layer, the number of experts of its MLP, 0 for none; none anywhere if empty.
 
     Raises:
-        TopologyError: If the topology names a role that the model lacks, or a range does not fit its depth.
+        TopologyError: If the topology names a role that the model lacks, a range does not fit its depth, or a group
+            joins experts of different layers, or experts with attention, without `*`.
     """
-    return tuple(
-        TopologyGroup(_group_name(members), tuple(_block_name(layer, role) for layer, role in members))
-        for members in _memberships(topology, num_layers, roles)
-    )
+    found: list[TopologyGroup] = []
+    for members, mark in _memberships(topology, num_layers, roles):
+        name = _group_name(members)
+        numbers = {(layer, role): experts[layer] if experts and role in _MLP else 0 for layer, role in members}
+        if not any(numbers.values()):
+            found.append(TopologyGroup(name, tuple(_block_name(layer, role) for layer, role in members)))
+        elif mark == ALL_EXPERTS:
+            blocks = [
+                _block_name(layer, role, expert)
+                for layer, role in members
+                for expert in (range(numbers[layer, role]) if numbers[layer, role] else (None,))
+            ]
+            found.append(TopologyGroup(name + ALL_EXPERTS, tuple(blocks)))
+        else:
+            if len({layer for layer, _ in members}) > 1 or not all(numbers.values()):
+                letters = "".join(role for _, role in members)
+                raise _error_at(
+                    topology, 0, f"group {letters!r} joins an expert with another layer or with attention; add '*'"
+                )
+            for expert in range(experts[members[0][0]]):
+                blocks = [_block_name(layer, role, expert) for layer, role in members]
+                found.append(TopologyGroup(f"{name}.{expert}", tuple(blocks)))
+    return tuple(found)
 
 
 def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
@@ -85,17 +118,17 @@ def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
         TopologyError: As `expand`.
     """
     dense = {role: list(range(num_layers)) for role in roles}
-    for members in _memberships(topology, num_layers, roles):
+    for members, _ in _memberships(topology, num_layers, roles):
         for layer, role in members:
             dense[role].remove(layer)
     rows = [("layers", "share a latent space", "groups")]
     for section, layers in zip(topology.sections, _layer_ranges(topology, num_layers), strict=True):
-        for period, members in _patterns(section):
+        for period, members, mark in _patterns(section):
             count = len(layers[min(members)[0] :: period])
             if not count:
                 continue
             short = any(offset >= len(layers) - period * (count - 1) for offset, _ in members)
-            shared = " ".join(role + str(offset) * (period > 1) for offset, role in members)
+            shared = " ".join(role + str(offset) * (period > 1) + mark for offset, role in members)
             rows.append((_layer_text(layers), shared, f"{count}{', the last cut short' * short}"))
     by_layers: defaultdict[str, list[str]] = defaultdict(list)
     for role in roles:
@@ -107,39 +140,39 @@ def describe(topology: Topology, num_layers: int, roles: str = ROLES) -> str:
 
 def spans_layers(topology: Topology) -> bool:
     """Whether any group has members in several layers."""
-    patterns = [members for section in topology.sections for _, members in _patterns(section)]
+    patterns = [members for section in topology.sections for _, members, _ in _patterns(section)]
     return any(len({layer for layer, _ in members}) > 1 for members in patterns)
 
 
-def _patterns(section: Section) -> list[tuple[int, list[tuple[int, str]]]]:
-    """For each group its period and its members, (layer within the period, role)."""
-    periods = Counter("".join(section.groups))
+def _patterns(section: Section) -> list[tuple[int, list[tuple[int, str]], str]]:
+    """For each group its period, its members, (layer within the period, role), and what follows its letters."""
+    periods = Counter("".join(map(roles_of, section.groups)))
     seen: Counter[str] = Counter()
     patterns = []
     for group in section.groups:
         members = []
-        for role in group:
+        for role in (letters := roles_of(group)):
             members.append((seen[role], role))
             seen[role] += 1
-        patterns.append((periods[group[0]], members))
+        patterns.append((periods[group[0]], members, group.removeprefix(letters)))
     return patterns
 
 
-def _memberships(topology: Topology, num_layers: int, roles: str) -> list[list[tuple[int, str]]]:
-    """The members, (layer, role), of every group."""
+def _memberships(topology: Topology, num_layers: int, roles: str) -> list[tuple[list[tuple[int, str]], str]]:
+    """The members, (layer, role), of every group, and what follows its letters."""
     for index, section in enumerate(topology.sections):
-        for role in "".join(section.groups):
+        for role in "".join(map(roles_of, section.groups)):
             if role not in roles:
                 problem = f"the model has no role {role!r}; its roles are {' '.join(roles)}"
                 raise _error_at(topology, index, problem, role)
-    found: list[tuple[int, int, list[tuple[int, str]]]] = []
+    found: list[tuple[int, int, list[tuple[int, str]], str]] = []
     for section, layers in zip(topology.sections, _layer_ranges(topology, num_layers), strict=True):
-        for order, (period, pattern) in enumerate(_patterns(section)):
+        for order, (period, pattern, mark) in enumerate(_patterns(section)):
             for base in range(layers.start, layers.stop, period):
                 members = [(base + offset, role) for offset, role in pattern if base + offset < layers.stop]
                 if members:
-                    found.append((min(members)[0], order, members))
-    return [members for _, _, members in sorted(found)]
+                    found.append((min(members)[0], order, members, mark))
+    return [(members, mark) for _, _, members, mark in sorted(found)]
 
 
 def _layer_ranges(topology: Topology, num_layers: int) -> list[range]:
@@ -175,8 +208,9 @@ def _group_name(members: list[tuple[int, str]]) -> str:
     return f"{layers}-{''.join(role for _, role in members)}"
 
 
-def _block_name(layer: int, role: str) -> str:
-    return f"layers.{layer}.{'attn' if role in 'qkvo' else 'mlp'}.{role}"
+def _block_name(layer: int, role: str, expert: int | None = None) -> str:
+    name = f"layers.{layer}.{'mlp' if role in _MLP else 'attn'}.{role}"
+    return name if expert is None else f"{name}.{expert}"
 
 
 def _layer_text(layers: Sequence[int]) -> str:

@@ -3,8 +3,11 @@
     topology = section { ";" section }
     section  = [ [ bound ] ":" [ bound ] "=" ] item { "-" item }
     bound    = layer | "-" layer | percent "%"
-    item     = role { role } | "hybrid1" ... "hybrid5"
+    item     = role { role } [ "*" | "?" ] | "hybrid1" ... "hybrid5"
     role     = "q" | "k" | "v" | "o" | "u" | "g" | "d"
+
+In layers with mixtures of experts, the roles of an MLP are each expert's own; * joins all experts of a layer, and ?
+leaves that to the expected loss. Elsewhere both have no effect.
 
 `topology` defines the meaning of the text for a model of a given depth; import from there.
 """
@@ -24,6 +27,8 @@ from ngc_jax.groups.families import HYBRIDS
 
 ROLES = "qkvougd"
 """The roles of a decoder layer: attention q, k, v, o; MLP u(p), g(ate), d(own)."""
+ALL_EXPERTS, EITHER = "*", "?"
+"""After a group: it has all experts of a layer as members; or whichever of both the expected loss prefers."""
 
 # Few enough digits that int() and Decimal are exact and fast.
 _BOUND = re.compile(r"(?P<layer>-?[0-9]{1,6})|(?P<percent>[0-9]{1,6}(\.[0-9]{1,6})?)\s*%")
@@ -128,6 +133,20 @@ def parse(text: str) -> Topology:
     return Topology(tuple(sections))
 
 
+def roles_of(group: str) -> str:
+    """The letters of a group, without what follows them."""
+    return group.rstrip(ALL_EXPERTS + EITHER)
+
+
+def with_sharing(topology: Topology, mark: str) -> Topology:
+    """The topology with `mark`, `ALL_EXPERTS` or nothing, in place of every `EITHER`."""
+    sections = [
+        dataclasses.replace(section, groups=tuple(group.replace(EITHER, mark) for group in section.groups))
+        for section in topology.sections
+    ]
+    return Topology(tuple(sections))
+
+
 def _split(text: str, begin: int, end: int, separator: str) -> Iterator[tuple[int, int]]:
     """Spans between separators, without surrounding white space; an empty span marks missing text."""
     for piece in text[begin:end].split(separator):
@@ -170,6 +189,8 @@ def _parse_section(text: str, begin: int, end: int) -> list[Section]:
 
 def _check_group(text: str, begin: int, end: int) -> None:
     word = text[begin:end]
+    if len(word) > 1 and word[-1] in (ALL_EXPERTS, EITHER):
+        word, end = word[:-1], end - 1
     if not word:
         raise TopologyError(f"a group is missing; expected letters of {' '.join(ROLES)}", text, begin)
     position, letter = next(((at, a) for at, a in enumerate(word, begin) if a not in ROLES), (end, ""))
@@ -193,9 +214,9 @@ def _check_group(text: str, begin: int, end: int) -> None:
 
 
 def _check_periods(text: str, groups: list[tuple[str, int]]) -> None:
-    periods = Counter("".join(group for group, _ in groups))
+    periods = Counter("".join(roles_of(group) for group, _ in groups))
     for group, position in groups:
-        for offset, role in enumerate(group):
+        for offset, role in enumerate(roles_of(group)):
             if periods[role] != periods[group[0]]:
                 each = ", ".join(f"{name} {periods[name]}" for name in dict.fromkeys(group))
                 problem = (

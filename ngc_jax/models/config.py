@@ -18,15 +18,50 @@ __all__ = [
     "MLP_ROLES",
     "ROLES",
     "DecoderConfig",
+    "Experts",
     "block_name",
     "brief",
     "text_config",
+    "without_experts",
 ]
 
 ATTENTION_ROLES = "qkvo"
 MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixtures of experts of a decoder: MLPs of which a router chooses a few for each token.
+
+    A token's experts are those with the greatest router logits, and its output is the sum of theirs, weighted by the
+    softmax of the logits. Whether the softmax is taken before or after the choice makes no other difference than
+    whether the weights of the chosen experts sum to one, which `normalised` says.
+
+    Attributes:
+        count: E, experts of a layer.
+        per_token: Experts that each token is routed to.
+        width: F of every expert.
+        layers: By layer, whether its MLP is a mixture of experts.
+        normalised: A token's weights sum to one.
+
+    Raises:
+        UsageError: If a number is not positive, or a token is routed to more experts than there are.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    layers: tuple[bool, ...]
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("count", "per_token", "width"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} of experts is {getattr(self, field)}; expected a positive whole number")
+        if self.per_token > self.count:
+            raise UsageError(f"{self.per_token} experts per token, of {self.count}; expected at most all of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +103,7 @@ class DecoderConfig:
         iterations: How often all layers are applied, one round after the other: above 1 the depth is unrolled
             communication of the same groups, with weights tied between rounds. `ngc_iterations` in config.json, which
             transformers ignores.
+        experts: The layers whose MLPs are mixtures of experts; None if there are none.
 
     Raises:
         UsageError: If sizes are not positive or inconsistent.
@@ -105,6 +141,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     iterations: int = 1
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for field in (
@@ -135,6 +172,8 @@ class DecoderConfig:
         for field in ("windows", "ropes"):
             if len(getattr(self, field)) != self.num_layers:
                 raise UsageError(f"{field} has {len(getattr(self, field))} entries for {self.num_layers} layers")
+        if self.experts is not None and (len(self.experts.layers) != self.num_layers or self.mlp_bias):
+            raise UsageError("experts have no biases, and each layer has experts or not")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -172,6 +211,8 @@ class DecoderConfig:
             "attention_scale": head_dim**-0.5,
             **family.features(hf),
         }
+        if isinstance(fields.get("experts"), Mapping):
+            fields["experts"] = Experts(**fields["experts"])
         if "ropes" not in fields:
             fields["ropes"] = (rope(hf),) * layers
         return cls(**fields)
@@ -186,27 +227,63 @@ class DecoderConfig:
         """Its roles, in the order of `ROLES`."""
         return ATTENTION_ROLES + self.mlp_roles
 
-    def block(self, layer: int, role: str) -> Block:
-        """The block that plays `role` (one of `roles`) in a layer."""
-        if role not in self.roles:
-            raise KeyError(role)
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
+
+    def block(self, layer: int, role: str, expert: int | None = None) -> Block:
+        """The block that plays `role` (one of `roles`) in a layer.
+
+        Args:
+            layer: From 0.
+            role: One of `roles`.
+            expert: Of which expert, from 0, for a role of an MLP in a layer with experts; None otherwise.
+
+        Raises:
+            KeyError: If there is no such block.
+        """
+        of_expert = self.is_sparse(layer) and role in MLP_ROLES
+        if role not in self.roles or of_expert != (expert is not None):
+            raise KeyError(block_name(layer, role, expert))
         q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        mlp_dim = self.experts.width if of_expert and self.experts is not None else self.mlp_dim
         d_out, d_in, bias = {
             "q": (q_dim, self.embed_dim, self.qkv_bias),
             "k": (kv_dim, self.embed_dim, self.qkv_bias),
             "v": (kv_dim, self.embed_dim, self.qkv_bias),
             "o": (self.embed_dim, q_dim, self.o_bias),
-            "u": (self.mlp_dim, self.embed_dim, self.mlp_bias),
-            "g": (self.mlp_dim, self.embed_dim, self.mlp_bias),
-            "d": (self.embed_dim, self.mlp_dim, self.mlp_bias),
+            "u": (mlp_dim, self.embed_dim, self.mlp_bias),
+            "g": (mlp_dim, self.embed_dim, self.mlp_bias),
+            "d": (self.embed_dim, mlp_dim, self.mlp_bias),
         }[role]
-        return Block(block_name(layer, role), d_out, d_in, bias)
+        return Block(block_name(layer, role, expert), d_out, d_in, bias)
+
+    def layer_blocks(self, layer: int) -> tuple[Block, ...]:
+        """Every block of a layer, in the order of `roles`, those of experts in their order."""
+        found = []
+        for role in self.roles:
+            if self.experts is not None and self.is_sparse(layer) and role in MLP_ROLES:
+                found += [self.block(layer, role, expert) for expert in range(self.experts.count)]
+            else:
+                found.append(self.block(layer, role))
+        return tuple(found)
 
     def blocks(self) -> tuple[Block, ...]:
         """Every block, layer by layer in the order of `roles`."""
-        return tuple(self.block(layer, role) for layer in range(self.num_layers) for role in self.roles)
+        return tuple(block for layer in range(self.num_layers) for block in self.layer_blocks(layer))
 
 
-def block_name(layer: int, role: str) -> str:
-    """Name of the block that plays `role` in a layer, for example `layers.3.attn.q`."""
-    return f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
+def block_name(layer: int, role: str, expert: int | None = None) -> str:
+    """Name of the block that plays `role` in a layer, such as `layers.3.attn.q`; of expert 5, `layers.3.mlp.u.5`."""
+    name = f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
+    return name if expert is None else f"{name}.{expert}"
+
+
+def without_experts(config: DecoderConfig, what: str) -> None:
+    """Refuse a decoder with mixtures of experts.
+
+    Raises:
+        UsageError: If it has some; `what` is what they cannot have done to them.
+    """
+    if config.experts is not None:
+        raise UsageError(f"{what} of {config.architecture} models is not supported: their MLPs are mixtures of experts")

@@ -25,13 +25,13 @@ from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.groups.quantised import contract
 from ngc_jax.models.attention import LayerCache, attend, extend, rotate
 from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.experts import BLOCK_INPUTS, SparseMlp
 from ngc_jax.models.latent_attention import AttentionRules, Readers, attend_in_latent_space
 from ngc_jax.models.latent_cache import CacheKind, LatentCache, MixedCache, cache_layout
 from ngc_jax.models.parts import Embedding, Norm, Projection, Unembedding
 from ngc_jax.models.sites import JoinedProjection, product, site_of, take_columns
 
 GroupStates = Mapping[str, Any]
-BLOCK_INPUTS = "block_inputs"
 RESIDUALS = "residuals"
 # Position of each role's input in a layer's sown variables; roles with the same site read the same numbers.
 INPUT_SITE = {
@@ -47,8 +47,9 @@ INPUT_SITE = {
 
 def input_site(block: str) -> tuple[str, str]:
     """The layer and site of the input that a block reads, by block name; blocks with equal ones share their input."""
-    _, layer, _, role = block.split(".")
-    return layer, INPUT_SITE[role]
+    _, layer, _, role, *expert = block.split(".")
+    # All experts read the stream; the hidden neurons of each are its own.
+    return layer, ".".join([INPUT_SITE[role], *(expert if role == "d" else [])])
 
 
 _ACTIVATIONS = {
@@ -266,7 +267,11 @@ class DecoderLayer(nn.Module):
         x = add(x, norm("attn_post_norm", y, c.post_norms))
         mlp_in = attn_in if c.parallel else norm("mlp_norm", x, c.pre_norms)
         self.sow(BLOCK_INPUTS, "mlp_input", mlp_in)
-        y = Mlp(*module, "mlp" in self.joined, name="mlp")(mlp_in, groups)
+        if c.is_sparse(self.layer):
+            mlp: Any = SparseMlp(*module, "mlp" in self.joined, _ACTIVATIONS[c.activation], name="mlp")
+        else:
+            mlp = Mlp(*module, "mlp" in self.joined, name="mlp")
+        y = mlp(mlp_in, groups)
         x = add(x, norm("mlp_post_norm", y, c.post_norms))
         self.sow(RESIDUALS, "output", x)
         return x, cache

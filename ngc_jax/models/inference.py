@@ -22,6 +22,7 @@ from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.config import block_name
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.experts import form_of, stack_experts
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sites import SITES, Site, site_of
 from ngc_jax.types import Params
@@ -54,6 +55,9 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
         for part in parts[layer]:
             blocks = dict(own.get(part, {}))  # nothing, if all blocks have groups and no norm or bias
             joined = {}
+            if part == "mlp" and decoder.config.is_sparse(layer):
+                own[part] = _expert_params(decoder, plan, params, layer)
+                continue
             for all_roles in SITES[part]:
                 roles = "".join(role for role in all_roles if role in decoder.config.roles)
                 site = site_of(decoder.config, plan, layer, roles)
@@ -109,6 +113,28 @@ def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, block
     if site.bias:
         found["bias"] = np.concatenate([np.asarray(blocks[role]["bias"]) for role in site.roles])
     return {name: _stored(array, decoder) for name, array in found.items()}
+
+
+def _expert_params(decoder: Decoder, plan: Plan, params: Params, layer: int) -> dict[str, Any]:
+    """The parameters of a layer's mixture of experts in the run-time layout."""
+    config, mlp = decoder.config, params["layers"][str(layer)]["mlp"]
+    assert config.experts is not None
+    found: dict[str, Any] = {"router": {"kernel": _stored(np.asarray(mlp["router"]["kernel"]), decoder)}}
+    encoded: set[tuple[str, bool]] = set()
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for role in config.mlp_roles:
+            form = form_of(config, plan, layer, role)
+            names = tuple(block_name(layer, role, expert) for expert in range(config.experts.count))
+            d_in = config.block(layer, role, 0).d_in
+            dense = mlp[role]["kernel"] if form.left_dense else None
+            stacks = stack_experts(form, names, d_in, params.get("groups", {}), dense)
+            group = form.groups[0]
+            # A signal is encoded once for all roles that read it.
+            if form.kind == "shared" and group is not None and (group.name, role == "d") not in encoded:
+                encoded.add((group.name, role == "d"))
+                stacks["signal"] = jnp.asarray(_encoder(group, params["groups"][group.name], d_in))
+            found[role] = {name: _stored(np.asarray(array), decoder) for name, array in stacks.items()}
+    return found
 
 
 def _stored(array: NDArray, decoder: Decoder) -> Array:

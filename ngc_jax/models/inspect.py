@@ -77,7 +77,7 @@ class Inspection:
         assert self.plan is not None
         kinds: dict[str, list[GroupPlan]] = {}
         for group in self.plan.groups:
-            kinds.setdefault(group.name.split("-", 1)[-1], []).append(group)
+            kinds.setdefault(group.name.split("-", 1)[-1].partition(".")[0], []).append(group)
         return [_row(f"{len(groups)} × {kind}", groups) for kind, groups in kinds.items()]
 
 

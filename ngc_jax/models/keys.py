@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import DecoderConfig
+from ngc_jax.groups.plan import Plan
+from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import OTHER_PARTS, family_of
 
 # Tensors that a file may contain and a text decoder does not need.
@@ -34,6 +35,38 @@ def hf_name(parameter: str, config: DecoderConfig) -> str:
     if parameter.startswith("groups."):
         return parameter
     return family_of(config.architecture).hf_name(parameter)
+
+
+def matrices_of_experts(
+    parameters: Iterable[str], config: DecoderConfig, plan: Plan | None
+) -> dict[str, tuple[str, ...]]:
+    """The stacked matrices of experts among parameters, and the names of the parts, in their order.
+
+    Args:
+        parameters: By path, such as `layers.3.mlp.u.kernel`.
+        config: The decoder.
+        plan: Its groups; a matrix whose expert has a group is not among the parts. None for the dense model.
+    """
+    grouped = {} if plan is None else plan.group_of
+    known = set(parameters)
+    found: dict[str, tuple[str, ...]] = {}
+    for layer in range(config.num_layers if config.experts is not None else 0):
+        for role in config.mlp_roles if config.is_sparse(layer) else "":
+            assert config.experts is not None
+            blocks = [block_name(layer, role, expert) for expert in range(config.experts.count)]
+            if (stacked := f"{block_name(layer, role)}.kernel") in known:
+                found[stacked] = tuple(f"{block}.kernel" for block in blocks if block not in grouped)
+    return found
+
+
+def separate_experts(
+    shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters with each expert's matrix by itself; `parts` from `matrices_of_experts`."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        found |= dict.fromkeys(parts[name], shape[1:]) if name in parts else {name: shape}
+    return found
 
 
 def match_tensors(

@@ -27,6 +27,8 @@ from ngc_jax.types import Params
 
 Streams = TypeVar("Streams")
 Sums = TypeVar("Sums")
+# The routing of a mixture of experts, among the inputs of its layer.
+ROWS = "mlp.rows"
 # The axis of a mesh that the windows of a batch are sharded over.
 _WINDOWS_AXIS = "data"
 # Batches that a compiled layer processes in one call. The system allocates a call's working memory again every time,
@@ -85,10 +87,14 @@ class Layer:
         return y, inputs_by_site(sown[BLOCK_INPUTS])
 
 
-def inputs_by_site(sown: Mapping[str, Any]) -> dict[str, Float[Array, "B L I"]]:
-    """The inputs of a layer's blocks by `INPUT_SITE`, from the collection that it sows."""
+def inputs_by_site(sown: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a layer's blocks by `INPUT_SITE`, from the collection that it sows.
+
+    Of a mixture of experts the inputs of d are those of `experts.Rows`, (R, F), and the rows are the entry `ROWS`.
+    """
     found = {}
-    for site in dict.fromkeys(INPUT_SITE.values()):
+    sites = [*dict.fromkeys(INPUT_SITE.values()), *([ROWS] if "rows" in sown["mlp"] else [])]
+    for site in sites:
         value: Any = sown
         for part in site.split("."):
             value = value[part]
@@ -115,7 +121,8 @@ def layer_module(decoder: Decoder, number: int, *, hold_others: bool = False) ->
     config, plan = decoder.config, decoder.plan or Plan()
     layer = number % config.num_layers
     if not plan.groups:
-        kinds = list(zip(config.windows, config.ropes, strict=True))
+        sparse = [config.is_sparse(layer) for layer in range(config.num_layers)]
+        kinds = list(zip(config.windows, config.ropes, sparse, strict=True))
         layer = kinds.index(kinds[layer])
     return DecoderLayer(config, plan, layer, decoder.param_dtype, hold_others)
 

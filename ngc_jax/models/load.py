@@ -18,7 +18,7 @@ from ngc_jax.groups.plan import Plan
 from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
-from ngc_jax.models.keys import match_tensors, plain_names
+from ngc_jax.models.keys import match_tensors, matrices_of_experts, plain_names, separate_experts
 from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source, open_source
@@ -111,15 +111,17 @@ class Drafter:
 def kernel_of(params: Params, block: str) -> jax.Array:
     """The dense kernel (d_out, d_in) of a block."""
     node: Any = params
-    for part in block.split("."):
+    *path, last = block.split(".")
+    for part in path if last.isdecimal() else (*path, last):
         node = node[part]
     kernel: jax.Array = node["kernel"]
-    return kernel
+    return kernel[int(last)] if last.isdecimal() else kernel
 
 
 def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path joined with dots; nothing is computed."""
-    return {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}
+    """Shape of every parameter by its path joined with dots, each expert's matrix by itself; nothing is computed."""
+    shapes = {".".join(path): shape for path, shape in _shapes_by_path(decoder).items()}
+    return separate_experts(shapes, matrices_of_experts(shapes, decoder.config, decoder.plan))
 
 
 @cache  # tracing the decoder of a large model takes seconds
@@ -229,15 +231,23 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
     # States are keyed by block names, which contain dots: a joined path cannot be split again.
     by_path = _shapes_by_path(decoder)
     shapes = {".".join(path): shape for path, shape in by_path.items()}
-    names = match_tensors(shapes, source.shapes, decoder.config, source.name)
+    apart = matrices_of_experts(shapes, decoder.config, decoder.plan)
+    names = match_tensors(separate_experts(shapes, apart), source.shapes, decoder.config, source.name)
     check_tied_head(source, decoder.config, names["embed.embedding"])
-    flat = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for done, path in enumerate(by_path, start=1):
+        if (parts := apart.get(".".join(path))) is not None:
+            what = f"tensor {names[parts[0]]!r} of {source.name}"
+            stacked = np.stack([source.read(names[part]) for part in parts])
+            flat[path] = _put(stacked, decoder.param_dtype, what)
+            if progress is not None:
+                progress(done, len(by_path))
+            continue
         name = names[".".join(path)]
         what, matrix = f"tensor {name!r} of {source.name}", source.read_quantised(name)
         flat[path] = _put(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
         if progress is not None:
-            progress(done, len(names))
+            progress(done, len(by_path))
     return traverse_util.unflatten_dict(flat)
 
 

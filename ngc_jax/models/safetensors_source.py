@@ -129,9 +129,11 @@ class SafetensorsSource(Closing):
         shapes = {name: entry.shape for name, entry in self._entries.items()}
         for name, parts in fused_rows(shapes, self.config, str(self._directory)).items():
             whole = self._entries.pop(name)
-            row = whole.n_bytes // whole.shape[0]
+            # Of experts there is one matrix below the other, in a tensor with a dimension for them.
+            tail = whole.shape[2:] if len(whole.shape) == 3 else whole.shape[1:]
+            row = whole.n_bytes // math.prod(whole.shape[: len(whole.shape) - len(tail)])
             for part, (first, rows) in parts.items():
-                shape = (rows, *whole.shape[1:])
+                shape = (rows, *tail)
                 self._entries[part] = dataclasses.replace(
                     whole, shape=shape, start=whole.start + first * row, n_bytes=rows * row
                 )

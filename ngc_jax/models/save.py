@@ -21,8 +21,8 @@ from ngc_jax.files import atomic_directory, os_errors
 from ngc_jax.groups.quantised import is_quantised
 from ngc_jax.models.card import model_card
 from ngc_jax.models.families import family_of
-from ngc_jax.models.fused import fused_names
-from ngc_jax.models.keys import hf_name
+from ngc_jax.models.fused import fused_names, with_experts
+from ngc_jax.models.keys import hf_name, matrices_of_experts
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.quantised_tensors import describe_quantised, tensors_of
 from ngc_jax.models.saved_config import is_plain, join_config
@@ -114,13 +114,18 @@ def _json(data: Mapping[str, Any]) -> str:
 def _save_tensors(model: LanguageModel, directory: Path) -> None:
     shards: list[dict[str, jax.Array]] = [{}]
     size = total = 0
-    leaves = {
-        hf_name(".".join(path), model.config): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()
-    }
+    by_path = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(model.params).items()}
+    apart = matrices_of_experts(by_path, model.config, model.plan)
+    leaves: dict[str, Any] = {}
+    for path, leaf in by_path.items():
+        of_experts = enumerate(apart.get(path, ()))
+        own = {part: leaf[number] for number, part in of_experts} if path in apart else {path: leaf}
+        leaves |= {hf_name(part, model.config): one for part, one in own.items()}
     plain = is_plain(model.config, model.plan, quantised=model.quantised)
     whole = fused_names(leaves, family_of(model.config.architecture)) if plain else {name: (name,) for name in leaves}
     for name, parts in whole.items():
         leaf = leaves[name] if len(parts) == 1 else jnp.concatenate([leaves[part] for part in parts])
+        leaf = with_experts(leaf, name, family_of(model.config.architecture), model.config)
         if shards[-1] and size + leaf.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0

@@ -31,7 +31,7 @@ def cached_when_dense(group: Candidate) -> int:
 
 
 def _is_cached(block: str) -> bool:
-    return block.split(".")[-1] in ("k", "v")
+    return block.split(".")[3] in ("k", "v")
 
 
 def cached_numbers(group: Candidate, rank: int) -> int:

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Iterable
 
 from ngc_jax.groups.plan import Block
-from ngc_jax.groups.topology import expand, parse, spans_layers
-from ngc_jax.models.config import ROLES, DecoderConfig
+from ngc_jax.groups.topology import ALL_EXPERTS, Topology, expand, parse, spans_layers
+from ngc_jax.groups.topology_text import EITHER, with_sharing
+from ngc_jax.models.config import MLP_ROLES, ROLES, DecoderConfig
 
 # The topology that is chosen together with the ranks, by the expected loss.
 AUTO = "auto"
 # For every set of roles, the ways in which two successive layers may share; the first shares nothing.
 _WAYS = (("q-k-v", "qkv", "qq-kk-vv"), ("o", "oo"), ("u-g", "ug", "uu-gg"), ("d", "dd"))
+# Of one layer with experts: blocks of one expert share or not, or those of all experts do.
+_EXPERT_WAYS: tuple[tuple[str, ...], ...] = (("u-g", "ug", "u*-g*", "ug*"), ("d",))
 _WITHOUT_GATE = (*_WAYS[:2], ("u", "uu"), _WAYS[3])
 
 
@@ -64,14 +67,36 @@ def candidate_cells(config: DecoderConfig, topology: str) -> tuple[Cell, ...]:
         UsageError: If the topology does not parse or does not fit the decoder.
     """
     if topology != AUTO:
-        return tuple(((group,),) for group in _candidates(config, topology))
+        parsed = parse(topology)
+        if config.experts is None or EITHER not in topology:
+            return tuple(((group,),) for group in _candidates(config, with_sharing(parsed, "")))
+        return _cells_of_either(config, parsed)
     cells = []
     for start in range(0, config.num_layers, 2):
         stop = min(start + 2, config.num_layers)
+        sparse = any(config.is_sparse(layer) for layer in range(start, stop))
         for ways in _WAYS if config.gated_mlp else _WITHOUT_GATE:
+            if sparse and ways[0][0] in MLP_ROLES:
+                continue
             cell = [tuple(_candidates(config, f"{start}:{stop}={way}")) for way in ways]
             # The last of an odd number of layers has no neighbour: two alternatives may be equal.
             cells.append(tuple(way for index, way in enumerate(cell) if way not in cell[:index]))
+        for layer in range(start, stop) if sparse else ():
+            for own_ways in _EXPERT_WAYS:
+                cell = [tuple(_candidates(config, f"{layer}:{layer + 1}={way}")) for way in own_ways]
+                names = [[group.members for group in way] for way in cell]
+                cells.append(tuple(way for index, way in enumerate(cell) if names[index] not in names[:index]))
+    return tuple(cells)
+
+
+def _cells_of_either(config: DecoderConfig, topology: Topology) -> tuple[Cell, ...]:
+    """The cells of a topology with `?`: private or shared by all experts, group by group."""
+    private = {group.members: group for group in _candidates(config, with_sharing(topology, ""))}
+    shared = _candidates(config, with_sharing(topology, ALL_EXPERTS))
+    cells: list[Cell] = []
+    for group in shared:
+        own = tuple(other for members, other in private.items() if set(members) <= set(group.members))
+        cells.append((own,) if own[0].members == group.members else (own, (group,)))
     return tuple(cells)
 
 
@@ -91,10 +116,13 @@ def all_candidates(cells: Iterable[Cell]) -> tuple[Candidate, ...]:
     return tuple(dict.fromkeys(group for cell in cells for way in cell for group in way))
 
 
-def _candidates(config: DecoderConfig, topology: str) -> list[Candidate]:
+def _candidates(config: DecoderConfig, topology: str | Topology) -> list[Candidate]:
     # Topologies are written for all roles; those that the decoder lacks are left out.
     blocks = {block.name: block for block in config.blocks()}
-    groups = expand(parse(topology), config.num_layers, roles=ROLES)
+    parsed = parse(topology) if isinstance(topology, str) else topology
+    experts = config.experts
+    counts = () if experts is None else [experts.count * sparse for sparse in experts.layers]
+    groups = expand(parsed, config.num_layers, roles=ROLES, experts=counts)
     found = [(group.name, [blocks[name] for name in group.members if name in blocks]) for group in groups]
     missing = {ord(role): None for role in ROLES if role not in config.roles}
     return [Candidate(name.translate(missing), tuple(members)) for name, members in found if members]

@@ -161,7 +161,7 @@ def given_ranks(rule: RankRule, groups: Sequence[Candidate]) -> dict[str, int]:
 
 
 def _is_mlp(group: Candidate) -> bool:
-    return all(member.name.split(".")[-1] in MLP_ROLES for member in group.members)
+    return all(member.name.split(".")[3] in MLP_ROLES for member in group.members)
 
 
 def check_budget(rule: RankRule, cells: Sequence[Cell]) -> None:
@@ -287,7 +287,7 @@ def _share_by_role(rule: RankRule, groups: Sequence[Candidate], energies: Mappin
     """
     by_type: dict[str, list[Candidate]] = defaultdict(list)
     for group in groups:
-        by_type[group.name.split("-", 1)[1]].append(group)
+        by_type[group.name.split("-", 1)[1].partition(".")[0]].append(group)
     ranks = {}
     for members in by_type.values():
         inverse = []

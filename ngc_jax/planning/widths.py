@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.families import family_of
 from ngc_jax.planning.candidates import Cell, candidate_cells, planned_blocks
 from ngc_jax.planning.ranks import RankRule, least_parameters, too_low
 
@@ -35,6 +36,26 @@ class Pruning:
     removed: int = 0
 
 
+def hidden_width(config: DecoderConfig) -> int:
+    """Hidden neurons of the MLPs that pruning narrows: of all, or of every expert where there are some."""
+    return config.mlp_dim if config.experts is None else config.experts.width
+
+
+def with_width(config: DecoderConfig, width: int) -> DecoderConfig:
+    """The architecture with another number of these neurons, as its config.json says it."""
+    if config.experts is None:
+        return dataclasses.replace(config, mlp_dim=width)
+    same_entry = family_of(config.architecture).expert_width == "intermediate_size"
+    mlp_dim = width if same_entry else config.mlp_dim
+    return dataclasses.replace(config, mlp_dim=mlp_dim, experts=dataclasses.replace(config.experts, width=width))
+
+
+def pruned_blocks(config: DecoderConfig) -> set[str]:
+    """Names of the blocks that pruning narrows: of all MLPs, or of all experts where there are some."""
+    layers = [layer for layer in range(config.num_layers) if config.experts is None or config.is_sparse(layer)]
+    return {b.name for layer in layers for b in config.layer_blocks(layer) if b.name.split(".")[2] == "mlp"}
+
+
 def plan_pruning(
     config: DecoderConfig, topology: str, rule: RankRule | None, keep_neurons: float, *, flexible: bool = False
 ) -> Pruning:
@@ -56,9 +77,9 @@ def plan_pruning(
     blocks = planned_blocks(config, topology)
     dense = sum(block.parameters for block in blocks.values())
     if rule is None:
-        tile = _tiles(config.mlp_dim)[0]
-        return _pruned(config, topology, max(round(keep_neurons * config.mlp_dim / tile), 1) * tile, dense)
-    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in config.mlp_roles}
+        tile = _tiles(hidden_width(config))[0]
+        return _pruned(config, topology, max(round(keep_neurons * hidden_width(config) / tile), 1) * tile, dense)
+    whole = pruned_blocks(config)
     if not whole <= blocks.keys():
         if not flexible or rule.allocation == "neurons":
             raise UsageError(
@@ -89,16 +110,16 @@ def plan_dense(config: DecoderConfig, topology: str, keep: float, multiple: int 
         UsageError: If the topology leaves MLPs out, the keep ratio is too low for a width, or the multiple is.
     """
     blocks = planned_blocks(config, topology)
-    whole = {block_name(layer, role) for layer in range(config.num_layers) for role in config.mlp_roles}
+    whole = pruned_blocks(config)
     if not whole <= blocks.keys():
         raise UsageError("form dense prunes hidden neurons; add u, g and d of every layer to the topology")
-    multiple = math.gcd(config.mlp_dim, _BLOCK) if multiple is None else multiple
+    multiple = math.gcd(hidden_width(config), _BLOCK) if multiple is None else multiple
 
     def stored(width: int) -> int:
-        pruned = dataclasses.replace(config, mlp_dim=width)
+        pruned = with_width(config, width)
         return sum(block.parameters for block in planned_blocks(pruned, topology).values())
 
-    dense = stored(config.mlp_dim)
+    dense = stored(hidden_width(config))
     budget = math.floor(keep * dense)
     if dense <= budget:
         return Pruning(config, keep)
@@ -115,7 +136,7 @@ def plan_dense(config: DecoderConfig, topology: str, keep: float, multiple: int 
 
 def _pruned(config: DecoderConfig, topology: str, width: int, budget: int, keep: float = 1.0) -> Pruning:
     dense = sum(block.parameters for block in planned_blocks(config, topology).values())
-    pruned = dataclasses.replace(config, mlp_dim=width)
+    pruned = with_width(config, width)
     left = sum(block.parameters for block in planned_blocks(pruned, topology).values())
     return Pruning(pruned, min(budget / left, 1.0), dense - left) if left < dense else Pruning(config, keep)
 
@@ -142,7 +163,7 @@ def _choose_width(
     """
 
     def cells(width: int) -> tuple[Cell, ...]:
-        return candidate_cells(dataclasses.replace(config, mlp_dim=width), topology)
+        return candidate_cells(with_width(config, width), topology)
 
     def fits(width: int, share: float) -> bool:
         return least_parameters(rule, cells(width), share) <= budget
@@ -152,8 +173,8 @@ def _choose_width(
 
     # Blocks outside dense MLPs get at least half their part of the budget, if some width allows it.
     shares = (rule.keep / 2, 0.0) if flexible else (0.0,)
-    for share, tile in itertools.product(shares, _tiles(config.mlp_dim)):
-        width = max(round(keep_neurons * config.mlp_dim / tile), 1) * tile
+    for share, tile in itertools.product(shares, _tiles(hidden_width(config))):
+        width = max(round(keep_neurons * hidden_width(config) / tile), 1) * tile
         if fits(width, share):
             while left(width) < budget and fits(width + tile, share):
                 width += tile
@@ -164,7 +185,7 @@ def _choose_width(
             if found:
                 return smaller[found - 1]
     least = least_parameters(rule, cells(1 if flexible else width))
-    raise too_low(rule, least / left(config.mlp_dim))
+    raise too_low(rule, least / left(hidden_width(config)))
 
 
 def _exceeds(fits: Callable[[int, float], bool], share: float, width: int) -> bool:

@@ -15,7 +15,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.exporting.folded import read_states
 from ngc_jax.groups.kernels import weights
 from ngc_jax.groups.plan import Block, GroupPlan, Plan
-from ngc_jax.models.config import ROLES, DecoderConfig, block_name
+from ngc_jax.models.config import ROLES, DecoderConfig, block_name, without_experts
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.inspect import inspect_model
 from ngc_jax.models.keys import match_tensors
@@ -183,6 +183,7 @@ def _distance(dense_JxI: np.ndarray, made_JxI: np.ndarray) -> float:
 
 def _places(config: DecoderConfig, plan: Plan) -> list[_Place]:
     """Every block, role by role."""
+    without_experts(config, "a map of the blocks")
     dense = {block.name for block in plan.dense}
     found = []
     for role in config.roles:

@@ -128,9 +128,14 @@ def rank_map(row: Mapping[str, Any]) -> BlockMap:
         row: The entry.
     """
     full: Mapping[str, int] = row.get("full_ranks") or {}
-    found = {name: (rank, full.get(name, rank)) for name, rank in row["ranks"].items()}
+    # Experts have no place of their own in the map.
+    found = {n: (rank, full.get(n, rank)) for n, rank in row["ranks"].items() if not set(".*") & set(n)}
     places = [(int(layer), role) for layer, role in (name[1:].split("-") for name in found)]
-    places += [(int(layer), role) for _, layer, _, role in (block.split(".") for block in row["dense_blocks"])]
+    places += [
+        (int(layer), role)
+        for _, layer, _, role, *more in (block.split(".") for block in row["dense_blocks"])
+        if not more
+    ]
     roles, cells = list(ROLE_NAMES), []
     for layer, role in sorted(places, key=lambda place: (roles.index(place[1]), place[0])):
         name = f"L{layer}-{role}"

@@ -55,7 +55,7 @@ class DepthStability(NamedTuple):
         local: (B, L, n, K) growth rates of the layers, whose means are the exponents.
         growth: (B, L, n+1) logarithm of the factor by which a random perturbation has grown, relative to the stream,
             before every layer and after the last: 0 first, n · metric last.
-        signals: For every group, (B, L): logarithm of the relative size of the random perturbation in the group's
+        signals: For every group but those that read hidden neurons of experts, (B, L): logarithm of the relative size of the random perturbation in the group's
             signal over that in the stream that enters its layers. Below 0 the group attenuates it.
         frames: (B, L, n, D, K) after every layer if requested, else None.
     """
@@ -186,6 +186,8 @@ def _layer(
         for block in decoder.config.blocks():
             at, site = input_site(block.name)
             group = plan.group_of.get(block.name)
+            if site not in inputs:  # an expert's own hidden neurons, which not every token has
+                continue
             if at == here and group is not None and group.name not in signals:
                 states = layer.groups[group.name]
                 signals[group.name] = encode(group.kernel, states, inputs[site][0], pivots=group.pivots)

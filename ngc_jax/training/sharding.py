@@ -30,8 +30,10 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "mlp": "tensor",
     "latent": "tensor",
     "latent_of_hidden": "fsdp",
+    "experts": "tensor",
 }
-# Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies.
+# Path of a parameter joined with "/", a regular expression -> logical axes. The first match applies, or the first with
+# the parameter's number of dimensions: matrices of experts are stacked.
 RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"(embed/embedding|unembed/kernel)$", ("vocab", "embed")),
     (r"attn/q/kernel$", ("heads", "embed")),
@@ -39,6 +41,9 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"attn/o/kernel$", ("embed", "heads")),
     (r"mlp/[ug]/kernel$", ("mlp", "embed")),
     (r"mlp/d/kernel$", ("embed", "mlp")),
+    (r"mlp/[ug]/kernel$", ("experts", None, "embed")),
+    (r"mlp/d/kernel$", ("experts", "embed", None)),
+    (r"mlp/router/kernel$", (None, "embed")),
     (r"attn/q/bias$", ("heads",)),
     (r"attn/[kv]/bias$", ("kv",)),
     (r"mlp/[ug]/bias$", ("mlp",)),
@@ -48,8 +53,8 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     # computed and gathered where it is read: the communication between devices has the size of the rank.
     (r"output_states/[^/]*attn\.q$", ("heads", "latent_of_hidden")),
     (r"output_states/[^/]*attn\.[kv]$", ("kv", "latent_of_hidden")),
-    (r"output_states/[^/]*mlp\.[ug]$", ("mlp", "latent_of_hidden")),
-    (r"output_states/[^/]*(attn\.o|mlp\.d)$", ("embed", "latent")),
+    (r"output_states/[^/]*mlp\.[ug](\.\d+)?$", ("mlp", "latent_of_hidden")),
+    (r"output_states/[^/]*(attn\.o|mlp\.d(\.\d+)?)$", ("embed", "latent")),
     (r"input_states$", ("embed", "latent")),
     (r"metric/log_diagonal$", (None,)),
     (r"metric/factor$", (None, None)),
@@ -90,8 +95,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """The partition spec of one parameter.
 
-    A dimension of states is whatever rank the budget gave; it is replicated if its mesh axis does not divide it. A
-    dimension of any other parameter must be divisible.
+    A dimension of states is whatever rank the budget gave; it is replicated if its mesh axis does not divide it, and so
+    are stacked experts. A dimension of any other parameter must be divisible.
 
     Args:
         path: Joined with "/".
@@ -101,7 +106,8 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.Ab
     Raises:
         UsageError: If no rule matches, the rule has another number of dimensions, or a dimension cannot be sharded.
     """
-    axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
+    matching = [axes for pattern, axes in RULES if re.search(pattern, path)]
+    axes = next((axes for axes in matching if len(axes) == len(shape)), matching[0] if matching else None)
     if axes is None:
         raise UsageError(f"no sharding rule matches {path}; add one to RULES")
     if len(axes) != len(shape):
@@ -110,7 +116,8 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh | jax.sharding.Ab
     for size, logical in zip(shape, axes, strict=True):
         axis = None if logical is None else LOGICAL_AXES[logical]
         if axis is not None and size % mesh.shape[axis]:
-            if not path.startswith("groups/"):
+            # The experts that have no group are as many as a plan left dense.
+            if not path.startswith("groups/") and logical != "experts":
                 raise UsageError(
                     f"{path} of shape {tuple(shape)} cannot be split: its dimension {size} is not divisible by "
                     f"{mesh.shape[axis]}, the size of mesh axis {axis!r}; choose a smaller one"

@@ -34,7 +34,13 @@ KERNELS = {
 
 
 def compact_plan(config: DecoderConfig) -> Plan:
-    """Four groups, one planned block that stays dense, and blocks that are not planned."""
+    """Four groups, one planned block that stays dense, and blocks that are not planned.
+
+    Of experts: one group of all u and g of a layer in place of u and g; and in the last layer every expert's d, groups
+    of unlike ranks, and u, of which the first stays dense.
+    """
+    if config.experts is not None:
+        return _experts_plan(config)
     return Plan(
         groups=tuple(
             GroupPlan(
@@ -47,6 +53,19 @@ def compact_plan(config: DecoderConfig) -> Plan:
         ),
         dense=(config.block(0, "o"),),
     )
+
+
+def _experts_plan(config: DecoderConfig) -> Plan:
+    assert config.experts is not None
+    experts, last = range(config.experts.count), config.num_layers - 1
+    shared = tuple(config.block(0, role, expert) for role in "ug" for expert in experts)
+    own = [GroupPlan(f"{last}-d.{e}", (config.block(last, "d", e),), 2 + e % 3) for e in experts]
+    own += [GroupPlan(f"{last}-u.{e}", (config.block(last, "u", e),), 3, Kernel("riemannian")) for e in experts if e]
+    attention = tuple(
+        GroupPlan(name, tuple(config.block(*member) for member in GROUPS[name]), RANKS[name], KERNELS[name])
+        for name in ("0-qkk", "0-vv")
+    )
+    return Plan((*attention, GroupPlan("0-ug*", shared, 5), *own), dense=(config.block(0, "o"),))
 
 
 def dense_model(architecture: str = "llama_untied", dtype: str = "float32", **changes: Any) -> LanguageModel:
@@ -109,9 +128,19 @@ def dense_equivalent(model: LanguageModel) -> LanguageModel:
     assert model.plan is not None
     params = jax.tree.map(lambda leaf: leaf, dict(model.params))
     states = params.pop("groups")
-    for group in model.plan.groups:
-        for block in group.members:
-            _, layer, part, role = block.name.split(".")
+    of_experts: dict[tuple[str, str], list[Any]] = {}
+    for block in model.config.blocks():
+        _, layer, part, role, *expert = block.name.split(".")
+        group = model.plan.group_of.get(block.name)
+        kernel = None
+        if group is not None:
             kernel = weights(group.kernel, states[group.name], block.name, block.d_in, pivots=group.pivots)
+        if expert:
+            of_experts.setdefault((layer, role), []).append(kernel)
+        elif kernel is not None:
             params["layers"][layer][part].setdefault(role, {})["kernel"] = kernel
+    for (layer, role), kernels in of_experts.items():
+        stacked = params["layers"][layer]["mlp"].setdefault(role, {})
+        own = iter(stacked.get("kernel", ()))
+        stacked["kernel"] = jnp.stack([next(own) if kernel is None else kernel for kernel in kernels])
     return dataclasses.replace(model, plan=None, params=params)

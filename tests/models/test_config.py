@@ -166,8 +166,8 @@ def test_text_part_of_a_multimodal_config() -> None:
     [
         ({"model_type": "gpt1"}, "architecture 'gpt1' (model_type in config.json) is not supported; expected one of "),
         (
-            {"model_type": "mixtral"},
-            "architecture 'mixtral' (model_type in config.json) is not supported; its nearest ",
+            {"model_type": "deepseek_v3"},
+            "architecture 'deepseek_v3' (model_type in config.json) is not supported; its nearest ",
         ),
         ({"model_type": None}, "architecture None (model_type in config.json) is not supported; expected one of "),
         ({"model_type": "gemma3"}, "architecture 'gemma3' (model_type in config.json) is not supported"),

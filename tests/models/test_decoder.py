@@ -197,8 +197,9 @@ def test_published_models_have_as_many_parameters_as_they_are_said_to(name: str)
     config = DecoderConfig.from_hf(raw)
 
     def count(layers: int) -> int:
+        experts = config.experts and dataclasses.replace(config.experts, layers=config.experts.layers[:layers])
         part = dataclasses.replace(
-            config, num_layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers]
+            config, num_layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers], experts=experts
         )
         return sum(int(np.prod(shape)) for shape in parameter_shapes(Decoder(part)).values())
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ngc_jax.errors import UsageError
 from ngc_jax.exporting import export_gguf
 from ngc_jax.models import families
-from ngc_jax.models.config import DecoderConfig, block_name
+from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.families import FAMILIES, Family, support_table, text_config
 from ngc_jax.models.families.relatives import RELATIVES
 from ngc_jax.models.load import load_model
@@ -40,8 +40,10 @@ def test_a_record_is_whole(name):
     assert getattr(transformers, family.config_class).model_type == name
     assert family.model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     config = DecoderConfig.from_hf({"model_type": name, **WIDE, "rms_norm_eps": 1e-5})
-    names = {family.hf_name(f"{block_name(0, role)}.kernel") for role in config.roles}
-    assert len(names) == len(config.roles)
+    blocks = config.layer_blocks(0)
+    names = {family.hf_name(f"{block.name}.kernel") for block in blocks}
+    assert len(names) == len(blocks) >= len(config.roles)
+    assert {part for parts in family.stacked.values() for part in parts} <= set(family.modules.values())
     assert {part for parts in family.fused.values() for part in parts} <= set(family.modules.values())
     assert config.architecture == name
 

@@ -235,6 +235,41 @@ CASES = {
         },
     ),
 }
+_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3}
+_LOCAL_EXPERTS = {"num_local_experts": 7, "num_experts_per_tok": 3}
+CASES = {
+    **CASES,
+    # The second of three layers is dense.
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **_EXPERTS,
+            "head_dim": 10,
+            "moe_intermediate_size": 14,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+        },
+    ),
+    "qwen3_moe normalised": (
+        "qwen3_moe",
+        {**_EXPERTS, "head_dim": 10, "moe_intermediate_size": 14, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "mixtral": ("mixtral", {**_LOCAL_EXPERTS, "head_dim": 10, "sliding_window": 11}),
+    "olmoe": ("olmoe", {**_EXPERTS, "attention_bias": True}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **_LOCAL_EXPERTS,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.7,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.3,
+            "attention_bias": True,
+        },
+    ),
+}
 
 
 def torch_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:
@@ -245,10 +280,19 @@ def torch_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:
     return transformers.AutoConfig.for_model(architecture, **settings)
 
 
+def loops(architecture: str) -> dict[str, str]:
+    """transformers' plain loop over experts: its grouped products need sizes that are multiples of four."""
+    mixture = architecture in ("qwen3_moe", "mixtral", "olmoe", "granitemoe")
+    return {"experts_implementation": "eager"} if mixture else {}
+
+
 def torch_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """A random model in float32; norms and biases are random too."""
     model = transformers.AutoModelForCausalLM.from_config(
-        torch_config(case, **changes), dtype=torch.float32, attn_implementation="eager"
+        torch_config(case, **changes),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        **loops(CASES[case][0]),
     )
     randomise(model, seed)
     return model
@@ -256,7 +300,9 @@ def torch_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTra
 
 def torch_load(directory: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A saved model, by transformers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager", **loops(read_config(directory)["model_type"])
+    )
     return model.eval()
 
 

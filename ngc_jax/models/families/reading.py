@@ -42,6 +42,30 @@ def optional(hf: Mapping[str, Any], name: str) -> float | None:
     return None if hf.get(name) is None else float(number(hf, name, float))
 
 
+def experts(
+    hf: Mapping[str, Any], count: int, width: str, normalised: bool, sparse: tuple[bool, ...] | None = None
+) -> dict[str, Any] | None:
+    """The fields of `config.Experts`; None if no layer has any.
+
+    Args:
+        hf: config.json.
+        count: The number of experts where config.json is silent; transformers 5 writes it by either of two names.
+        width: The entry with the hidden neurons of each.
+        normalised: A token's weights sum to one.
+        sparse: By layer, whether it has experts; None for all.
+    """
+    layers = (True,) * hf["num_hidden_layers"] if sparse is None else sparse
+    if not any(layers):
+        return None
+    return {
+        "count": number(hf, "num_experts" if hf.get("num_experts") is not None else "num_local_experts", int, count),
+        "per_token": number(hf, "num_experts_per_tok", int),
+        "width": number(hf, width, int),
+        "layers": layers,
+        "normalised": normalised,
+    }
+
+
 def brief(value: Any, most: int = 80) -> str:
     """A value as text of limited length, for messages."""
     try:

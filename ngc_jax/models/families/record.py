@@ -24,6 +24,18 @@ PROJECTIONS = {
     "mlp.g": "mlp.gate_proj",
     "mlp.d": "mlp.down_proj",
 }
+# The same of mixtures of experts; * stands for an expert's number.
+EXPERTS = {
+    "mlp.router": "mlp.gate",
+    "mlp.u.*": "mlp.experts.*.up_proj",
+    "mlp.g.*": "mlp.experts.*.gate_proj",
+    "mlp.d.*": "mlp.experts.*.down_proj",
+}
+# Tensors with the matrices of all experts, one below the other, as transformers 5 holds them in memory.
+STACKED_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+    "mlp.experts.down_proj": ("mlp.experts.*.down_proj",),
+}
 QK_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
@@ -90,6 +102,10 @@ class Family:
         modules: Our modules of a layer -> Hugging Face's.
         fused: Hugging Face's modules of a layer that are several of ours, one below the other -> the parts' names in
             `modules`.
+        stacked: Tensors of a layer that have some matrices of every expert, expert by expert one below the other -> the
+            matrices' names in `modules`. Read, and written where `writes_stacked`.
+        writes_stacked: Whether the family's own files have the tensors of `stacked`.
+        expert_width: The entry of config.json with the hidden neurons of an expert.
         gguf: How GGUF files describe it; None if we neither read nor write them.
         eps: The entry of the norms' epsilon.
         differs: In what it differs from Llama, for documentation.
@@ -103,6 +119,9 @@ class Family:
     biases: Callable[[Mapping[str, Any]], tuple[bool, bool, bool]] = lambda hf: (False, False, False)
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: PROJECTIONS | PRE_NORMS)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    writes_stacked: bool = False
+    expert_width: str = "intermediate_size"
     gguf: Gguf | None = None
     eps: str = "rms_norm_eps"
     differs: str = ""
@@ -117,6 +136,10 @@ class Family:
             return TOP[parameter]
         _, layer, rest = parameter.split(".", 2)
         module, leaf = rest.rsplit(".", 1)
+        base, _, number = module.rpartition(".")
+        if number.isdecimal():
+            inner = self.modules[f"{base}.*"].replace("*", number)
+            return f"model.layers.{layer}.{inner}.weight"
         return f"model.layers.{layer}.{self.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 

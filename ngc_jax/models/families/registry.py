@@ -12,6 +12,7 @@ from ngc_jax.models.families.glm import GLM, GLM4
 from ngc_jax.models.families.granite import GRANITE
 from ngc_jax.models.families.llama import LLAMA
 from ngc_jax.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ngc_jax.models.families.mixtures import GRANITEMOE, MIXTRAL, OLMOE, QWEN3_MOE
 from ngc_jax.models.families.nemotron import NEMOTRON
 from ngc_jax.models.families.olmo import OLMO2, OLMO3
 from ngc_jax.models.families.phi import PHI3
@@ -47,6 +48,10 @@ FAMILIES: dict[str, Family] = {
         STABLELM,
         STARCODER2,
         NEMOTRON,
+        QWEN3_MOE,
+        MIXTRAL,
+        OLMOE,
+        GRANITEMOE,
     )
 }
 """In the order of documentation."""

@@ -1,0 +1,1 @@
+"""A mixture of experts trained from scratch, and converted with and without latent spaces that its experts share."""
