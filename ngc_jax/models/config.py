@@ -26,7 +26,7 @@ __all__ = [
 ATTENTION_ROLES = "qkvo"
 MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class DecoderConfig:
         iterations: How often all layers are applied, one round after the other: above 1 the depth is unrolled
             communication of the same groups, with weights tied between rounds. `ngc_iterations` in config.json, which
             transformers ignores.
+        causal: No token sees a later one; otherwise, as in `EncoderConfig`, all see each other.
 
     Raises:
         UsageError: If sizes are not positive or inconsistent.
@@ -105,6 +106,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     iterations: int = 1
+    causal: bool = True
 
     def __post_init__(self) -> None:
         for field in (
