@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.families import OTHER_PARTS, family_of
+from ngc_jax.models.families.encoders import encoder_family
 
 # Tensors that a file may contain and a text decoder does not need.
 _IGNORED = re.compile(rf"rotary_emb\.inv_freq$|^(model\.)?({'|'.join(OTHER_PARTS)})\.")
@@ -33,6 +34,8 @@ def hf_name(parameter: str, config: DecoderConfig) -> str:
     """
     if parameter.startswith("groups."):
         return parameter
+    if not config.causal:
+        return encoder_family(config.architecture).hf_name(parameter)
     return family_of(config.architecture).hf_name(parameter)
 
 

@@ -22,7 +22,7 @@ from ngc_jax.models.encoder import Encoder
 from ngc_jax.models.encoder_config import EncoderConfig
 from ngc_jax.models.families.encoder_record import EncoderFamily
 from ngc_jax.models.families.encoders import OTHER_TOWER, encoder_config_json, encoder_family
-from ngc_jax.models.keys import some_names, unwrapped, with_guess
+from ngc_jax.models.keys import hf_name, some_names, unwrapped, with_guess
 from ngc_jax.models.load import LanguageModel, put_parameter
 from ngc_jax.models.preprocessing import Preprocessor
 from ngc_jax.models.saved_config import conversion_of, join_config, read_plan, split_config
@@ -240,11 +240,6 @@ def _scale_names(config: EncoderConfig) -> dict[str, str]:
     }
 
 
-def encoder_hf_name(parameter: str, family: EncoderFamily) -> str:
-    """Hugging Face's name of a parameter; states of groups are named as in the tree."""
-    return parameter if parameter.startswith("groups.") else family.hf_name(parameter)
-
-
 def match_encoder_tensors(
     parameters: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, tuple[int, ...]],
@@ -266,7 +261,7 @@ def match_encoder_tensors(
     """
     family = encoder_family(config.architecture)
     canonical = _canonical(tensors, family)
-    wanted = {encoder_hf_name(parameter, family): (parameter, shape) for parameter, shape in parameters.items()}
+    wanted = {hf_name(parameter, config): (parameter, shape) for parameter, shape in parameters.items()}
     wanted |= {name: (key, (config.embed_dim,)) for key, name in _scale_names(config).items()}
     problems = []
     left_over = [found for name, found in canonical.items() if name not in wanted]
@@ -305,7 +300,7 @@ def save_encoder(model: Any, directory: Path, *, overwrite: bool = False, card: 
     """Write an image encoder; see `save.save_model`."""
     config, family = model.encoder_config, encoder_family(model.config.architecture)
     flat = traverse_util.flatten_dict(model.params)
-    tensors = {encoder_hf_name(".".join(path), family): np.asarray(leaf) for path, leaf in flat.items()}
+    tensors = {hf_name(".".join(path), config): np.asarray(leaf) for path, leaf in flat.items()}
     one = np.ones(config.embed_dim, model.param_dtype)
     tensors |= dict.fromkeys(_scale_names(config).values(), one)
     hf = {"architectures": [family.model_class], **model.hf_config}
