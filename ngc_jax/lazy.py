@@ -11,6 +11,7 @@ from ngc_jax.errors import UsageError
 
 # Packages that only some of the library needs, and the extra that brings them.
 _EXTRAS = {
+    "PIL": "vision",
     "datasets": "train",
     "grain": "train",
     "lm_eval": "eval",
@@ -18,6 +19,7 @@ _EXTRAS = {
     "tensorboardX": "train",
     "matplotlib": "report",
     "math_verify": "eval",
+    "sklearn": "vision",
 }
 
 

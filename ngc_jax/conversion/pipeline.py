@@ -78,7 +78,9 @@ def convert(
     if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
-            what = "a text; give one, or its token ids" if model.config.causal else "images; give some, or their directory"
+            what = (
+                "a text; give one, or its token ids" if model.config.causal else "images; give some, or their directory"
+            )
             raise UsageError(f"method {passes.method} measures {what}")
         calibration = calibration if reads else None
     calibration = Calibration.given(model, calibration, options)

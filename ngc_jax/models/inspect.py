@@ -68,9 +68,7 @@ class Inspection:
             "groups": 0 if self.plan is None else len(self.plan.groups),
             "cache_numbers_per_token": {}
             if not self.config.causal
-            else {
-                kind: numbers_per_token(self.config, self.plan, kind) for kind in get_args(CacheKind)
-            },
+            else {kind: numbers_per_token(self.config, self.plan, kind) for kind in get_args(CacheKind)},
         }
 
     def group_rows(self) -> list[list[str]]:

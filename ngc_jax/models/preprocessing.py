@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ngc_jax.errors import UsageError
-from ngc_jax.lazy import needs
+from ngc_jax.lazy import install_advice
 from ngc_jax.models.families.reading import brief
 
 if TYPE_CHECKING:
@@ -141,8 +141,10 @@ class Preprocessor:
         Raises:
             UsageError: If Pillow is missing, a file is no image, or the images' sizes differ after all.
         """
-        with needs("PIL", "reading images"):
+        try:
             from PIL import Image, UnidentifiedImageError
+        except ModuleNotFoundError:
+            raise UsageError(f"reading images needs {install_advice('PIL')}") from None
         found: list[np.ndarray] = []
         for file in files:
             try:
