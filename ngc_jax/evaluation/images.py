@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.image_loss import outputs_of

@@ -20,6 +20,7 @@ __all__ = [
     "DecoderConfig",
     "block_name",
     "brief",
+    "language_only",
     "text_config",
 ]
 
@@ -212,3 +213,17 @@ class DecoderConfig:
 def block_name(layer: int, role: str) -> str:
     """Name of the block that plays `role` in a layer, for example `layers.3.attn.q`."""
     return f"layers.{layer}.{'attn' if role in ATTENTION_ROLES else 'mlp'}.{role}"
+
+
+def language_only(config: DecoderConfig, what: str) -> None:
+    """Refuse an image encoder.
+
+    Args:
+        config: Of the model.
+        what: What language models alone can do, the subject of the message.
+
+    Raises:
+        UsageError: If the model is one.
+    """
+    if not config.causal:
+        raise UsageError(f"{what} needs a language model, and {config.architecture} is an image encoder")

@@ -20,7 +20,7 @@ from ngc_jax.groups.gauge import free_gauge, other_neurons
 from ngc_jax.groups.kernels import States, encoder, output_features
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.groups.quantised import is_quantised
-from ngc_jax.models.config import block_name
+from ngc_jax.models.config import block_name, language_only
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sites import SITES, Site, site_of
@@ -72,6 +72,7 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
 
 def inference_model(model: LanguageModel) -> LanguageModel:
     """A loaded model in the run-time layout, for generation and evaluation; see `for_inference`."""
+    language_only(model.config, "the run-time layout")
     decoder, params = for_inference(model.decoder, model.params)
     return dataclasses.replace(model, params=params, joined=decoder.joined)
 

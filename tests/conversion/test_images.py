@@ -1,4 +1,4 @@
-"""Conversion of image encoders: what is measured, and that every method gives a model that runs, is counted and saved."""
+"""Conversion of image encoders: what is measured, and that methods give models that run, are counted and saved."""
 
 import dataclasses
 from functools import cache
@@ -136,7 +136,8 @@ def test_pruned_models_are_plain_where_transformers_has_a_place_for_the_width(fa
     again = load_model(str(save_model(pruned, tmp_path / "pruned")))
     expected = outputs_of(pruned.encoder, pruned.params, held_out)
     np.testing.assert_array_equal(outputs_of(again.encoder, again.params, held_out), expected)
-    assert (again.hf_config["model_type"] == family) and again.config == pruned.config
+    assert again.hf_config["model_type"] == family
+    assert again.config == pruned.config
     text = (tmp_path / "pruned" / "config.json").read_text()
     assert ('"model_type": "ngc"' in text) == (family != "vit")
 
