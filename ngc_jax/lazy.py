@@ -19,7 +19,6 @@ _EXTRAS = {
     "tensorboardX": "train",
     "matplotlib": "report",
     "math_verify": "eval",
-    "sklearn": "vision",
 }
 
 

@@ -5,14 +5,15 @@
 
 The first command trains a ViT of 6 layers on scikit-learn's digits (nothing is downloaded) and converts it; about five
 minutes on 2 cores. The second converts another classifier, calibrated on one folder of images and tested on another,
-whose sub-folders are classes. Needs the extras `vision` and `report`.
+whose sub-folders are classes. Needs the extras `vision` and `report`, and scikit-learn for the digits.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def measured(model: VisionModel, test: Labelled) -> dict[str, Any]:
     return {"correct": found.correct, "accuracy": found.accuracy, "interval": list(found.interval), "loss": found.loss}
 
 
+def _report(bar: Callable[[int, int, str], None], stage: str, done: int, total: int) -> None:
+    bar(done, total, stage)
+
+
 def convert_by_all(
     model: VisionModel, calibration: Calibration, test: Labelled, methods: Sequence[str], keeps: Sequence[float]
 ) -> list[dict[str, Any]]:
@@ -70,7 +75,7 @@ def convert_by_all(
                         method,
                         calibration,
                         keep=keep,
-                        progress=lambda stage, done, total, bar=bar: bar(done, total, stage),
+                        progress=partial(_report, bar),
                         **options,
                     )
             except UsageError as error:
@@ -164,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         save_model(model, options.out / "model", overwrite=True)
     dense = measured(model, test)
     console.print(f"dense: accuracy {dense['accuracy']:.4f} ({_interval(dense)}) on {len(test.labels)} images")
-    tokens = {} if options.model else {"gradient_tokens": DIGIT_TOKENS, "propagation_tokens": DIGIT_TOKENS}
+    tokens: dict[str, Any] = (
+        {} if options.model else {"gradient_tokens": DIGIT_TOKENS, "propagation_tokens": DIGIT_TOKENS}
+    )
     calibration = Calibration.of(model, images, **tokens)
     rows = convert_by_all(model, calibration, test, options.methods, options.keep)
     show(rows, dense)

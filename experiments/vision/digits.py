@@ -49,7 +49,7 @@ def load_digits() -> tuple[Labelled, Labelled]:
     """1,000 images to train on and 797 to test with, in a fixed random order.
 
     Raises:
-        ModuleNotFoundError: If scikit-learn is missing (extra `vision`).
+        ModuleNotFoundError: If scikit-learn is missing (extra `test`).
     """
     from sklearn.datasets import load_digits as load
 

@@ -89,6 +89,13 @@ class ConvertConfig(ConversionOptions):
         if self.images is not None and self.out is not None:
             from ngc_jax.commands.images import convert_encoder
 
+            check_positive(
+                image_count=1 if self.image_count is None else self.image_count,
+                gradient_tokens=self.gradient_tokens,
+                propagation_tokens=self.propagation_tokens,
+                batch_size=self.batch_size,
+                layers_per_pass=1 if self.layers_per_pass is None else self.layers_per_pass,
+            )
             return convert_encoder(self)
         if self.images is None and self.image_count is not None:
             raise UsageError("--image-count is for images; add --images, or leave it out")

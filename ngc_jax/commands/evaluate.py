@@ -94,8 +94,10 @@ class EvaluateConfig:
             if getattr(self, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} is an option of tasks; add --task, or leave it out")
         if self.images is not None:
+            from ngc_jax.commands.convert import check_positive
             from ngc_jax.commands.images import evaluate_encoder
 
+            check_positive(batch_size=self.batch_size, limit=1 if self.limit is None else self.limit)
             return evaluate_encoder(self)
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive, model_window, text_tokens

@@ -39,7 +39,6 @@ def convert_encoder(config: ConvertConfig) -> dict[str, Any]:
     """
     from ngc_jax.commands.console import console, progress_bar
     from ngc_jax.commands.conversion_options import recipe_of
-    from ngc_jax.commands.convert import check_positive
     from ngc_jax.conversion.pipeline import check_conversion, convert
     from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
@@ -62,13 +61,6 @@ def convert_encoder(config: ConvertConfig) -> dict[str, Any]:
     refuse_options(config, OF_TEXTS)
     if config.devices != 1:
         raise UsageError("--devices is for language models; leave it out with --images")
-    check_positive(
-        image_count=1 if config.image_count is None else config.image_count,
-        gradient_tokens=config.gradient_tokens,
-        propagation_tokens=config.propagation_tokens,
-        batch_size=config.batch_size,
-        layers_per_pass=1 if config.layers_per_pass is None else config.layers_per_pass,
-    )
     recipe = recipe_of(config)
     files = spread(image_files(config.images), config.image_count or IMAGES, exact=config.image_count is not None)
     with open_source(config.model) as source:
@@ -125,7 +117,7 @@ def convert_encoder(config: ConvertConfig) -> dict[str, Any]:
     return summary
 
 
-def _batch_size(config: Any) -> dict[str, int]:
+def _batch_size(config: Any) -> dict[str, Any]:
     """The batch size where the user gives one: its default is for texts."""
     default = next(field.default for field in dataclasses.fields(config) if field.name == "batch_size")
     return {} if config.batch_size == default else {"batch_size": config.batch_size}
@@ -159,13 +151,11 @@ def evaluate_encoder(config: EvaluateConfig) -> dict[str, Any]:
         UsageError: If any input is invalid.
     """
     from ngc_jax.commands.console import console, progress_bar
-    from ngc_jax.commands.convert import check_positive
     from ngc_jax.evaluation.images import check_classifier, evaluate_images, labelled_files
     from ngc_jax.models.load import load_model
 
     assert config.images is not None
     refuse_options(config, (*OF_TEXTS, "max_tokens"))
-    check_positive(batch_size=config.batch_size, limit=1 if config.limit is None else config.limit)
     with progress_bar("load") as bar:
         model: Any = load_model(config.model, dtype=config.dtype, param_dtype=config.param_dtype, progress=bar)
     check_classifier(model)

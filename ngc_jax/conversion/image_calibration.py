@@ -9,21 +9,21 @@ Legend: N images, C channels, S height and width, L tokens of an image, V output
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.conversion.state import GRADIENT_TOKENS, Calibration
 from ngc_jax.errors import UsageError
-from ngc_jax.evaluation.image_loss import draw_targets, outputs_of
 from ngc_jax.models.images import Images, ImageStream, check_pixels
 from ngc_jax.models.preprocessing import image_files
-from ngc_jax.models.vision import VisionModel
 
 if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel
+    from ngc_jax.models.vision import VisionModel
 
 # Tokens of a batch; a batch has at least `_LEAST` images.
 _TOKENS_AT_ONCE, _LEAST = 1024, 4
@@ -31,14 +31,17 @@ _TOKENS_AT_ONCE, _LEAST = 1024, 4
 _NO_CLASS = 2**30
 
 
-def image_calibration(model: LanguageModel, images: Any, **options: Any) -> Calibration:
-    """Calibration on images; see `Calibration.of`.
+def image_calibration(
+    model: LanguageModel, images: Any, options: Mapping[str, Any], gradient_tokens: int
+) -> dict[str, Any]:
+    """The fields of a `Calibration` on images; see `Calibration.of`.
 
     Args:
         model: An image encoder, whose outputs the targets are drawn from.
         images: (N, C, S, S) preprocessed images; or a directory of image files, which the model's preprocessor reads.
         options: Of `Calibration`, except for `window` and `prefix`: a window is an image. Numbers of tokens are rounded
             to whole images.
+        gradient_tokens: On this number of tokens gradients are measured.
 
     Raises:
         UsageError: If the images are not the model's, or an option is for texts.
@@ -47,13 +50,14 @@ def image_calibration(model: LanguageModel, images: Any, **options: Any) -> Cali
         >>> from ngc_jax.models.vision import make_encoder
         >>> hf = {"model_type": "vit", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
         >>> vision = make_encoder("tiny", hf | {"intermediate_size": 12, "image_size": 8, "patch_size": 4})
-        >>> made = image_calibration(vision, np.zeros((3, 3, 8, 8), np.float32))
-        >>> made.window, len(made.tokens)
+        >>> made = image_calibration(vision, np.zeros((3, 3, 8, 8), np.float32), {}, 16)
+        >>> made["window"], len(made["tokens"])
         (5, 15)
     """
+    from ngc_jax.evaluation.image_loss import draw_targets, outputs_of
+    from ngc_jax.models.vision import VisionModel
+
     assert isinstance(model, VisionModel)
-    if options.pop("bos", "auto") != "auto":
-        raise UsageError("bos is for texts; leave it out for images")
     for name in ("window", "prefix"):
         if name in options:
             raise UsageError(f"{name} is for texts; leave it out for images")
@@ -61,16 +65,16 @@ def image_calibration(model: LanguageModel, images: Any, **options: Any) -> Cali
     window = model.encoder_config.tokens_of(*pixels.shape[2:])
     options = {"batch_size": max(_TOKENS_AT_ONCE // window, _LEAST), **options}
     # On these and up to half as many others: on the dense model first, on the compact one again.
-    first = options.get("gradient_tokens", GRADIENT_TOKENS) // window + 1
+    first = gradient_tokens // window + 1
     some = pixels[: first + first // 2 + 2]
     outputs = outputs_of(model.encoder, model.params, some, batch_size=options["batch_size"])
     if not np.isfinite(outputs).all():
         raise UsageError("the outputs for the images are not finite; load the model with --dtype float32")
-    drawn = np.asarray(draw_targets(model.encoder, outputs, jax.random.key(0)))
+    drawn = np.asarray(draw_targets(model.encoder, jnp.asarray(outputs), jax.random.key(0)))
     fill: Any = _NO_CLASS if drawn.ndim == 1 else np.nan
     targets = np.full((len(pixels), *drawn.shape[1:]), fill, drawn.dtype)
     targets[: len(drawn)] = drawn
-    return Calibration(ImageStream(Images(pixels, targets), window), window=window, **options)
+    return {**options, "tokens": ImageStream(Images(pixels, targets), window), "window": window}
 
 
 def read_images(model: VisionModel, images: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from ngc_jax.conversion.image_calibration import image_calibration
 from ngc_jax.errors import UsageError
 from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
 from ngc_jax.types import Progress
@@ -104,9 +105,9 @@ class Calibration:
         if tokens is None:
             return cls(np.zeros(0, np.int32), **options)
         if not model.config.causal:
-            from ngc_jax.conversion.image_calibration import image_calibration
-
-            return image_calibration(model, tokens, bos=bos, **options)
+            if bos != "auto":
+                raise UsageError("bos is for texts; leave it out for images")
+            return cls(**image_calibration(model, tokens, options, options.get("gradient_tokens", GRADIENT_TOKENS)))
         read_ids = bos == "never" and not isinstance(tokens, str)
         tokenizer = None if read_ids else model.load_tokenizer()
         ids = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)

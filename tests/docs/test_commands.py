@@ -258,9 +258,7 @@ def run_commands(page: str, tiny: Path) -> int:
         out = [] if "--out" in arguments or arguments[0] != "convert" else ["--out", f"made-{count}"]
         small = SMALL[arguments[0]]
         if "--images" in arguments:
-            small = {"convert": "--image-count 8 --gradient-tokens 40 --overwrite", "evaluate": "--limit 6"}[
-                arguments[0]
-            ]
+            small = "--limit 6" if arguments[0] == "evaluate" else "--image-count 8 --gradient-tokens 40 --overwrite"
         if "--task" in arguments:
             task = read_task(arguments[arguments.index("--task") + 1])
             small = "--limit 2 --batch-size 2" + (" --max-new-tokens 4" if isinstance(task, GenerationSpec) else "")
@@ -318,6 +316,15 @@ def test_the_first_pages_python_runs(folder, monkeypatch):
     for line, code in python_blocks("../README.md"):
         exec(compile("\n" * line + code, "README.md", "exec"), session)
     assert load_model(str(folder / "smollm2-0.8")).plan is not None
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_on_images_runs(folder, monkeypatch):
+    monkeypatch.setattr("ngc_jax.models.load.load_model", lambda name, **_: tiny_encoder())
+    session = run_examples("vision.md", least=1)
+    assert session["logits"].shape == (1, 5)
+    monkeypatch.undo()
+    assert load_model(str(folder / "vit-0.8")).plan == session["compact"].plan
 
 
 def test_the_examples_of_the_data_page_run(tmp_path, monkeypatch):

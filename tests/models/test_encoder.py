@@ -111,9 +111,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     wrong = {**tensors, "vit.layernorm.weight": np.ones(25, np.float32), "vit.extra": np.ones(2, np.float32)}
     del wrong["classifier.bias"]
     save_file(wrong, file)
-    with pytest.raises(
-        UsageError, match=r"missing classifier\.bias.*vit\.layernorm\.weight is \(25,\).*left over vit\.extra"
-    ):
+    named = r"missing classifier\.bias.*vit\.layernorm\.weight is \(25,\).*left over vit\.extra"
+    with pytest.raises(UsageError, match=named):
         load_model(str(directory))
 
 
