@@ -169,9 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         save_model(model, options.out / "model", overwrite=True)
     dense = measured(model, test)
     console.print(f"dense: accuracy {dense['accuracy']:.4f} ({_interval(dense)}) on {len(test.labels)} images")
-    tokens: dict[str, Any] = (
-        {} if options.model else {"gradient_tokens": DIGIT_TOKENS, "propagation_tokens": DIGIT_TOKENS}
-    )
+    counts = () if options.model else ("gradient_tokens", "propagation_tokens")
+    tokens: dict[str, Any] = dict.fromkeys(counts, DIGIT_TOKENS)
     calibration = Calibration.of(model, images, **tokens)
     rows = convert_by_all(model, calibration, test, options.methods, options.keep)
     show(rows, dense)
