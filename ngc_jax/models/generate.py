@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import DecoderConfig
+from ngc_jax.models.config import DecoderConfig, language_only
 from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, decode, end_rows
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
@@ -276,6 +276,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
     """Raise UsageError unless every prompt can be continued by `max_new_tokens` tokens."""
+    language_only(config, "generation")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     for index, prompt in enumerate(map(np.asarray, prompts)):

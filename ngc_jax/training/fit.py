@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.errors import UsageError
+from ngc_jax.models.config import language_only
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.training import sharding
@@ -145,6 +146,7 @@ def prepare(
     Raises:
         UsageError: If nothing would train, or the objective needs a teacher and there is none.
     """
+    language_only(model.config, "training")
     if model.quantised:
         raise UsageError(f"{model.name} is quantised and cannot be trained; train it before it is quantised")
     trained, frozen = split_params(model.params, config.trainable)

@@ -1,0 +1,1 @@
+"""Conversion of image classifiers by all methods that have a meaning there; `python -m experiments.vision`."""
