@@ -12,6 +12,7 @@ from ngc_jax.conversion.chains import Chain, Pass, chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
 from ngc_jax.conversion.passes.quantise import Quantise
+from ngc_jax.conversion.passes.refine import Refine
 from ngc_jax.conversion.registry import option_types
 from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, check_dense
 from ngc_jax.errors import UsageError
@@ -195,8 +196,10 @@ def check_for_encoders(passes: Chain) -> None:
     """Refuse what image encoders cannot have done to them.
 
     Raises:
-        UsageError: If a chain quantises, or limits a key-value cache.
+        UsageError: If a chain quantises, refines, or limits a key-value cache.
     """
+    if passes.find(Refine) is not None:
+        raise UsageError("image encoders are not refined yet; leave out refine-tokens")
     if passes.find(Quantise) is not None:
         raise UsageError("image encoders are not quantised yet; leave out bits")
     factorise = passes.find(Factorise)

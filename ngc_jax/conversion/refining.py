@@ -25,7 +25,6 @@ from jaxtyping import Int
 
 from ngc_jax.conversion.state import Calibration, ConversionState
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import language_only
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,7 +51,6 @@ def refined(state: ConversionState, tokens: int, rate: float) -> LanguageModel:
     compact, calibration = state.compact, state.calibration
     dense = state.dense if state.original is None else state.original
     assert compact is not None
-    language_only(compact.config, "refining")
     batches = step_windows(calibration, tokens)
     trained, frozen = _split(compact.params)
     optimizer = OptimizerConfig("adam", rate, steps=len(batches), warmup_steps=min(2, len(batches) - 1))

@@ -174,6 +174,7 @@ def test_targets_are_classes_drawn_from_the_model_s_own_predictions():
         (lambda: convert(encoder(), "ngc", tiny_images(2), window=8), "window is for texts"),
         (lambda: convert(encoder(), "ngc", tiny_images(2), bos="always"), "bos is for texts"),
         (lambda: convert(encoder(), chain(quantise(bits=8)), tiny_images(2)), "not quantised yet"),
+        (lambda: convert(encoder(), "svd", tiny_images(2), refine_tokens=9), "not refined yet"),
         (lambda: convert(encoder(), "ngc", tiny_images(2), cache_ratio=0.5), "no key-value cache"),
         (lambda: convert(tiny_model(), "svd_llm", calibration()), "is a language model, and images were given"),
         (
