@@ -170,7 +170,7 @@ def test_targets_are_classes_drawn_from_the_model_s_own_predictions():
         (lambda: convert(encoder(), "ngc", np.zeros((2, 1, 12, 12), np.float32)), "of shape .2, 1, 12, 12."),
         (lambda: convert(encoder(), "ngc", np.zeros((2, 3, 12, 12), np.uint8)), "whole numbers; expected preprocessed"),
         (lambda: convert(encoder(), "ngc", np.full((2, 3, 12, 12), np.nan, np.float32)), "not finite"),
-        (lambda: convert(encoder(), "ngc"), "measures images"),
+        (lambda: convert(encoder(), "ngc"), "reads images"),
         (lambda: convert(encoder(), "ngc", tiny_images(2), window=8), "window is for texts"),
         (lambda: convert(encoder(), "ngc", tiny_images(2), bos="always"), "bos is for texts"),
         (lambda: convert(encoder(), chain(quantise(bits=8)), tiny_images(2)), "not quantised yet"),
