@@ -27,7 +27,6 @@ from ngc_jax.conversion import Chain, chain, convert, factorise
 from ngc_jax.conversion import experts as statistics_of_experts
 from ngc_jax.conversion.fitted import FitCache
 from ngc_jax.conversion.measure import measure
-from ngc_jax.conversion.methods import method_chain
 from ngc_jax.conversion.state import Calibration, Needs
 from ngc_jax.conversion.statistics import Statistics
 from ngc_jax.evaluation.likelihood import token_log_likelihoods
@@ -63,15 +62,15 @@ class Held:
         yield from (dict(layer) for layer in self._layers)
 
 
-def rows(names: list[str], keeps: list[float]) -> Iterator[tuple[str, float, Chain]]:
-    """Name, keep ratio and passes of every conversion; those with a common fit follow each other."""
+def rows(names: list[str], keeps: list[float]) -> Iterator[tuple[str, float, Chain | str]]:
+    """Name, keep ratio, and passes or method of every conversion; those with a common fit follow each other."""
     for name in names:
         for keep in keeps:
             if name in TOPOLOGIES:
                 one = factorise("ngc", topology=TOPOLOGIES[name], allocation="loss", gauge=True, shrinkage=0.03)
                 yield name, keep, chain(one)
             else:
-                yield name, keep, method_chain(name, keep)
+                yield name, keep, name
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,13 +93,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     calibration = Calibration(train[: args.calibration_tokens], window=256, gradient_tokens=args.calibration_tokens)
     held = None
     with FitCache() as fits:
-        for name, keep, passes in rows(args.rows, args.keeps):
+        for name, keep, how in rows(args.rows, args.keeps):
             if any((row["name"], row["keep"]) == (name, keep) for row in done["rows"]):
                 continue
             if name in TOPOLOGIES and held is None:
                 held = Held(model, calibration, fits)
             measurements = held if name in TOPOLOGIES else None
-            compact = convert(model, passes, calibration, keep=keep, measurements=measurements)
+            compact = convert(model, how, calibration, keep=keep, measurements=measurements)
             done["rows"].append({"name": name, "keep": keep, **summary(compact), "perplexity": perplexity(compact)})
             write_json(file, done)
             print(json.dumps(done["rows"][-1]), flush=True)
@@ -111,8 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         statistics_of_experts.PRIOR_TOKENS = prior
         found = {}
         for name in ("private", "shared u, shared g"):
-            ((_, _, passes),) = rows([name], [0.6])
-            found[name] = perplexity(convert(model, passes, short, keep=0.6))
+            ((_, _, how),) = rows([name], [0.6])
+            found[name] = perplexity(convert(model, how, short, keep=0.6))
         done["priors"].append({"prior": prior, "tokens": args.short_tokens, **found})
         write_json(file, done)
         print(json.dumps(done["priors"][-1]), flush=True)

@@ -120,7 +120,7 @@ def convert_and_save(
 
     from ngc_jax.commands.console import console, progress_bar
     from ngc_jax.conversion.mixtures import described, sources_of, text_label
-    from ngc_jax.conversion.pipeline import check_conversion, convert, reads_text
+    from ngc_jax.conversion.pipeline import check_conversion, convert, for_experts, reads_text
     from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
     from ngc_jax.host_memory import peak_bytes
@@ -158,7 +158,8 @@ def convert_and_save(
         if section is not None and "plan" in section:
             raise UsageError(f"{config.model} is a compact model already; convert the dense model it was made from")
         architecture = DecoderConfig.from_hf(hf_config)
-        check_conversion(architecture, recipe.chain, recipe.keep)
+        passes = for_experts(recipe.chain, architecture, by_default="topology" not in dict(recipe.options))
+        check_conversion(architecture, passes, recipe.keep)
         reads = reads_text(architecture, recipe.chain, recipe.keep)
         window = model_window(config.window, architecture.max_length)
         count = config.calibration_tokens
@@ -212,8 +213,8 @@ def convert_and_save(
     details = {
         "method": config.method,
         "keep": config.keep if config.rank is None and recipe.method != "dense" else None,
-        **recipe.chain.options(),
-        "passes": [one.name for one in recipe.chain],
+        **passes.options(),
+        "passes": [one.name for one in passes],
         "source": config.model,
         **({} if config.tokenizer is None else {"tokenizer": config.tokenizer}),
         "base_model": hub_id(config.model),

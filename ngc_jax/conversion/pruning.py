@@ -95,7 +95,7 @@ def prune_layers(
         if config.is_sparse(layer):
             return _prune_experts(layers[str(layer)], layer, found, config, shrinkage)
         if config.experts is not None:  # the dense MLPs beside experts are left as they are
-            return np.arange(config.mlp_dim), layers[str(layer)], found
+            return np.arange(config.mlp_dim), layers[str(layer)], _as_measured(found, layers[str(layer)], layer)
         return _prune_layer(layers[str(layer)], layer, found, config, shrinkage)
 
     def each() -> Iterator[dict[str, Statistics]]:
@@ -139,6 +139,16 @@ def _prune_layer(
         statistics[names[role]] = _of_outputs(statistics[names[role]], kept, small[role])
     statistics[names["d"]] = _of_inputs(hidden, kept, small["d"], shrinkage)
     return kept, {**params, "mlp": mlp}, statistics
+
+
+def _as_measured(statistics: dict[str, Statistics], params: Params, layer: int) -> dict[str, Statistics]:
+    """The statistics of a layer that is not pruned, with W^T G W in place of G as after pruning."""
+    for role in PRUNED_ROLES:
+        entry = statistics.get(name := block_name(layer, role))
+        if entry is not None and entry.gradients is not None:
+            kernel = np.asarray(params["mlp"][role]["kernel"], np.float64)
+            statistics[name] = dataclasses.replace(entry, gradients=_pulled(entry.gradients, kernel))
+    return statistics
 
 
 def _prune_experts(

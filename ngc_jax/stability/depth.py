@@ -55,9 +55,9 @@ class DepthStability(NamedTuple):
         local: (B, L, n, K) growth rates of the layers, whose means are the exponents.
         growth: (B, L, n+1) logarithm of the factor by which a random perturbation has grown, relative to the stream,
             before every layer and after the last: 0 first, n · metric last.
-        signals: For every group but those that read hidden neurons of experts, (B, L): logarithm of the relative size
-            of the random perturbation in the group's signal over that in the stream that enters its layers. Below 0 the
-            group attenuates it.
+        signals: For every group, (B, L): logarithm of the relative size of the random perturbation in the group's
+            signal over that in the stream that enters its layers. Below 0 the group attenuates it. Without groups that
+            read hidden neurons of experts.
         frames: (B, L, n, D, K) after every layer if requested, else None.
     """
 

@@ -182,6 +182,15 @@ def test_every_method_meets_its_keep_ratio(method, tmp_path) -> None:
     assert np.isfinite(logits(compact)).all()
 
 
+def test_the_default_method_prunes_factorises_and_propagates() -> None:
+    """Beside a dense layer whose G is measured whole because experts are pruned."""
+    model = sparse_model(moe_intermediate_size=20)
+    compact = convert(model, "ngc", TOKENS, keep=0.7, **SETTINGS)
+    assert compact.config.experts.width < 20
+    assert 0.69 < compact.plan.keep_ratio() <= 0.7
+    assert np.isfinite(logits(compact)).all()
+
+
 def test_pruning_removes_each_experts_own_silent_neurons(tmp_path) -> None:
     model = sparse_model(moe_intermediate_size=20)
     mlp = dict(model.params["layers"]["1"]["mlp"])

@@ -1,4 +1,4 @@
-"""Stability along depth of mixtures of experts whose routing is free: its weights have derivatives, its choice none."""
+"""Stability along depth of a mixture of experts: the routing weights have derivatives, the choice of experts none."""
 
 import jax
 import jax.numpy as jnp
