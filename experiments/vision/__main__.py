@@ -100,6 +100,7 @@ def chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> Lines:
                 tuple(row["stored"] for row in own),
                 tuple(row["accuracy"] for row in own),
                 style=style,
+                markers=True,
                 low=tuple(row["interval"][0] for row in own),
                 high=tuple(row["interval"][1] for row in own),
             )

@@ -43,7 +43,8 @@ class VisionModel(LanguageModel):
 
     Example:
         >>> vision = load_model("google/vit-base-patch16-224")  # doctest: +SKIP
-        >>> logits = vision.decoder.apply({"params": vision.params}, vision.preprocessor.load(["cat.png"]))
+        >>> pixels = vision.preprocessor.load(["cat.png"])  # doctest: +SKIP
+        >>> logits = vision.encoder.apply({"params": vision.params}, pixels)  # doctest: +SKIP
     """
 
     preprocessor_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -111,7 +112,7 @@ def make_encoder(
         >>> hf = {"model_type": "vit", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
         >>> hf |= {"intermediate_size": 12, "image_size": 8, "patch_size": 4}
         >>> make_encoder("tiny", hf).count_parameters()
-        956
+        1006
     """
     hf = own_config(encoder_config_json(hf_config))
     config = EncoderConfig.from_hf(hf)
