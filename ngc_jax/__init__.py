@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ngc_jax.models.load import LanguageModel, load_model
     from ngc_jax.models.sampling import Sampling
     from ngc_jax.models.save import save_model
+    from ngc_jax.models.speculation import with_drafter
     from ngc_jax.reporting.report import report
     from ngc_jax.stability.depth import depth_stability
     from ngc_jax.stability.lyapunov import lyapunov_spectrum
@@ -82,6 +83,7 @@ __all__ = [
     "save_model",
     "sequence_stability",
     "train",
+    "with_drafter",
 ]
 _PLACES = {
     "conversion": (
@@ -104,6 +106,7 @@ _PLACES = {
     "models.load": ("LanguageModel", "load_model"),
     "models.sampling": ("Sampling",),
     "models.save": ("save_model",),
+    "models.speculation": ("with_drafter",),
     "reporting.report": ("report",),
     "stability.depth": ("depth_stability",),
     "stability.lyapunov": ("lyapunov_spectrum",),

@@ -236,7 +236,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Any]:
 _POSITIONAL = ("model", "sources")
 # Options that hold paths: ~ in them is the home directory, wherever the value comes from.
 _PATHS = {"model", "sources", "teacher", "tokenizer", "dense", "out", "text", "evaluation_text", "prompts", "profile"}
-_PATHS |= {"against", "data", "json", "task"}
+_PATHS |= {"against", "data", "json", "task", "images"}
 # Of these, the options that name a text: - is standard input.
 _TEXTS = {"text", "evaluation_text", "prompts"}
 

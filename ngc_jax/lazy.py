@@ -11,6 +11,7 @@ from ngc_jax.errors import UsageError
 
 # Packages that only some of the library needs, and the extra that brings them.
 _EXTRAS = {
+    "PIL": "vision",
     "datasets": "train",
     "grain": "train",
     "lm_eval": "eval",

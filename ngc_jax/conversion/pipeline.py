@@ -11,6 +11,8 @@ import numpy as np
 from ngc_jax.conversion.chains import Chain, Pass, chain
 from ngc_jax.conversion.methods import Recipe, check_keep, method_chain
 from ngc_jax.conversion.passes.factorise import Factorise
+from ngc_jax.conversion.passes.quantise import Quantise
+from ngc_jax.conversion.passes.refine import Refine
 from ngc_jax.conversion.registry import option_types
 from ngc_jax.conversion.state import Calibration, ConversionState, Measurements, check_dense
 from ngc_jax.errors import UsageError
@@ -40,8 +42,8 @@ def convert(
     Args:
         model: The dense model.
         how: The name of a method, a recipe, a chain of passes, or a single pass.
-        calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`. Not
-            needed by a method that measures nothing.
+        calibration: A `Calibration`; or a text or token ids (T,), which `Calibration.of` takes with `options`; of an
+            image encoder, images or their directory. Not needed by a method that measures nothing.
         keep: Keep ratio: stored over dense parameters of the grouped blocks, above 0 and at most 1; 0.8 by default.
         measurements: Source of the statistics, if they are not to be measured now.
         donate: Consume the dense model: each weight is deleted as soon as its states are made, so that both models are
@@ -80,7 +82,10 @@ def convert(
     if not isinstance(calibration, Calibration):
         reads = reads_text(model.config, passes, keep)
         if reads and calibration is None:
-            raise UsageError(f"method {passes.method} measures a text; give one, or its token ids")
+            what = (
+                "a text; give one, or its token ids" if model.config.causal else "images; give some, or their directory"
+            )
+            raise UsageError(f"method {passes.method} reads {what}")
         calibration = calibration if reads else None
     calibration = Calibration.given(model, calibration, options)
     if calibration.mesh is not None:
@@ -96,7 +101,7 @@ def convert(
             calibration,
             statistics=source.stream(needs),
             held=needs.held,
-            donate=donate,
+            donate=donate and not any(one.keeps_dense for one in passes),
             fits=source.fits,
             progress=progress,
         )
@@ -168,20 +173,38 @@ def for_experts(passes: Chain, config: DecoderConfig, *, by_default: bool = Fals
 
 
 def reads_text(config: DecoderConfig, passes: Chain, keep: float) -> bool:
-    """Whether a chain measures anything on a calibration text."""
-    return passes.needs(config, keep, Calibration(np.zeros(0, np.int32))).anything
+    """Whether a chain reads a calibration text."""
+    measures = passes.needs(config, keep, Calibration(np.zeros(0, np.int32))).anything
+    return measures or any(one.reads_text and not one.is_off for one in passes)
 
 
 def check_conversion(config: DecoderConfig, passes: Chain, keep: float) -> None:
-    """Refuse, before anything is loaded or measured, a keep ratio that a chain cannot reach.
+    """Refuse, before anything is loaded or measured, what a chain cannot do to an architecture.
 
     Raises:
-        UsageError: If it is too low.
+        UsageError: If the keep ratio is too low, or a pass or an option is for language models only.
     """
+    if not config.causal:
+        check_for_encoders(passes)
     pruned, left = passes.plan(config, keep)
     factorise = passes.find(Factorise)
     if factorise is not None and factorise.rank is None:
         check_budget(factorise.rule(left, passes.method), candidate_cells(pruned, factorise.topology))
+
+
+def check_for_encoders(passes: Chain) -> None:
+    """Refuse what image encoders cannot have done to them.
+
+    Raises:
+        UsageError: If a chain quantises, refines, or limits a key-value cache.
+    """
+    if passes.find(Refine) is not None:
+        raise UsageError("image encoders are not refined yet; leave out refine-tokens")
+    if passes.find(Quantise) is not None:
+        raise UsageError("image encoders are not quantised yet; leave out bits")
+    factorise = passes.find(Factorise)
+    if factorise is not None and factorise.cache_ratio is not None:
+        raise UsageError("image encoders have no key-value cache; leave out cache ratio")
 
 
 def _without_groups(state: ConversionState) -> LanguageModel:

@@ -83,7 +83,8 @@ def prune_layers(
         donate: Delete the dense kernels that pruned ones replace.
     """
     layers = dict(model.params["layers"])
-    hf_config = {**model.hf_config, family_of(config.architecture).width: hidden_width(config)}
+    entry = family_of(config.architecture).width if config.causal else "intermediate_size"
+    hf_config = {**model.hf_config, entry: hidden_width(config)}
     smaller = dataclasses.replace(model, config=config, hf_config=hf_config, params={**model.params, "layers": layers})
     kept: dict[int, np.ndarray] = {}
 

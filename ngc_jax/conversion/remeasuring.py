@@ -81,7 +81,7 @@ def remeasured(state: ConversionState, factorise: Factorise, *, sensitivities: b
     layers = [dense_layer(model, compact, layer) for layer in range(model.config.num_layers)]
     again, _ = measure_output_gradients(
         model,
-        dataclasses.replace(calibration, tokens=tokens, batch_size=2),
+        dataclasses.replace(calibration, tokens=tokens, batch_size=max(calibration.batch_size // 2, 1)),
         GradientMeasurement(geometry=factorise.gradients, slopes=sensitivities),
         layer_params=layers.__getitem__,
         progress=lambda *a: state.report("again", *a),

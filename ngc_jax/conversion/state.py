@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from ngc_jax.conversion.image_calibration import image_calibration
 from ngc_jax.errors import UsageError
 from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
 from ngc_jax.types import Progress
@@ -30,7 +31,8 @@ class Calibration:
     """The text that a conversion measures on, and how it is read.
 
     Attributes:
-        tokens: (T,) one stream of token ids, with `prefix` before every window; from `Calibration.of`.
+        tokens: (T,) one stream of token ids, with `prefix` before every window; from `Calibration.of`. Of an image
+            encoder an `ImageStream`, whose windows are images.
         window: Tokens in a window, the prefix included.
         batch_size: Windows that run at once, on each device.
         prefix: Tokens at the start of every window, such as BOS.
@@ -49,7 +51,7 @@ class Calibration:
         (32, 64)
     """
 
-    tokens: np.ndarray
+    tokens: Any
     window: int = 1024
     batch_size: int = 4
     prefix: tuple[int, ...] = ()
@@ -84,7 +86,7 @@ class Calibration:
         Args:
             model: The model whose tokenizer reads the text.
             tokens: A text, or token ids (T,) or (1, T): an array or a list; see `as_tokens`. None if nothing is
-                measured.
+                measured. For an image encoder, images; see `image_calibration`.
             bos: The start of each window, as for `Tokenizer.prefix`. It is measured like every other token, as models
                 read it with every text.
             options: The other attributes, except prefix. Numbers of tokens are rounded to whole windows if windows have
@@ -102,6 +104,10 @@ class Calibration:
             raise UsageError(f"calibration has no option {wrong[0]!r}; expected {', '.join(sorted(known | {'bos'}))}")
         if tokens is None:
             return cls(np.zeros(0, np.int32), **options)
+        if not model.config.causal:
+            if bos != "auto":
+                raise UsageError("bos is for texts; leave it out for images")
+            return cls(**image_calibration(model, tokens, options, options.get("gradient_tokens", GRADIENT_TOKENS)))
         read_ids = bos == "never" and not isinstance(tokens, str)
         tokenizer = None if read_ids else model.load_tokenizer()
         ids = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)

@@ -30,13 +30,13 @@ from ngc_jax.models.layerwise import (
     Compensated,
     Layer,
     Stack,
+    checked_tokens,
     each_batch,
     embed,
     layer_module,
     stack_batches,
 )
 from ngc_jax.models.load import LanguageModel
-from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
 
@@ -259,7 +259,7 @@ def measure_inputs(
     """
     config, params, mesh = model.config, model.params, calibration.mesh
     decoder = model.decoder.clone(dtype=None)
-    tokens = as_tokens(calibration.tokens, config.vocab_size, least=0)
+    tokens = checked_tokens(calibration.tokens, config)
     count = len(tokens) + (0 if begun is None else begun.count)
     if count < 1:
         raise UsageError("there are no tokens to calibrate on; give a longer text")

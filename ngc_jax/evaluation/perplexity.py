@@ -14,7 +14,7 @@ import numpy as np
 
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import scored_sums
-from ngc_jax.models.config import check_length
+from ngc_jax.models.config import check_length, language_only
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.text import split_windows
@@ -70,6 +70,7 @@ def measure_perplexity(
             positions that the model lacks, or the model's log-likelihoods are not finite.
     """
     check_window(window)
+    language_only(model.config, "perplexity")
     tokens = as_tokens(tokens, model.config.vocab_size, tokenizer=tokenizer, least=2)
     prefix = tokenizer.prefix(bos)
     stream = begin_windows(tokens, window, prefix)

@@ -11,8 +11,11 @@ from ngc_jax.errors import UsageError
 from ngc_jax.exporting.gguf import export_gguf
 from ngc_jax.exporting.grouped import export_grouped
 from ngc_jax.exporting.huggingface import export_huggingface
+from ngc_jax.models.config import language_only
+from ngc_jax.models.families.encoders import is_encoder
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.save import save_model
+from ngc_jax.models.saved_config import split_config
 from ngc_jax.models.sources import Source, open_source
 
 FORMS = ("hf", "hf-grouped", "gguf")
@@ -56,6 +59,7 @@ def export(
     write = writers[to]
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, LanguageModel):
+        language_only(model.config, "an export")
         with tempfile.TemporaryDirectory(prefix="ngc-jax-") as directory:
             saved = save_model(dataclasses.replace(model), Path(directory) / "model")
             with open_source(str(saved)) as source:
@@ -63,5 +67,16 @@ def export(
                 return write(source, out, **given)
     if isinstance(model, str | Path):
         with open_source(str(model)) as source:
+            _refuse_encoder(source)
             return write(source, out, **given)
+    _refuse_encoder(model)
     return write(model, out, **given)
+
+
+def _refuse_encoder(source: Source) -> None:
+    """Refuse an image encoder, which runs in ngc-jax, or in transformers if it has no groups, as it was saved."""
+    if is_encoder(split_config(source.config, source.name)[0]):
+        raise UsageError(
+            f"{source.name} is an image encoder, which is not exported: one without groups is a plain model as it was "
+            "saved, one with groups runs in ngc-jax only"
+        )

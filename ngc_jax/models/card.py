@@ -74,6 +74,35 @@ def model_card(
     return render_card(front, parts)
 
 
+def encoder_card(model: LanguageModel, name: str) -> str:
+    """The card of an image encoder, dense, pruned or compact; arguments as for `model_card`."""
+    conversion, plain = model.conversion or {}, is_plain(model.config, model.plan)
+    source = conversion.get("source")
+    parts = [f"# {name}"]
+    if model.plan is not None:
+        of = (
+            "An image encoder of neuronal groups"
+            if source is None
+            else f"A compact form of the image encoder `{source}`"
+        )
+        parts.append(_conversion_text(model, of))
+    else:
+        parts.append(f"Made from `{model.name}` by ngc-jax.")
+    if source is not None and model.license in (None, "other"):
+        parts.append("The weights keep the licence of the model they were made from.")
+    if plain:
+        parts.append("It is a plain model of its architecture: every program that loads that architecture loads it.")
+    else:
+        parts.append("Only ngc-jax loads it.")
+    base = conversion["base_model"] if "base_model" in conversion else hub_id(str(source or model.name))
+    front = front_matter(model.license, base, plain=plain)
+    front["pipeline_tag"] = "image-feature-extraction"
+    if getattr(model.config, "head", None) == "classes":
+        front["pipeline_tag"] = "image-classification"
+        parts.append(f"    ngc-jax evaluate {name} --images DIR")
+    return render_card(front, parts)
+
+
 def front_matter(license: str | None, base_model: str | None, *, plain: bool) -> dict[str, Any]:
     """The front matter that the hub reads.
 
@@ -140,6 +169,7 @@ def _conversion_text(model: LanguageModel, what: str) -> str:
     rows.append(("tensors", f"{size / 1e6:,.1f} MB, {bits}"))
     calibration = conversion.get("calibration")
     if isinstance(calibration, Mapping):
-        rows.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['text']}"))
+        what = "images" if "images" in calibration else "text"
+        rows.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration[what]}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
     return f"{text}\n\n| | |\n|---|---|\n{table}"

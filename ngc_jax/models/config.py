@@ -22,6 +22,7 @@ __all__ = [
     "block_name",
     "brief",
     "check_length",
+    "language_only",
     "text_config",
     "without_experts",
 ]
@@ -29,7 +30,7 @@ __all__ = [
 ATTENTION_ROLES = "qkvo"
 MLP_ROLES = "ugd"
 ROLES = ATTENTION_ROLES + MLP_ROLES
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ class DecoderConfig:
             communication of the same groups, with weights tied between rounds. `ngc_iterations` in config.json, which
             transformers ignores.
         experts: The layers whose MLPs are mixtures of experts; None if there are none.
+        causal: No token sees a later one; otherwise, as in `EncoderConfig`, all see each other.
 
     Raises:
         UsageError: If sizes are not positive or inconsistent.
@@ -147,6 +149,7 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
     iterations: int = 1
     experts: Experts | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         for field in (
@@ -309,3 +312,17 @@ def without_experts(config: DecoderConfig, what: str) -> None:
     """
     if config.experts is not None:
         raise UsageError(f"{what} of {config.architecture} models is not supported: their MLPs are mixtures of experts")
+
+
+def language_only(config: DecoderConfig, what: str) -> None:
+    """Refuse an image encoder.
+
+    Args:
+        config: Of the model.
+        what: What language models alone can do, the subject of the message.
+
+    Raises:
+        UsageError: If the model is one.
+    """
+    if not config.causal:
+        raise UsageError(f"{what} needs a language model, and {config.architecture} is an image encoder")

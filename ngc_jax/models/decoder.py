@@ -56,9 +56,15 @@ _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+
+def activate(name: str, x: Array) -> Array:
+    """One of `config.ACTIVATIONS`."""
+    return _ACTIVATIONS[name](x)
 
 
 def _project(
@@ -123,7 +129,7 @@ class Attention(nn.Module):
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         own = None
         # A cache without slots returns the tokens in order.
-        ordered = not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
+        ordered = c.causal and not self.hold_others and (cache is None or cache.positions.shape[1] == 0)
         if self.hold_others:
             assert cache is not None, "held keys and values must be given"
             attended, (own, _) = cache, extend(None, k, v, positions)

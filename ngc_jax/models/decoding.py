@@ -1,6 +1,7 @@
 """Decoding as pure functions: prompts in one pass, then a loop on the device.
 
-`prefill` reads prompts into a cache, `begin` also chooses the first tokens, `decode` continues from there.
+`prefill` reads prompts into a cache, `begin` also chooses the first tokens, `decode` continues from there; or
+`speculation.speculate`, with the help of a smaller model.
 
 A token's key is the row's key with the token's position folded in, so that a row's tokens depend neither on its batch
 nor on the chunks in which it is decoded.
@@ -138,11 +139,9 @@ def decode(
         active_B = state.remaining > 0
         # A row that has ended is padding in the step of the others.
         read_at_B = jnp.where(active_B, state.positions, -1)
-        logits_Bx1xV, cache = _apply(
-            decoder, params, "__call__", state.tokens[:, None], read_at_B[:, None], state.cache
-        )
+        logits_Bx1xV, cache = apply(decoder, params, "__call__", state.tokens[:, None], read_at_B[:, None], state.cache)
         positions_B = jnp.where(active_B, state.positions + 1, state.positions)
-        chosen_B = _choose(state.keys, positions_B, logits_Bx1xV[:, 0], sampling)
+        chosen_B = choose(state.keys, positions_B, logits_Bx1xV[:, 0], sampling)
         tokens_B = jnp.where(active_B, chosen_B, state.tokens)
         remaining_B = jnp.where(active_B & ~jnp.isin(tokens_B, stop_Z), state.remaining - 1, 0)
         emitted_BxT = emitted_BxT.at[:, step].set(jnp.where(active_B, tokens_B, NO_TOKEN))
@@ -160,10 +159,10 @@ def _read(decoder: Decoder, params: Params, tokens_BxL: Array, lengths_B: Array)
     index_L = jnp.arange(length, dtype=jnp.int32)
     positions_BxL = jnp.where(index_L < lengths_B[:, None], index_L, -1)
     cache = init_latent_cache(decoder.config, decoder.plan, decoder.cache, batch, 0, decoder.compute_dtype)
-    x_BxLxD, cache = _apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
+    x_BxLxD, cache = apply(decoder, params, "hidden", tokens_BxL, positions_BxL, cache)
     # Only the last token of each prompt is unembedded.
     x_BxD = jnp.take_along_axis(x_BxLxD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return _apply(decoder, params, "logits", x_BxD), cache
+    return apply(decoder, params, "logits", x_BxD), cache
 
 
 @jax.jit
@@ -176,16 +175,24 @@ def _first(
     sampling: SamplingArrays,
 ) -> tuple[Array, Array]:
     """The first tokens, and the number of tokens that may follow them."""
-    tokens_B = _choose(keys_B, lengths_B, logits_BxV, sampling)
+    tokens_B = choose(keys_B, lengths_B, logits_BxV, sampling)
     return tokens_B, jnp.where(jnp.isin(tokens_B, stop_Z), 0, remaining_B - 1)
 
 
-def _choose(
+def end_rows(state: Any, ended_B: Any) -> Any:
+    """A state, of this module or of `speculation`, in which some rows (B,) have ended."""
+    if not isinstance(state, DecodeState):
+        return state._replace(decode=end_rows(state.decode, ended_B))
+    return state._replace(remaining=jnp.where(ended_B, 0, state.remaining))
+
+
+def choose(
     keys_B: Key[Array, " B"], positions_B: Int[Array, " B"], logits_BxV: Float[Array, "B V"], sampling: SamplingArrays
 ) -> Int[Array, " B"]:
-    """Sample the tokens at some positions."""
+    """Sample the token at a position of each row, with the row's key and the position folded in."""
     return sample(jax.vmap(jax.random.fold_in)(keys_B, positions_B), logits_BxV, sampling)
 
 
-def _apply(decoder: Decoder, params: Params, method: str, *arguments: Any) -> Any:
+def apply(decoder: Decoder, params: Params, method: str, *arguments: Any) -> Any:
+    """Call a method of the module."""
     return decoder.apply({"params": params}, *arguments, method=method)

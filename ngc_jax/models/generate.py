@@ -9,6 +9,7 @@ to call (lengths, steps, stop tokens, keys) is an argument of the program.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -20,10 +21,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, decode
+from ngc_jax.models.config import DecoderConfig, language_only
+from ngc_jax.models.decoding import MAX_STEPS, NO_TOKEN, DecodeState, begin, decode, end_rows
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.models.sampling import Sampling
+from ngc_jax.models.speculation import SpeculationState, begin_drafting, speculate_steps
 from ngc_jax.models.stop_texts import StopTexts
 from ngc_jax.models.tokenizer import Tokenizer
 from ngc_jax.tokens import as_rows, check_ids
@@ -242,12 +244,14 @@ def measure_decode_speed(
     Raises:
         UsageError: If the model's longest sequence is too short for the measurement.
     """
+    model = dataclasses.replace(model, drafter=None)
     steps = 8
     total = prompt_length + 1 + steps * (repeats + 1)
     prompts = [np.arange(row, row + prompt_length) % model.config.vocab_size for row in range(batch)]
     _check(model.config, prompts, total - prompt_length)
     decoder, params, stops = model.decoder, model.params, _stops(())
     _, state = _begin(model, prompts, total - prompt_length, GREEDY, jax.random.key(0), (), range(batch))
+    assert isinstance(state, DecodeState)
     rates: list[float] = []
     started = 0.0
     for repeat in range(repeats + 1):
@@ -272,6 +276,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 def _check(config: DecoderConfig, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
     """Raise UsageError unless every prompt can be continued by `max_new_tokens` tokens."""
+    language_only(config, "generation")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     for index, prompt in enumerate(map(np.asarray, prompts)):
@@ -306,15 +311,18 @@ def _begin(
     key: Key[Array, ""],
     stop_tokens: Sequence[int],
     seeds: Sequence[int],
-) -> tuple[Array, DecodeState]:
-    """`begin` with prompts padded and sizes rounded up."""
+) -> tuple[Array, DecodeState | SpeculationState]:
+    """`begin` with prompts padded and sizes rounded up; with a drafter, its state too."""
     limit = model.config.max_length
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(lengths.max())
     tokens = np.zeros((len(prompts), min(bucket(longest), limit)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return begin(
+    capacity = min(bucket(longest + max_new_tokens), limit)
+    if model.drafter is not None:
+        capacity += model.drafter.tokens
+    first, state = begin(
         model.decoder,
         model.params,
         jnp.asarray(tokens),
@@ -322,9 +330,12 @@ def _begin(
         jnp.full(len(prompts), max_new_tokens, jnp.int32),
         jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(seeds, np.int64).astype(np.uint32)),
         _stops(stop_tokens),
-        capacity=min(bucket(longest + max_new_tokens), limit),
+        capacity=capacity,
         sampling=sampling.arrays,
     )
+    if model.drafter is None:
+        return first, state
+    return first, begin_drafting(model.drafter.model, state, jnp.asarray(tokens), jnp.asarray(lengths), capacity)
 
 
 def _batches(
@@ -337,11 +348,13 @@ def _batches(
     stop_tokens: Sequence[int],
     seeds: Sequence[int] | None,
 ) -> Generator[np.ndarray, np.ndarray | None, None]:
-    """Decoded tokens (B, up to `steps`) with `NO_TOKEN` after a row's end, until all rows have ended.
+    """Decoded tokens (B, up to about `steps`), until all rows have ended; `NO_TOKEN` where a row has none.
 
     Rows that are sent back, (B,) bool, end.
     """
     _check(model.config, prompts, max_new_tokens)
+    if model.drafter is not None:
+        _check(model.drafter.model.config, prompts, max_new_tokens)
     if key is None and not sampling.greedy:
         raise UsageError("sampling at a temperature needs randomness; pass key, for example jax.random.key(0)")
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -356,10 +369,14 @@ def _batches(
         ended = yield np.asarray(first)[:, None]
         while True:
             if ended is not None:
-                state = state._replace(remaining=jnp.where(ended, 0, state.remaining))
+                state = end_rows(state, ended)
             if not np.any(state.remaining):
                 return
-            tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=arrays)
-            ended = yield np.asarray(tokens)[:, :steps]
+            if isinstance(state, SpeculationState):
+                tokens, state = speculate_steps(model, state, steps, stops, arrays)
+            else:
+                tokens, state = decode(model.decoder, model.params, state, steps, stops, sampling=arrays)
+                tokens = tokens[:, :steps]
+            ended = yield np.asarray(tokens)
 
     return chunks(seeds, key)

@@ -11,6 +11,7 @@ _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 _OTHERS = [
     "README.md",
     "config.json",
+    "preprocessor_config.json",
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer.model",

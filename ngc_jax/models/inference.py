@@ -20,7 +20,7 @@ from ngc_jax.groups.gauge import free_gauge, other_neurons
 from ngc_jax.groups.kernels import States, encoder, output_features
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.groups.quantised import is_quantised
-from ngc_jax.models.config import block_name
+from ngc_jax.models.config import block_name, language_only
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.experts import form_of, stack_experts
 from ngc_jax.models.load import LanguageModel
@@ -76,8 +76,12 @@ def for_inference(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
 
 def inference_model(model: LanguageModel) -> LanguageModel:
     """A loaded model in the run-time layout, for generation and evaluation; see `for_inference`."""
+    language_only(model.config, "the run-time layout")
     decoder, params = for_inference(model.decoder, model.params)
-    return dataclasses.replace(model, params=params, joined=decoder.joined)
+    drafter = model.drafter
+    if drafter is not None:
+        drafter = dataclasses.replace(drafter, model=inference_model(drafter.model))
+    return dataclasses.replace(model, params=params, joined=decoder.joined, drafter=drafter)
 
 
 def _site_params(site: Site, decoder: Decoder, params: Params, layer: int, blocks: dict[str, Any]) -> dict[str, Array]:

@@ -10,11 +10,15 @@ from typing import Any, get_args
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.encoder import Encoder
+from ngc_jax.models.encoder_config import EncoderConfig
+from ngc_jax.models.families.encoders import is_encoder
 from ngc_jax.models.keys import hf_name, match_tensors
 from ngc_jax.models.latent_cache import CacheKind, numbers_per_token
 from ngc_jax.models.load import parameter_shapes
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
 from ngc_jax.models.sources import Source
+from ngc_jax.models.vision import encoder_shapes, match_encoder_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +66,9 @@ class Inspection:
             "bits_per_parameter": 8 * self.bytes / total,
             "unused_bytes": self.unused_bytes,
             "groups": 0 if self.plan is None else len(self.plan.groups),
-            "cache_numbers_per_token": {
-                kind: numbers_per_token(self.config, self.plan, kind) for kind in get_args(CacheKind)
-            },
+            "cache_numbers_per_token": {}
+            if not self.config.causal
+            else {kind: numbers_per_token(self.config, self.plan, kind) for kind in get_args(CacheKind)},
         }
 
     def group_rows(self) -> list[list[str]]:
@@ -97,10 +101,22 @@ def inspect_model(source: Source) -> Inspection:
         UsageError: If its config, its plan or the names and shapes of its tensors are invalid.
     """
     hf_config, section = split_config(source.config, source.name)
+    if is_encoder(hf_config):
+        return _inspect_encoder(source, hf_config, section)
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
     parameters = parameter_shapes(Decoder(config, plan))
     names = match_tensors(parameters, source.shapes, config, source.name)
+    used = sum(source.sizes[name] for name in names.values())
+    shapes = {hf_name(parameter, config): shape for parameter, shape in parameters.items()}
+    return Inspection(config, plan, conversion_of(section), shapes, used, source.nbytes - used)
+
+
+def _inspect_encoder(source: Source, hf_config: Mapping[str, Any], section: Mapping[str, Any] | None) -> Inspection:
+    config = EncoderConfig.from_hf(hf_config)
+    plan = read_plan(section, config, source.name)
+    parameters = {".".join(path): shape for path, shape in encoder_shapes(Encoder(config, plan)).items()}
+    names = match_encoder_tensors(parameters, source.shapes, config, source.name)
     used = sum(source.sizes[name] for name in names.values())
     shapes = {hf_name(parameter, config): shape for parameter, shape in parameters.items()}
     return Inspection(config, plan, conversion_of(section), shapes, used, source.nbytes - used)

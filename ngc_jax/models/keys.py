@@ -14,6 +14,7 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, block_name
 from ngc_jax.models.families import OTHER_PARTS, Family, family_of
+from ngc_jax.models.families.encoders import encoder_family
 from ngc_jax.models.families.llama import LLAMA
 
 # Tensors that a file may contain and a text decoder does not need; frequencies and masks are computed.
@@ -34,6 +35,8 @@ def hf_name(parameter: str, config: DecoderConfig) -> str:
     """
     if parameter.startswith("groups."):
         return parameter
+    if not config.causal:
+        return encoder_family(config.architecture).hf_name(parameter)
     return family_of(config.architecture).hf_name(parameter)
 
 
@@ -109,11 +112,11 @@ def match_tensors(
     left_over = twice + [name for plain, name in canonical.items() if plain not in wanted and plain != head]
     problems = []
     if missing:
-        problems.append(f"missing {_some(_with_guess(name, left_over) for name in missing)}")
+        problems.append(f"missing {some_names(with_guess(name, left_over) for name in missing)}")
     if misshapen:
-        problems.append(f"misshapen {_some(misshapen)}")
+        problems.append(f"misshapen {some_names(misshapen)}")
     if left_over:
-        problems.append(f"left over {_some(left_over)}")
+        problems.append(f"left over {some_names(left_over)}")
     if problems:
         raise UsageError(
             f"the tensors of {source} do not fit its config.json: {'; '.join(problems)}. Download the whole model again"
@@ -139,12 +142,12 @@ def plain_names(tensors: Iterable[str], family: Family = LLAMA) -> dict[str, str
     >>> plain_names(["base.model.embed_tokens.weight", "base.lm_head.weight"])["base.lm_head.weight"]
     'lm_head.weight'
     """
-    unwrapped = {name: _WRAPPERS.sub("", name) for name in tensors if not is_ignored(name)}
+    bare = {name: unwrapped(name) for name in tensors if not is_ignored(name)}
     base, embedding = _split_base(family.hf_name("embed.embedding"))
-    found = {name for name in unwrapped.values() if name == embedding or name.endswith(f".{embedding}")}
+    found = {name for name in bare.values() if name == embedding or name.endswith(f".{embedding}")}
     inner = found.pop().removesuffix(embedding) if len(found) == 1 else base
     outer = inner.removesuffix(base) if inner.endswith(f".{base}") or inner == base else inner
-    return {name: _plain(rest, inner, outer, family) for name, rest in unwrapped.items()}
+    return {name: _plain(rest, inner, outer, family) for name, rest in bare.items()}
 
 
 def _split_base(name: str) -> tuple[str, str]:
@@ -171,12 +174,19 @@ def _plain(name: str, inner: str, outer: str, family: Family) -> str:
     return f"{base}{name}" if name.startswith(tuple(bare)) else name
 
 
-def _with_guess(name: str, candidates: Iterable[str]) -> str:
+def unwrapped(name: str) -> str:
+    """A tensor's name without the parts that torch.compile, FSDP and activation checkpointing insert."""
+    return _WRAPPERS.sub("", name)
+
+
+def with_guess(name: str, candidates: Iterable[str]) -> str:
+    """A missing name, with the nearest of some others for a message."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.8)
     return f"{name} (did it mean {close[0]}?)" if close else name
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def some_names(names: Iterable[str], most: int = 8) -> str:
+    """The first of some names, for a message."""
     names = list(names)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

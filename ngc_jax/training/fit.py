@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.config import check_length
+from ngc_jax.models.config import check_length, language_only
 from ngc_jax.models.load import LanguageModel
 from ngc_jax.tokens import as_tokens
 from ngc_jax.training import sharding
@@ -147,6 +147,7 @@ def prepare(
         UsageError: If nothing would train, the objective needs a teacher and there is none, or a model has no positions
             for the sequences.
     """
+    language_only(model.config, "training")
     if model.quantised:
         raise UsageError(f"{model.name} is quantised and cannot be trained; train it before it is quantised")
     for one in (model, teacher):

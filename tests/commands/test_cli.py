@@ -148,6 +148,18 @@ def test_generate_says_how_large_its_cache_is(compact, tmp_path):
     assert len(texts) == 1
 
 
+def test_generate_with_a_drafter_gives_the_same_text(compact, dense, tmp_path):
+    out, _ = compact
+    result, texts = tmp_path / "generate.json", []
+    for options in ([], ["--draft", out, "--draft-tokens", "2"]):
+        common = ["--prompt", "Groups of", "--max-new-tokens", "9", "--json", str(result)]
+        assert cli.main(["generate", dense, *common, *options]) == 0
+        summary = json.loads(result.read_text())
+        texts += summary["texts"]
+    assert texts[0] == texts[1]
+    assert (summary["draft"], summary["draft_tokens"]) == (out, 2)
+
+
 def test_chat_puts_the_prompt_into_the_template(compact, tmp_path):
     out, _ = compact
     result = tmp_path / "generate.json"

