@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ngc_jax.conversion.image_calibration import image_calibration
 from ngc_jax.errors import UsageError
 from ngc_jax.tokens import Bos, as_tokens, begin_windows, whole_windows
 from ngc_jax.types import Progress
@@ -107,6 +106,8 @@ class Calibration:
         if not model.config.causal:
             if bos != "auto":
                 raise UsageError("bos is for texts; leave it out for images")
+            from ngc_jax.conversion.image_calibration import image_calibration  # imports jax
+
             return cls(**image_calibration(model, tokens, options, options.get("gradient_tokens", GRADIENT_TOKENS)))
         read_ids = bos == "never" and not isinstance(tokens, str)
         tokenizer = None if read_ids else model.load_tokenizer()
