@@ -44,8 +44,9 @@ def with_drafter(model: LanguageModel, draft: LanguageModel, tokens: int = 4) ->
         tokens: K, 1 to 16.
 
     Raises:
-        UsageError: If the vocabularies differ, a number is out of range, or a layer of either has a sliding window,
-            whose cache would lose tokens to those that are dropped.
+        UsageError: If the vocabularies differ, a number is out of range, a layer of either has a sliding window, whose
+            cache would lose tokens to those that are dropped, or either has a table of positions, beyond which drafts
+            would reach at its end.
 
     Example:
         >>> fast = with_drafter(model, compact)
@@ -64,6 +65,8 @@ def with_drafter(model: LanguageModel, draft: LanguageModel, tokens: int = 4) ->
     for one in (model, draft):
         if any(window is not None for window in one.config.windows):
             raise UsageError(f"{one.name} has layers with sliding windows, which speculative decoding does not support")
+        if one.config.learned_positions:
+            raise UsageError(f"{one.name} has a table of positions, which speculative decoding does not support")
     return dataclasses.replace(model, drafter=Drafter(draft, tokens))
 
 

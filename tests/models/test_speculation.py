@@ -99,6 +99,8 @@ def test_drafters_that_do_not_fit_are_refused(model):
         with_drafter(model, model, 0)
     with pytest.raises(UsageError, match="sliding windows"):
         with_drafter(dense_model("mistral"), dense_model("mistral"))
+    with pytest.raises(UsageError, match="table of positions"):
+        with_drafter(dense_model("gpt2"), dense_model("gpt2"))
     short = dense_model("llama_untied", max_position_embeddings=16)
     with pytest.raises(UsageError, match="more than the model's 16"):
         generate(with_drafter(model, short), PROMPTS[:1], max_new_tokens=NEW)
