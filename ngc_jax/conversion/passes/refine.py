@@ -29,8 +29,8 @@ class Refine(Pass):
 
     Example:
         >>> from ngc_jax import Recipe
-        >>> [one.name for one in Recipe("svd_llm", refine_tokens=32_768).chain]
-        ['factorise', 'refine']
+        >>> print(*(one.name for one in Recipe("svd_llm", refine_tokens=32_768).chain))
+        factorise refine
     """
 
     name: ClassVar[str] = "refine"
