@@ -27,7 +27,8 @@ from ngc_jax.conversion import Recipe
 from ngc_jax.conversion.pipeline import convert
 from ngc_jax.host_memory import peak_bytes
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoder import INPUT_SITE, Decoder
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layers import INPUT_SITE
 from ngc_jax.models.load import LanguageModel
 
 GIB = 2**30

@@ -15,7 +15,8 @@ from experiments.accelerator_check.records import Values
 from experiments.accelerator_check.sizes import Size, grouped_plan, share_of_peak
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoder import Decoder, input_site
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layers import input_site
 from ngc_jax.training.losses import Objective
 from ngc_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ngc_jax.training.step import Constants, Program, init_state, jit_step

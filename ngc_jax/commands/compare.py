@@ -209,8 +209,8 @@ class Comparison:
     def _evaluate_saved(self, entry: Entry, compact: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
         """Save the model, count its file, load it again and evaluate that."""
         from ngc_jax.conversion.mixtures import text_label
-        from ngc_jax.models.decoder import input_site
         from ngc_jax.models.inspect import inspect_model
+        from ngc_jax.models.layers import input_site
         from ngc_jax.models.load import load_model
         from ngc_jax.models.save import save_model
         from ngc_jax.models.sources import open_source

@@ -119,16 +119,15 @@ def convert_and_save(
     import jax
 
     from ngc_jax.commands.console import console, progress_bar
+    from ngc_jax.commands.converted import save_converted
     from ngc_jax.conversion.mixtures import described, sources_of, text_label
     from ngc_jax.conversion.pipeline import check_conversion, convert, for_experts, reads_text
     from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
-    from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.card import hub_id
     from ngc_jax.models.config import DecoderConfig
-    from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
-    from ngc_jax.models.save import in_dtype, save_model, storage_dtype
+    from ngc_jax.models.save import in_dtype, storage_dtype
     from ngc_jax.models.saved_config import split_config
     from ngc_jax.models.sources import open_source
     from ngc_jax.training.sharding import make_mesh
@@ -230,22 +229,7 @@ def convert_and_save(
         else None,
     }
     compact = in_dtype(dataclasses.replace(compact, conversion=details), stored)
-    save_model(compact, config.out, overwrite=config.overwrite)
-    with open_source(config.out) as saved:
-        summary = {
-            **details,
-            **inspect_model(saved).summary(),
-            "total_dense_parameters": dense_parameters,
-            "out": config.out,
-            "seconds": time.perf_counter() - started,
-            "peak_bytes": peak_bytes(),
-        }
-    console.print(
-        f"{config.out}: {summary['groups']} groups, keep ratio {summary['keep_ratio']:.4f} "
-        f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
-        f"{summary['bytes'] / 1e6:,.1f} MB, "
-        f"{summary['seconds']:.0f} s, {summary['peak_bytes'] / 2**30:.2f} GiB of memory at most"
-    )
+    summary = save_converted(config, compact, dense_parameters, started)
     if recipe.chain.options().get("cache_ratio") is not None:
         cache = summary["cache_numbers_per_token"]
         console.print(

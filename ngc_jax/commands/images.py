@@ -37,19 +37,18 @@ def convert_encoder(config: ConvertConfig) -> dict[str, Any]:
     Raises:
         UsageError: If any input is invalid; before the weights are read where possible.
     """
-    from ngc_jax.commands.console import console, progress_bar
+    from ngc_jax.commands.console import progress_bar
     from ngc_jax.commands.conversion_options import recipe_of
+    from ngc_jax.commands.converted import save_converted
     from ngc_jax.conversion.pipeline import check_conversion, convert
     from ngc_jax.conversion.state import Calibration
     from ngc_jax.files import check_output
-    from ngc_jax.host_memory import peak_bytes
     from ngc_jax.models.card import hub_id
     from ngc_jax.models.encoder_config import EncoderConfig
     from ngc_jax.models.families.encoders import encoder_config_json
-    from ngc_jax.models.inspect import inspect_model
     from ngc_jax.models.load import load_from_source
     from ngc_jax.models.preprocessing import image_files
-    from ngc_jax.models.save import in_dtype, save_model, storage_dtype
+    from ngc_jax.models.save import in_dtype, storage_dtype
     from ngc_jax.models.saved_config import split_config
     from ngc_jax.models.sources import open_source
     from ngc_jax.models.vision import VisionModel
@@ -98,23 +97,7 @@ def convert_encoder(config: ConvertConfig) -> dict[str, Any]:
         },
     }
     compact = in_dtype(dataclasses.replace(compact, conversion=details), stored)
-    save_model(compact, config.out, overwrite=config.overwrite)
-    with open_source(config.out) as saved:
-        summary = {
-            **details,
-            **inspect_model(saved).summary(),
-            "total_dense_parameters": dense_parameters,
-            "out": config.out,
-            "seconds": time.perf_counter() - started,
-            "peak_bytes": peak_bytes(),
-        }
-    console.print(
-        f"{config.out}: {summary['groups']} groups, keep ratio {summary['keep_ratio']:.4f} "
-        f"({summary['stored_parameters']:,} of {summary['dense_parameters']:,} parameters in the grouped blocks), "
-        f"{summary['bytes'] / 1e6:,.1f} MB, {summary['seconds']:.0f} s, "
-        f"{summary['peak_bytes'] / 2**30:.2f} GiB of memory at most"
-    )
-    return summary
+    return save_converted(config, compact, dense_parameters, started)
 
 
 def _batch_size(config: Any) -> dict[str, Any]:

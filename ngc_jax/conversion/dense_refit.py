@@ -35,7 +35,7 @@ from ngc_jax.conversion.state import ConversionState
 from ngc_jax.conversion.statistics import token_rows
 from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_products
 from ngc_jax.models.config import block_name
-from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layers import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     Compensated,
     Layer,

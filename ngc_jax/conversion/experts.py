@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ngc_jax.conversion.symmetric_sums import add_products, gram, no_products, whole, zero_bands
+from ngc_jax.conversion.block_gradients import add_tokens
+from ngc_jax.conversion.symmetric_sums import add_products, no_products, whole, zero_bands
 from ngc_jax.groups.plan import Block
 from ngc_jax.models.config import DecoderConfig
 from ngc_jax.models.experts import Rows
@@ -155,18 +156,8 @@ def add_gradients(
     def one(of_expert: tuple[Mapping[str, Any], Array, Array, Array]) -> dict[str, Any]:
         sums, kernel_MxI, teacher_MxI, weights_R = of_expert
         g = jnp.where((weights_R > 0)[:, None], g_RxM, 0.0)
-        new = {
-            "mean_square": sums["mean_square"] + jnp.square(g).sum(axis=0),
-            "weight": sums["weight"] + jnp.square(weights_R).sum(),
-        }
-        kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
-        if "second_moment" in sums:
-            d_out, d_in = teacher_MxI.shape
-            products = gram(g if full or d_out <= d_in else g @ teacher_MxI)
-            new["second_moment"] = jax.tree.map(jnp.add, sums["second_moment"], products)
-        if "slope" in sums:
-            new["slope"] = sums["slope"] + jnp.vdot(g, x_RxI @ (kernel_MxI - teacher_MxI).T)
-        return new
+        new = add_tokens(sums, kernel_MxI, teacher_MxI, x_RxI, g, full)
+        return {**new, "weight": sums["weight"] + jnp.square(weights_R).sum()}
 
     return jax.lax.map(one, (dict(sums), *kernels, weights_ExR))
 

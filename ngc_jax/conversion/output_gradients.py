@@ -22,17 +22,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from ngc_jax.conversion.block_gradients import add_tokens
 from ngc_jax.conversion.experts import add_gradients, experts_of, gradient_means, no_gradients, row_weights
 from ngc_jax.conversion.state import Calibration
 from ngc_jax.conversion.statistics import InputSums, OutputGradients, add_inputs
-from ngc_jax.conversion.symmetric_sums import gram, whole, zero_bands
+from ngc_jax.conversion.symmetric_sums import whole, zero_bands
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.image_loss import image_loss_gradient
 from ngc_jax.evaluation.likelihood import divergence_gradient, log_likelihood_gradient, sample_targets
 from ngc_jax.groups.plan import Block
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig, block_name
-from ngc_jax.models.decoder import INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.images import Images
+from ngc_jax.models.layers import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
     ROWS,
@@ -79,27 +81,6 @@ def _block_sums(block: Block, what: GradientMeasurement, full: bool) -> dict[str
     if what.slopes:
         sums["slope"] = jnp.zeros(())
     return sums
-
-
-def _add(
-    sums: dict[str, Any], kernel_MxI: Array, teacher_MxI: Array | None, x_TxI: Array, g_TxM: Array, full: bool
-) -> dict[str, Any]:
-    """Add the tokens of a batch to a block's sums; padded tokens have no gradient.
-
-    With None for the teacher's kernel, where it is the block's own, XLA computes W^T g in the backward pass.
-    """
-    teacher_MxI = kernel_MxI if teacher_MxI is None else teacher_MxI
-    x_TxI, g_TxM = x_TxI.astype(jnp.float32), g_TxM.astype(jnp.float32)
-    new: dict[str, Any] = {"mean_square": sums["mean_square"] + jnp.square(g_TxM).sum(axis=0)}
-    kernel_MxI, teacher_MxI = kernel_MxI.astype(jnp.float32), teacher_MxI.astype(jnp.float32)
-    if "second_moment" in sums:
-        d_out, d_in = teacher_MxI.shape
-        products = gram(g_TxM if full or d_out <= d_in else g_TxM @ teacher_MxI)
-        new["second_moment"] = jax.tree.map(jnp.add, sums["second_moment"], products)
-    if "slope" in sums:
-        # The difference of the weights, not of two products, which may have low precision.
-        new["slope"] = sums["slope"] + jnp.vdot(g_TxM, x_TxI @ (kernel_MxI - teacher_MxI).T)
-    return new
 
 
 @partial(jax.jit, static_argnames=("layer", "mesh", "full_roles"), donate_argnames=("sums", "upstream"))
@@ -161,7 +142,7 @@ def _backward(
                     role in full_roles,
                 )
                 continue
-            new[name] = _add(
+            new[name] = add_tokens(
                 block_sums,
                 params[part][role]["kernel"],
                 None if teacher is None else teacher[part][role]["kernel"],

@@ -40,7 +40,7 @@ from ngc_jax.conversion.thread_map import thread_map
 from ngc_jax.groups.gauge import free_gauge
 from ngc_jax.groups.plan import GroupPlan, Plan
 from ngc_jax.models.config import MLP_ROLES, block_name
-from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layers import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     Compensated,
     Layer,

@@ -23,7 +23,7 @@ from ngc_jax.conversion.symmetric_sums import add_products, mean_product, no_pro
 from ngc_jax.errors import UsageError
 from ngc_jax.host_memory import handed_over
 from ngc_jax.models.config import MLP_ROLES, DecoderConfig
-from ngc_jax.models.decoder import INPUT_SITE, DecoderLayer
+from ngc_jax.models.layers import INPUT_SITE, DecoderLayer
 from ngc_jax.models.layerwise import (
     BATCHES_PER_CALL,
     ROWS,

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 
 from ngc_jax.groups.modules import Groups
 from ngc_jax.groups.plan import Plan
-from ngc_jax.models.decoder import Layers, activate
 from ngc_jax.models.encoder_config import EncoderConfig
 from ngc_jax.models.images import Images
+from ngc_jax.models.layers import Layers, activate
 from ngc_jax.models.parts import Norm
 
 _init = nn.initializers.normal(0.02)

@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, Int
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import LayerCache
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, Decoder, DecoderLayer
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.experts import BLOCK_INPUTS
 from ngc_jax.models.images import ImageStream, check_stream
+from ngc_jax.models.layers import INPUT_SITE, DecoderLayer
 from ngc_jax.text import split_windows
 from ngc_jax.tokens import as_tokens
 from ngc_jax.types import Params

@@ -8,7 +8,7 @@ are dropped. So a round yields 1 to K + 1 tokens, and every one of them is the m
 A token is chosen from its logits and the key of its row and position alone (`decoding`), greedily or by the Gumbel
 trick. The drafter chooses with the same keys. Sampled tokens are therefore the very ones that `generate` samples
 without a drafter, up to rounding of the logits, and not only equal in distribution, as with the rejection of Leviathan
-et al. (2023, arXiv 2211.17192); the two models' choices agree about as often.
+et al. (2023, arXiv 2211.17192), which lets drafts stand at least as often.
 
 Legend: B batch, L prompt tokens with padding, K drafted tokens, V vocabulary, Z stop tokens, T tokens of a call.
 """

@@ -29,7 +29,8 @@ from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import encode
 from ngc_jax.groups.plan import Plan
 from ngc_jax.models.attention import init_cache
-from ngc_jax.models.decoder import Decoder, input_site
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layers import input_site
 from ngc_jax.models.layerwise import depth_of, embed, layer_of
 from ngc_jax.stability.flat import working_type
 from ngc_jax.stability.lyapunov import orthonormalise

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ngc_jax.errors import UsageError
 from ngc_jax.evaluation.likelihood import cross_entropy, divergence, in_chunks
 from ngc_jax.models.attention import init_cache
-from ngc_jax.models.decoder import RESIDUALS, Decoder
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.layers import RESIDUALS
 from ngc_jax.training.stability_loss import Pass, stability_sum
 from ngc_jax.types import Params
 

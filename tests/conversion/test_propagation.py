@@ -14,7 +14,8 @@ from ngc_jax.conversion.statistics import FirstTokens
 from ngc_jax.errors import UsageError
 from ngc_jax.groups.kernels import weights
 from ngc_jax.models.config import block_name
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE
+from ngc_jax.models.experts import BLOCK_INPUTS
+from ngc_jax.models.layers import INPUT_SITE
 from ngc_jax.models.layerwise import inputs_by_site
 from ngc_jax.planning.candidates import all_candidates, candidate_cells
 from tests.conversion.helpers import factorise_of, measured, propagated

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ngc_jax.conversion import Calibration
 from ngc_jax.conversion.statistics import calibrate
 from ngc_jax.errors import UsageError
-from ngc_jax.models.decoder import BLOCK_INPUTS
+from ngc_jax.models.experts import BLOCK_INPUTS
 from ngc_jax.models.layerwise import Compensated, layer_module, stack_batches
 from ngc_jax.text import split_windows
 from tests.tiny import HF_CONFIGS, random_tokens, tiny_model

@@ -12,8 +12,10 @@ from flax import traverse_util
 
 from ngc_jax.groups.plan import GroupPlan, Kernel, Plan
 from ngc_jax.models.config import DecoderConfig
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE, RESIDUALS, Decoder
+from ngc_jax.models.decoder import Decoder
+from ngc_jax.models.experts import BLOCK_INPUTS
 from ngc_jax.models.generate import generate
+from ngc_jax.models.layers import INPUT_SITE, RESIDUALS
 from ngc_jax.models.load import LanguageModel, parameter_shapes
 from ngc_jax.types import Params
 from tests.models.compact import compact_model, compact_plan, dense_equivalent, dense_model, fixed_gauge_model

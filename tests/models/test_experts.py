@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.config import DecoderConfig, Experts
-from ngc_jax.models.decoder import Decoder, input_site
+from ngc_jax.models.decoder import Decoder
 from ngc_jax.models.experts import form_of, multiply, route
 from ngc_jax.models.inference import inference_model
+from ngc_jax.models.layers import input_site
 from ngc_jax.models.load import LanguageModel, kernel_of, load_model
 from ngc_jax.models.save import save_model
 from tests.models.compact import compact_plan, dense_equivalent, random_params

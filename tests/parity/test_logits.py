@@ -10,8 +10,9 @@ from pathlib import Path  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import transformers  # noqa: E402
 
-from ngc_jax.models.decoder import BLOCK_INPUTS, INPUT_SITE  # noqa: E402
+from ngc_jax.models.experts import BLOCK_INPUTS  # noqa: E402
 from ngc_jax.models.generate import generate  # noqa: E402
+from ngc_jax.models.layers import INPUT_SITE  # noqa: E402
 from ngc_jax.models.load import load_model  # noqa: E402
 from tests.parity import tiny  # noqa: E402
 

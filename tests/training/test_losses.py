@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngc_jax.errors import UsageError
-from ngc_jax.models.decoder import RESIDUALS
+from ngc_jax.models.layers import RESIDUALS
 from ngc_jax.training.losses import (
     Objective,
     divergence,

@@ -10,7 +10,7 @@ import pytest
 
 from ngc_jax.errors import UsageError
 from ngc_jax.models.attention import init_cache
-from ngc_jax.models.decoder import RESIDUALS
+from ngc_jax.models.layers import RESIDUALS
 from ngc_jax.stability.depth import depth_stability
 from ngc_jax.stability.streams import record
 from ngc_jax.training import sharding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,19 +52,14 @@ DINOV2 = EncoderFamily(
     free_width=False,
     differs="layer scale; positions interpolated to the images; a classifier of the class token and the mean",
 )
-DINOV2_WITH_REGISTERS = EncoderFamily(
-    "dinov2_with_registers",
-    "Dinov2WithRegistersConfig",
-    {"Dinov2WithRegistersModel": {}, "Dinov2WithRegistersForImageClassification": _HEAD},
+DINOV2_WITH_REGISTERS = dataclasses.replace(
+    DINOV2,
+    model_type="dinov2_with_registers",
+    config_class="Dinov2WithRegistersConfig",
+    heads={"Dinov2WithRegistersModel": {}, "Dinov2WithRegistersForImageClassification": _HEAD},
     prefix="dinov2_with_registers.",
-    layers="encoder.layer",
-    modules=_MODULES,
     top=EMBEDDINGS | {"embed.registers": "embeddings.register_tokens"},
-    head=CLASSIFIER,
     features=_with_registers,
     defaults=_DEFAULTS | {"num_register_tokens": 4},
-    scales=_SCALES,
-    ignored=("embeddings.mask_token",),
-    free_width=False,
     differs="as DINOv2, with register tokens",
 )
