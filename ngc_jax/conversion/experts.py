@@ -45,13 +45,11 @@ class ExpertSums(NamedTuple):
     Attributes:
         second: Of p^2 x x^T, as `symmetric_sums.Bands`.
         absolute: Of p |x|.
-        weight: Of p^2, (E,).
         rows: Number of rows, (E,).
     """
 
     second: tuple[Compensated, ...]
     absolute: Compensated
-    weight: Compensated
     rows: Array
 
 
@@ -63,7 +61,7 @@ def no_inputs(experts: int, width: int) -> ExpertSums:
 
     second = jax.tree.map(each, no_products(width))
     zeros = Compensated.zeros_like
-    return ExpertSums(second, zeros(jnp.zeros((experts, width))), zeros(jnp.zeros(experts)), jnp.zeros(experts))
+    return ExpertSums(second, zeros(jnp.zeros((experts, width))), jnp.zeros(experts))
 
 
 def row_weights(rows: Rows, experts: int, mask_N: Float[Array, " T"] | None) -> Float[Array, "E R"]:
@@ -87,7 +85,6 @@ def add_inputs(sums: ExpertSums, x_NxI: Float[Array, "N I"], weights_ExN: Float[
         return ExpertSums(
             add_products(sums.second, weighted),
             sums.absolute.add(jnp.abs(weighted).sum(axis=0)),
-            sums.weight.add(jnp.square(weights_N).sum()),
             sums.rows + (weights_N > 0).sum(),
         )
 
